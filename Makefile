@@ -1,0 +1,38 @@
+# Two commands: `make quickstart` and `make test`. Both make the environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint notebook clean
+
+quickstart: .venv/core
+	$(BIN)/python -m experiments.quickstart $(FLAGS)
+
+test: .venv/dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-slow: .venv/dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m slow tests
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+notebook: .venv/dev
+	$(BIN)/jupytext --to ipynb --output colab/quickstart.ipynb colab/quickstart.py
+
+.venv/python: Makefile
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+.venv/core: .venv/python requirements.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	@touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,66 @@
+"""What the scripts share: flags that all have, the corpus, and how a result is written."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from rat_jax.data import TokenFile, prepare, prepare_standard_library
+
+SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written. Default: runs/<script>.")
+
+
+def run(main) -> None:
+  """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
+
+  def guarded(argv):
+    if not logging.level_debug():
+      logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a --flag.")
+    try:
+      main()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+      if logging.level_debug():
+        raise
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(1)
+
+  app.run(guarded)
+
+
+def workdir(script: str) -> pathlib.Path:
+  """The script's folder, made if it is not there."""
+  folder = pathlib.Path(WORKDIR.value or f"runs/{script}")
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:
+  """{"train", "heldout"} token files of a text file or folder; None is the Python standard library's text."""
+  return prepare_standard_library(folder) if data is None else prepare(data, folder)
+
+
+def device() -> str:
+  """The processor or card that the figures come from."""
+  first = jax.devices()[0]
+  return first.device_kind if first.platform != "cpu" else "CPU"
+
+
+def write_json(path: pathlib.Path, result: Any) -> None:
+  path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+  """A Markdown table whose columns line up in plain text too."""
+  widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+  align = [str.ljust] + [str.rjust] * (len(header) - 1)
+  lines = [[a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)] for row in [header, *rows]]
+  rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], rule, *lines[1:]])

@@ -1,0 +1,57 @@
+"""The pictures: who sees whom, and quality against keys per query."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from rat_jax import Dense, Dilated, visible
+from rat_jax.modes import Mode, PerLayer
+
+_COLOURS = ("#1b6ca8", "#d1495b", "#8d96a3", "#66a182")
+
+
+def draw_masks(modes: Sequence[Mode], path: pathlib.Path, length: int = 48) -> None:
+  """One square per mode: row t is a query, a dark cell is a key that it reads."""
+  modes = [mode for mode in modes if not isinstance(mode, PerLayer)]
+  figure, axes = plt.subplots(1, len(modes), figsize=(2.3 * len(modes), 2.9), layout="constrained")
+  for axis, mode in zip(np.atleast_1d(axes), modes, strict=True):
+    seen = np.asarray(visible(mode, np.arange(length), np.arange(length)))
+    axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
+    axis.set_title(str(mode).replace(":", ":\n", 1), fontsize=8)
+    axis.set_xlabel(f"key\n{seen.sum(1)[-1]} of {length} read at the end", fontsize=7)
+    axis.tick_params(labelsize=6)
+  np.atleast_1d(axes)[0].set_ylabel("query", fontsize=8)
+  figure.suptitle("Who sees whom", fontsize=10)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def draw_quality(curves: Mapping[str, Mapping[Mode, tuple[float, float]]], path: pathlib.Path) -> None:
+  """Bits per byte against keys per query: {model: {mode: (keys, bits)}}. Pure dilation is joined by a line."""
+  figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+  for colour, (model, points) in zip(_COLOURS, curves.items(), strict=False):
+    line = sorted(xy for mode, xy in points.items() if mode == Dense() or _is_pure_dilation(mode))
+    axis.plot(*zip(*line, strict=True), "-o", color=colour, label=model, markersize=5)
+    for marker, (mode, xy) in zip("s^Dv", ((m, p) for m, p in points.items() if p not in line), strict=False):
+      axis.plot(*xy, marker, color=colour, markersize=7, markerfacecolor="white",
+                label=f"{mode.name if isinstance(mode, PerLayer) else mode}" if colour == _COLOURS[0] else None)
+  axis.set_xscale("log", base=2)
+  axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+  axis.set_xlabel("keys per query at the end of the sequence (mean over layers)")
+  axis.set_ylabel("held-out bits per byte")
+  axis.set_title("One set of parameters per curve, the mode chosen at inference")
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize=8)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def _is_pure_dilation(mode: Mode) -> bool:
+  return isinstance(mode, Dilated) and mode.window == mode.sinks == 0

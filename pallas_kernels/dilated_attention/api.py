@@ -1,0 +1,88 @@
+"""`dilated_attention`: every D-th key, a window and sinks, in one softmax (arXiv 2602.18196, section 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, softmax
+from pallas_kernels.dilated_attention import xla
+from pallas_kernels.dilated_attention.reference import dilated_pattern
+from pallas_kernels.packing import number_documents
+
+Array = jax.Array
+_AVAILABLE = {"xla": xla.dilated_attention}
+
+
+def dilated_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    dilation: int | None,
+    window: int = 0,
+    sinks: int = 0,
+    segment_ids: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+  """Causal attention in which query t sees key s iff (s+1) % dilation == 0, or t - s <= window, or s < sinks.
+
+  Differentiable. Scores and softmax are float32, scaled by 1/sqrt(H).
+
+  Args:
+    q: [B, T, N, H], already rotated.
+    k, v: [B, T, K, H], N a multiple of K; for RAT+ already through the memory.
+    dilation: the distance of the strided keys, >= 1 (1 is dense); None leaves window and sinks alone.
+    window: tokens before the query that it sees besides itself, >= 0.
+    sinks: first tokens that every later query sees, >= 0.
+    segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
+      0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
+    implementation: None or "xla".
+
+  Returns:
+    [B, T, N, H] in q's type; zeros for padding.
+
+  Raises:
+    ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
+    NotImplementedError: a known implementation that this operation does not have.
+  """
+  name = dispatch.resolve("dilated_attention", implementation, _AVAILABLE)
+  _check(q, k, v, dilation, window, sinks, segment_ids)
+  length = q.shape[1]
+  strided = length // dilation if dilation else 0
+  if segment_ids is None and strided + 2 * window + sinks < length:
+    return _AVAILABLE[name](q, k, v, dilation, window, sinks)
+  return _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids)
+
+
+def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
+  """The same by a mask over all keys: for packed rows, and where the pattern leaves hardly a key out."""
+  positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+  documents = jnp.zeros_like(positions)
+  if segment_ids is not None:
+    documents, positions = number_documents(segment_ids)
+
+  def mask(query):
+    t, s = query["position"][:, :, None], positions[:, None, :]
+    same = query["document"][:, :, None] == documents[:, None, :]
+    return (dilated_pattern(t, s, dilation, window, sinks) & same & (s >= 0) & (s <= t))[:, None]
+
+  out, _ = softmax.attend_masked(q, k, v, {"position": positions, "document": documents}, mask)
+  return out.astype(q.dtype)
+
+
+def _check(q, k, v, dilation, window, sinks, segment_ids):
+  if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v"
+                     " [B, T, K, H].")
+  if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    raise ValueError(f"q has shape {q.shape} and k {k.shape}; B, T and H must be the same.")
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
+  if dilation is not None and dilation < 1:
+    raise ValueError(f"dilation={dilation}; use at least 1 (1 is dense) or None for window and sinks alone.")
+  for name, value in (("window", window), ("sinks", sinks)):
+    if value < 0:
+      raise ValueError(f"{name}={value}; use 0 or more.")
+  if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+    raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be [B, T] = {q.shape[:2]}.")

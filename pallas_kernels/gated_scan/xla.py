@@ -1,0 +1,35 @@
+"""`gated_scan` in plain JAX: one parallel scan over time, and the same scan backwards for the gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def linear_scan(decay: Array, drive: Array, *, reverse: bool = False) -> Array:
+  """h_t = decay_t * h_(t-1) + drive_t from h_(-1) = 0, along axis 1, in log2(T) parallel steps.
+
+  Pairs (decay, drive) compose associatively; nothing is ever divided by a decay. Where a decay is 0 the past is
+  dropped rather than multiplied, so what is not finite in one document does not reach the next.
+  """
+
+  def combine(earlier, later):
+    (decay_1, drive_1), (decay_2, drive_2) = earlier, later
+    return decay_1 * decay_2, jnp.where(decay_2 == 0, 0.0, decay_2 * drive_1) + drive_2
+
+  return jax.lax.associative_scan(combine, (decay, drive), axis=1, reverse=reverse)[1]
+
+
+def scan_states(decay: Array, write: Array, x: Array, state: Array) -> Array:
+  """All states h [B, T, ...] in float32, from the state [B, ...] before the first token."""
+  drive = write * x.astype(jnp.float32)
+  drive = drive.at[:, 0].add(jnp.where(decay[:, 0] == 0, 0.0, decay[:, 0] * state))
+  return linear_scan(decay, drive)
+
+
+def scan_cotangents(decay: Array, d_states: Array) -> Array:
+  """dL/dh_t given the direct cotangents of h_t: the reversed scan dh_t = d_t + decay_(t+1) * dh_(t+1)."""
+  next_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
+  return linear_scan(next_decay, d_states, reverse=True)

@@ -1,0 +1,89 @@
+"""One softmax over several disjoint sets of keys: attend to each set, then merge by log-sum-exp.
+
+Shapes: q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K; mask bool, broadcastable to [B, K, T, S].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Part = tuple[Array, Array]  # (weighted mean of the values [B, T, N, H], log-sum-exp of the scores [B, T, N]), float32
+
+# The log-sum-exp of a query that sees nothing. Finite, so that weights and gradients stay finite.
+NOTHING = -1e30
+
+
+def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
+  """Attention of q to the keys that `mask` lets it see; scores and softmax in float32, scale 1/sqrt(H).
+
+  A query that sees nothing gets zeros and the log-sum-exp `NOTHING`.
+  """
+  b, t, n, h = q.shape
+  kv = k.shape[2]
+  grouped = q.reshape(b, t, kv, n // kv, h)
+  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+  mask = mask[:, :, None]
+  scores = jnp.where(mask, scores, NOTHING)
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  empty = total == 0
+  total = jnp.where(empty, 1.0, total)
+  out = jnp.einsum("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v, preferred_element_type=jnp.float32)
+  lse = jnp.where(empty, NOTHING, top + jnp.log(total))[..., 0]
+  return out.reshape(b, t, n, h), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)
+
+
+def merge(parts: Sequence[Part]) -> Array:
+  """The attention over the union of the parts' keys, float32 [B, T, N, H]. No key may be in two parts."""
+  outs, lses = zip(*parts, strict=True)
+  top = jax.lax.stop_gradient(jnp.max(jnp.stack(lses), axis=0))
+  weights = [jnp.exp(lse - top)[..., None] for lse in lses]
+  return sum(w * out for w, out in zip(weights, outs, strict=True)) / sum(weights)
+
+
+def chunk_size(length: int, target: int, multiple: int = 1) -> int:
+  """The size of equal chunks, near `target` and a multiple of `multiple`, that cut `length` with little padding."""
+  chunks = -(-length // max(target, multiple))
+  return -(-length // (chunks * multiple)) * multiple
+
+
+def split(x: Array, chunk: int, fill: int = 0) -> Array:
+  """[B, T, ...] -> [chunks, B, chunk, ...], the last chunk filled up."""
+  chunks = -(-x.shape[1] // chunk)
+  pad = [(0, 0), (0, chunks * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad, constant_values=fill)
+  return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+
+
+def join(x: Array, length: int) -> Array:
+  """The inverse of `split`: [chunks, B, chunk, ...] -> [B, length, ...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def map_chunks(f: Callable, chunked):
+  """`f` on every chunk, one after another, its inner arrays recomputed for the gradient rather than kept."""
+  if jax.tree.leaves(chunked)[0].shape[0] == 1:
+    return jax.tree.map(lambda a: a[None], f(jax.tree.map(lambda a: a[0], chunked)))
+  return jax.lax.map(jax.checkpoint(f), chunked)
+
+
+def attend_masked(
+    q: Array, k: Array, v: Array, q_info, mask: Callable, *, chunk: int = 512
+) -> Part:
+  """`attend_part` with the queries in chunks, so that memory grows with T and not with T * S.
+
+  Args:
+    q_info: pytree of integer arrays [B or 1, T], what `mask` needs to know of each query (its position, say).
+    mask: maps a chunk of `q_info` to a mask [B or 1, K or 1, chunk, S]. Filled-up queries have -1 everywhere.
+  """
+  length = q.shape[1]
+  size = chunk_size(length, chunk)
+  chunks = (split(q, size), jax.tree.map(lambda a: split(a, size, fill=-1), q_info))
+  out, lse = map_chunks(lambda c: attend_part(c[0], k, v, mask(c[1])), chunks)
+  return join(out, length), join(lse, length)

@@ -1,0 +1,18 @@
+"""RAT+ in JAX: a decaying memory on keys and values, trained densely, run under any sparse attention."""
+
+from rat_jax import convert, evaluate
+from rat_jax.attention import attend
+from rat_jax.cache import Cache, cache_bytes
+from rat_jax.config import RATPlusConfig
+from rat_jax.costs import tokens_read
+from rat_jax.generation import generate
+from rat_jax.inference import decode_step, extend, prefill
+from rat_jax.memory import memory
+from rat_jax.model import RATPlusLM
+from rat_jax.modes import Dense, Dilated, PerLayer, StreamingLLM, parse_mode, visible
+from rat_jax.train import init_train_state, make_optimizer, train_step
+from rat_jax.version import __version__
+
+__all__ = ["Cache", "Dense", "Dilated", "PerLayer", "RATPlusConfig", "RATPlusLM", "StreamingLLM", "attend",
+           "cache_bytes", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state",
+           "make_optimizer", "memory", "parse_mode", "prefill", "tokens_read", "train_step", "visible"]

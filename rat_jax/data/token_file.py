@@ -1,0 +1,130 @@
+"""Token files: a flat array of token ids on disk, with a JSON sidecar that says what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from rat_jax.data.permutation import permute
+from rat_jax.train.loss import IGNORED
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+  """What a token file holds: NAME.bin has NAME.json beside it."""
+
+  dtype: str        # little-endian numpy type: uint8, uint16 or uint32
+  vocab_size: int
+  eod_id: int       # closes every document
+  tokens: int
+  documents: int
+  tokenizer: str
+  source: str
+
+
+class TokenFile:
+  """A memory-mapped token file. Batches are a pure function of (seed, step), so training resumes anywhere.
+
+  Raises ValueError when file and sidecar do not fit each other, FileNotFoundError when one is missing.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.sidecar = _read_sidecar(self.path)
+    self.tokens = np.memmap(self.path, np.dtype(self.sidecar.dtype).newbyteorder("<"), "r")
+
+  def windows(self, length: int) -> int:
+    """How many windows of `length` tokens, each with its next tokens as targets, the file holds."""
+    return (self.sidecar.tokens - 1) // length
+
+  def batch(self, step: int, *, batch_size: int, length: int, seed: int = 0, documents_apart: bool = False) -> Batch:
+    """The training batch of a step: every window once per epoch, in an order that `seed` and the epoch decide."""
+    windows = self._check_length(length)
+    index = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, order = np.divmod(index, windows)
+    chosen = np.empty_like(order)
+    for epoch in np.unique(epochs):
+      chosen[epochs == epoch] = permute(order[epochs == epoch], windows, seed * 1_000_003 + int(epoch))
+    return self._read(chosen, length, documents_apart)
+
+  def epoch(self, *, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
+    """All windows in order, or `limit` of them evenly spread over the file, for evaluation.
+
+    The last batch is filled up with rows whose targets are all ignored.
+    """
+    windows = self._check_length(length)
+    chosen = np.arange(windows)
+    if limit is not None and limit < windows:
+      chosen = np.arange(limit) * windows // limit
+    for start in range(0, len(chosen), batch_size):
+      rows = chosen[start:start + batch_size]
+      batch = self._read(np.pad(rows, (0, batch_size - len(rows))), length)
+      batch["targets"][len(rows):] = IGNORED
+      yield batch
+
+  def _check_length(self, length: int) -> int:
+    if self.windows(length) < 1:
+      raise ValueError(f"{self.path} holds {self.sidecar.tokens} tokens, too few for one window of length={length} and"
+                       " its targets; give more text or a smaller length.")
+    return self.windows(length)
+
+  def _read(self, chosen: np.ndarray, length: int, documents_apart: bool = False) -> Batch:
+    rows = np.stack([self.tokens[i * length:(i + 1) * length + 1] for i in chosen]).astype(np.int32)
+    if rows.max() >= self.sidecar.vocab_size:
+      raise ValueError(f"{self.path} holds token {rows.max()}, outside the vocabulary 0..{self.sidecar.vocab_size - 1}"
+                       " of its sidecar; the file was not written by its tokenizer.")
+    tokens, targets = rows[:, :-1], rows[:, 1:].copy()
+    ends = tokens == self.sidecar.eod_id
+    targets[ends] = IGNORED  # what follows the end of a document is another document
+    batch = {"tokens": np.ascontiguousarray(tokens), "targets": targets}
+    if documents_apart:
+      batch["segment_ids"] = 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    return batch
+
+
+def write_token_file(path: pathlib.Path, documents: Iterable[np.ndarray], *, vocab_size: int, eod_id: int,
+                     tokenizer: str, source: str) -> Sidecar:
+  """Writes documents (int arrays) with `eod_id` after each, and the sidecar. Nothing is replaced until both are whole."""
+  dtype = next(t for t in ("uint8", "uint16", "uint32") if vocab_size <= 2 ** (8 * np.dtype(t).itemsize))
+  part, tokens, count = path.with_suffix(".bin.part"), 0, 0
+  with part.open("wb") as file:
+    for document in documents:
+      if document.size and not 0 <= document.min() <= document.max() < vocab_size:
+        raise ValueError(f"document {count} holds tokens {document.min()}..{document.max()}, outside the vocabulary"
+                         f" 0..{vocab_size - 1}.")
+      np.append(document, eod_id).astype(np.dtype(dtype).newbyteorder("<")).tofile(file)
+      tokens, count = tokens + document.size + 1, count + 1
+  sidecar = Sidecar(dtype, vocab_size, eod_id, tokens, count, tokenizer, source)
+  sidecar_part = path.with_suffix(".json.part")
+  sidecar_part.write_text(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n")
+  os.replace(part, path)
+  os.replace(sidecar_part, path.with_suffix(".json"))
+  return sidecar
+
+
+def _read_sidecar(path: pathlib.Path) -> Sidecar:
+  beside = path.with_suffix(".json")
+  for needed in (path, beside):
+    if not needed.is_file():
+      raise FileNotFoundError(f"{needed} does not exist; `python -m experiments.prepare_data` writes a token file and"
+                              " its sidecar.")
+  try:
+    sidecar = Sidecar(**json.loads(beside.read_text()))
+  except (json.JSONDecodeError, TypeError) as error:
+    raise ValueError(f"{beside} is no sidecar of a token file: {error}.") from error
+  if sidecar.dtype not in ("uint8", "uint16", "uint32"):
+    raise ValueError(f"{beside}: dtype={sidecar.dtype!r}; use uint8, uint16 or uint32.")
+  expected = sidecar.tokens * np.dtype(sidecar.dtype).itemsize
+  if path.stat().st_size != expected or not expected:
+    raise ValueError(f"{path} has {path.stat().st_size} bytes, its sidecar says tokens={sidecar.tokens} of"
+                     f" {sidecar.dtype}, {expected} bytes; prepare the data again.")
+  if not 0 <= sidecar.eod_id < sidecar.vocab_size:
+    raise ValueError(f"{beside}: eod_id={sidecar.eod_id} is outside the vocabulary 0..{sidecar.vocab_size - 1}.")
+  return sidecar

@@ -1,0 +1,41 @@
+"""Held-out loss of one model under any list of modes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+
+from rat_jax.axes import Array, Params
+from rat_jax.model import RATPlusLM
+from rat_jax.modes import Mode
+from rat_jax.train.loss import cross_entropy
+
+
+def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[dict[str, Array]], modes: Sequence[Mode]
+                 ) -> dict[Mode, float]:
+  """The mean of -log p(target) in nats over all counted targets of `batches`, for every mode.
+
+  Args:
+    batches: dicts of "tokens", "targets" and optional "segment_ids", as `train_step` takes; of equal shape.
+    modes: position-only modes.
+
+  Raises:
+    ValueError: batches without a single counted target.
+  """
+  sums, count = dict.fromkeys(modes, 0.0), 0
+  for batch in batches:
+    for mode in modes:
+      total, targets = _loss(model, mode, params, batch)
+      sums[mode] += float(total)
+    count += int(targets)
+  if not count:
+    raise ValueError("the batches hold no target that counts; give at least one batch with targets other than -100.")
+  return {mode: total / count for mode, total in sums.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(model, mode, params, batch):
+  logits = model.apply({"params": params}, batch["tokens"], mode=mode, segment_ids=batch.get("segment_ids"))
+  return cross_entropy(logits, batch["targets"])

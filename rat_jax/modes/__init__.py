@@ -1,0 +1,27 @@
+"""The modes: what a query may read, chosen per call on the same parameters. One file each."""
+
+from rat_jax.modes import text
+from rat_jax.modes.base import Mode, visible
+from rat_jax.modes.dense import Dense
+from rat_jax.modes.dilated import Dilated
+from rat_jax.modes.per_layer import PerLayer, Run, layer_modes, layer_runs
+from rat_jax.modes.streaming_llm import StreamingLLM
+
+MODES = {mode.name: mode for mode in (
+    Dense,
+    Dilated,
+    StreamingLLM,
+    PerLayer,
+)}
+
+
+def parse_mode(text_form: str) -> Mode:
+  """Reads what `str(mode)` writes: "dense", "dilated:16,window=256,sinks=4", "per_layer:[dense;dilated:8]".
+
+  Raises ValueError that quotes the text and says what is known.
+  """
+  return text.parse(text_form, MODES)
+
+
+__all__ = ["MODES", "Dense", "Dilated", "Mode", "PerLayer", "Run", "StreamingLLM", "layer_modes", "layer_runs",
+           "parse_mode", "visible"]

@@ -1,0 +1,83 @@
+"""Modes as text: `str(mode)` writes what `parse_mode` reads, as in "dilated:16,window=256,sinks=4".
+
+The form is name[:argument,...]; arguments are positional, then field=value; fields at their default are left
+out. A tuple is [item;item;...], and its items may be modes.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def write(mode: Any) -> str:
+  """The text form of a mode."""
+  arguments = []
+  for field in dataclasses.fields(mode):
+    value = getattr(mode, field.name)
+    if field.default is dataclasses.MISSING:
+      arguments.append(_write_value(value))
+    elif value != field.default or type(value) is not type(field.default):
+      arguments.append(f"{field.name}={_write_value(value)}")
+  return ":".join([mode.name, ",".join(arguments)]) if arguments else mode.name
+
+
+def parse(text: str, table: Mapping[str, type]) -> Any:
+  """The mode that a text describes; `table` maps names to classes. Raises ValueError that quotes the text."""
+  name, _, rest = text.strip().partition(":")
+  if name not in table:
+    raise ValueError(f"mode {text!r}: the name {name!r} is unknown; use one of {', '.join(table)}.")
+  positional: list[Any] = []
+  named: dict[str, Any] = {}
+  for argument in _split(rest, ","):
+    key, equals, value = argument.partition("=")
+    if equals and key.strip().isidentifier():
+      named[key.strip()] = _read_value(value, text, table)
+    elif named:
+      raise ValueError(f"mode {text!r}: {argument!r} comes after field=value; put it first.")
+    else:
+      positional.append(_read_value(argument, text, table))
+  try:
+    return table[name](*positional, **named)
+  except TypeError as error:
+    fields = ", ".join(f.name for f in dataclasses.fields(table[name]))
+    raise ValueError(f"mode {text!r}: {error}; the fields of {name} are: {fields or 'none'}.") from error
+
+
+def _write_value(value: Any) -> str:
+  if isinstance(value, tuple):
+    return "[" + ";".join(_write_value(item) for item in value) + "]"
+  return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _read_value(text: str, whole: str, table: Mapping[str, type]) -> Any:
+  text = text.strip()
+  if text.startswith("[") and text.endswith("]"):
+    return tuple(_read_value(item, whole, table) for item in _split(text[1:-1], ";"))
+  if text.partition(":")[0] in table:
+    return parse(text, table)
+  constants = {"none": None, "true": True, "false": False}
+  if text.lower() in constants:
+    return constants[text.lower()]
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = None
+  if isinstance(value, (int, float)):
+    return value
+  if text.isidentifier():
+    return text
+  raise ValueError(f"mode {whole!r}: {text!r} is no number, name, mode or [list].")
+
+
+def _split(text: str, separator: str) -> Iterable[str]:
+  """`text` cut at the separators that stand outside brackets."""
+  depth, start, pieces = 0, 0, []
+  for i, character in enumerate(text):
+    depth += (character == "[") - (character == "]")
+    if character == separator and depth == 0:
+      pieces.append(text[start:i])
+      start = i + 1
+  return [piece for piece in [*pieces, text[start:]] if piece.strip()]

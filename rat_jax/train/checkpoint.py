@@ -1,0 +1,132 @@
+"""Checkpoints: Orbax does the writing, a manifest of ours makes sure that what is read is what was written.
+
+A checkpoint holds the train state, the configuration and the caller's notes (the position in the data). Its
+manifest lists shape, type and SHA-256 of every array. A checkpoint that fails the test is passed over, loudly, for
+the newest one that does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rat_jax.axes import Params
+from rat_jax.config import RATPlusConfig
+from rat_jax.train.step import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of one training run, in one folder."""
+
+  def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+    self.folder = pathlib.Path(folder).absolute()
+    self._keep = keep
+
+  def steps(self) -> list[int]:
+    """The steps that there are checkpoints of, ascending."""
+    if not self.folder.is_dir():
+      return []
+    with self._manager() as manager:
+      return sorted(manager.all_steps())
+
+  def save(self, state: TrainState, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+    """Writes the state under its step; older checkpoints beyond `keep` go after the new one is whole.
+
+    Raises FloatingPointError, and writes nothing, for parameters that are not finite.
+    """
+    arrays = _arrays(state)
+    bad = [name for name, array in arrays.items() if array.dtype.kind not in "iu" and not _is_finite(array)]
+    if bad:
+      raise FloatingPointError(f"step {int(state.step)} is not saved: {bad[0]} is not finite ({len(bad)} such arrays).")
+    manifest = {name: _entry(array) for name, array in arrays.items()}
+    about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
+    with self._manager() as manager:
+      manager.save(int(state.step), args=ocp.args.Composite(
+          state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)), force=True)
+      manager.wait_until_finished()
+
+  def restore(self, template: TrainState, config: RATPlusConfig) -> tuple[TrainState, dict[str, Any]]:
+    """(state, notes) of the newest checkpoint that is intact.
+
+    Args:
+      template: a state of the wanted structure, for instance a fresh one.
+
+    Raises:
+      FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), or
+      none intact.
+    """
+    arrays, about = self._read_newest(config)
+    leaves, structure = jax.tree.flatten_with_path(template)
+    missing = [jax.tree_util.keystr(path) for path, _ in leaves if jax.tree_util.keystr(path) not in arrays]
+    if missing or len(leaves) != len(arrays):
+      raise ValueError(f"the checkpoint in {self.folder} holds another optimizer's state ({len(arrays)} arrays for"
+                       f" {len(leaves)}); resume with the optimizer that it was saved with.")
+    return structure.unflatten([jax.numpy.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in leaves]), about[
+        "notes"]
+
+  def load_params(self) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+    """(config, params, notes) of the newest intact checkpoint, to run a model. Raises as `restore`."""
+    arrays, about = self._read_newest(None)
+    params: Params = {}
+    for name, array in arrays.items():
+      if name.startswith(".params"):
+        keys = [key.strip("'\"") for key in name.removeprefix(".params[").removesuffix("]").split("][")]
+        node = params
+        for key in keys[:-1]:
+          node = node.setdefault(key, {})
+        node[keys[-1]] = jax.numpy.asarray(array)
+    return RATPlusConfig.from_json(about["config"]), params, about["notes"]
+
+  def _read_newest(self, config: RATPlusConfig | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    steps = self.steps()
+    if not steps:
+      raise FileNotFoundError(f"{self.folder} holds no checkpoint.")
+    for step in reversed(steps):
+      try:
+        arrays, about = self._read(step)
+      except Exception as error:  # whatever Orbax meets in a damaged file
+        warnings.warn(f"CHECKPOINT {step} in {self.folder} IS DAMAGED and passed over: {error}", stacklevel=3)
+        continue
+      if config is not None:
+        difference = config.difference(RATPlusConfig.from_json(about["config"]))
+        if difference:
+          raise ValueError(f"the checkpoint in {self.folder} has another config (field: wanted, saved): {difference}.")
+      return arrays, about
+    raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
+
+  def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with self._manager() as manager:
+      about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+      target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
+      restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+    arrays = {name: np.asarray(array) for name, array in restored.items()}
+    for name, entry in about["manifest"].items():
+      if _entry(arrays[name]) != entry:
+        raise ValueError(f"{name} is not what was written")
+    return arrays, about
+
+  def _manager(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(self.folder, options=options)
+
+
+def _arrays(state: TrainState) -> dict[str, np.ndarray]:
+  """The state's leaves by their path."""
+  leaves = jax.tree.flatten_with_path(state)[0]
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  return bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def _entry(array: np.ndarray) -> dict[str, Any]:
+  digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+  return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}

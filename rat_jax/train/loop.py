@@ -1,0 +1,86 @@
+"""The training loop: batches in, metrics and checkpoints out, and a stop that harms nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rat_jax.model import RATPlusLM
+from rat_jax.modes import Mode
+from rat_jax.train.checkpoint import Checkpoints
+from rat_jax.train.optimizer import Optimizer
+from rat_jax.train.step import ARL, Batch, TrainState, train_step
+
+
+def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
+          modes: tuple[Mode, ...] = ARL, combine: str = "sequential", accumulation: int = 1, log_every: int = 10,
+          metrics_path: pathlib.Path | None = None, checkpoints: Checkpoints | None = None, save_every: int = 0,
+          label: str = "train") -> TrainState:
+  """Trains from `state.step` up to `steps` batches.
+
+  Args:
+    batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
+    log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines.
+    checkpoints, save_every: where and how often to save; the last state is saved too.
+
+  Raises:
+    FloatingPointError: a loss that is not finite. Names the step and the last good checkpoint, which stays.
+  """
+  step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
+                                      accumulation=accumulation), donate_argnums=0)
+  first = int(state.step)
+  state = jax.tree.map(jax.numpy.array, state)  # the step gives its input away; the caller's state stays
+  pending: list[dict[str, Any]] = []
+  with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
+    clock = time.perf_counter()
+    for step in range(first, steps):
+      state, metrics = step_fn(state, batch_at(step))
+      pending.append(metrics)
+      saves = checkpoints is not None and ((save_every and (step + 1) % save_every == 0) or step + 1 == steps)
+      if (step + 1) % log_every == 0 or step + 1 == steps or saves:
+        lines = list(_fetch(pending, step + 1 - len(pending), time.perf_counter() - clock))
+        pending = []
+        _write(lines, metrics_path)
+        _check(lines, modes, checkpoints)
+        bar.update(step + 1 - bar.n)
+        bar.set_postfix(loss="/".join(f"{x:.3f}" for x in lines[-1]["loss"]),
+                        tok_s=f"{lines[-1]['tokens_per_second']:.0f}")
+        if saves and checkpoints is not None:
+          checkpoints.save(state, model.config, {"step": step + 1, "modes": [str(mode) for mode in modes]})
+        clock = time.perf_counter()
+  return state
+
+
+def _fetch(pending: list[dict[str, Any]], first: int, seconds: float) -> Iterator[dict[str, Any]]:
+  fetched = [jax.tree.map(np.asarray, metrics) for metrics in pending]
+  rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
+  for i, metrics in enumerate(fetched):
+    yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
+           "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),
+           "tokens_per_second": rate}
+
+
+def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:
+  if path is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+      file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _check(lines: list[dict[str, Any]], modes: tuple[Mode, ...], checkpoints: Checkpoints | None) -> None:
+  for line in lines:
+    for mode, loss in zip(modes, line["loss"], strict=True):
+      if not np.isfinite(loss):
+        good = checkpoints.steps() if checkpoints is not None else []
+        last = f"the last good checkpoint is step {good[-1]} in {checkpoints.folder}" if good and checkpoints else (
+            "there is no checkpoint yet")
+        raise FloatingPointError(f"the loss under {mode} is {loss} at step {line['step']}; {last}. Lower the learning"
+                                 " rate, or look at the data of that step.")

@@ -1,0 +1,113 @@
+"""The training step: one batch, one or several modes (arXiv 2602.18196, active recurrence learning).
+
+ARL trains a sparse and a dense configuration on every batch, so that the memory learns to carry what dilation
+skips. As published these are two clipped updates at one learning rate, the sparse one first; the summed loss in
+one update is the alternative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rat_jax.axes import Array, Params
+from rat_jax.model import RATPlusLM
+from rat_jax.modes import Dense, Dilated, Mode
+from rat_jax.train import optimizer as optimizers
+from rat_jax.train.loss import cross_entropy
+from rat_jax.train.optimizer import Optimizer
+
+Batch = dict[str, Array]
+ARL = (Dilated(64), Dense())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What training carries from batch to batch: parameters, optimizer state, and the number of batches done."""
+
+  params: Params
+  opt_state: optax.OptState
+  step: Array
+
+
+def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> TrainState:
+  """The state before the first batch."""
+  del model
+  return TrainState(params, optimizer.transform.init(params), jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("modes", "combine", "accumulation"))
+def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
+               modes: tuple[Mode, ...] = ARL, combine: Literal["sequential", "sum"] = "sequential",
+               accumulation: int = 1) -> tuple[TrainState, dict[str, Any]]:
+  """One batch of training.
+
+  Compiled for each set of `modes`, `combine` and `accumulation`. To give the old state's memory away, wrap it:
+  `jax.jit(rat_jax.train_step, static_argnums=(0, 1), static_argnames=..., donate_argnums=2)`.
+
+  Args:
+    batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T].
+    modes: one loss for each, the mean over the counted targets. (Dense(),) is plain training, a single sparse
+      mode adapts to that mode.
+    combine: "sequential" makes one clipped update per mode, in order; "sum" makes one on the summed loss.
+    accumulation: the batch axis is cut into so many equal micro-batches; loss and gradient are means of means.
+
+  Returns:
+    (state, metrics): "loss" [modes], "grad_norm" [updates] before clipping, "learning_rate", "tokens" (counted
+    targets of the batch).
+
+  Raises:
+    ValueError: no modes, an unknown `combine`, a batch that `accumulation` does not divide, misshapen targets.
+  """
+  modes = tuple(modes)
+  if not modes or combine not in ("sequential", "sum"):
+    raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
+  size = batch["tokens"].shape[0]
+  if accumulation < 1 or size % accumulation:
+    raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
+  for name in batch.keys() & {"targets", "segment_ids"}:
+    if batch[name].shape != batch["tokens"].shape:
+      raise ValueError(f"batch[{name!r}] has shape {batch[name].shape}; tokens have {batch['tokens'].shape}.")
+  learning_rate = optimizer.schedule(state.step)
+  params, opt_state = state.params, state.opt_state
+  losses, norms = [], []
+  for group in ([(mode,) for mode in modes] if combine == "sequential" else [modes]):
+    loss, grads = _loss_and_gradient(model, params, batch, group, accumulation)
+    params, opt_state, norm = optimizers.update(optimizer, params, opt_state, grads, learning_rate)
+    losses.append(loss)
+    norms.append(norm)
+  metrics = {"loss": jnp.concatenate(losses), "grad_norm": jnp.stack(norms), "learning_rate": learning_rate,
+             "tokens": jnp.sum(batch["targets"] >= 0)}
+  return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tuple[Mode, ...], accumulation: int):
+  """(loss of each mode [modes], gradient of their sum), means over the micro-batches."""
+
+  def loss_fn(params, part):
+    def mean_loss(mode):
+      logits = model.apply({"params": params}, part["tokens"], mode=mode, segment_ids=part.get("segment_ids"))
+      total, count = cross_entropy(logits, part["targets"])
+      return total / jnp.maximum(count, 1)
+
+    losses = jnp.stack([mean_loss(mode) for mode in modes])
+    return jnp.sum(losses), losses
+
+  gradient = jax.grad(loss_fn, has_aux=True)
+  if accumulation == 1:
+    grads, losses = gradient(params, batch)
+    return losses, grads
+  parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
+
+  def body(total, part):
+    return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+  zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(len(modes)))
+  (grads, losses), _ = jax.lax.scan(body, zero, parts)
+  return losses / accumulation, jax.tree.map(lambda g: g / accumulation, grads)

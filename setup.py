@@ -1,0 +1,5 @@
+"""A shim for tools that still call setup.py; pyproject.toml holds the truth."""
+
+from setuptools import setup
+
+setup()

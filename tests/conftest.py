@@ -1,0 +1,96 @@
+"""What the tests share: the authors' fixtures as our objects, small models, and the tolerances."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
+from rat_jax.convert import from_ratplus_state_dict
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+# Our own paths against each other: the largest difference, as a share of the tensor's largest entry.
+OPERATION = 1e-5          # float32, one operation
+WHOLE_MODEL = 1e-4        # float32, logits
+GRADIENT = 1e-4           # float32, per tensor
+BFLOAT16 = 2e-2
+# The argmax of bfloat16 logits must agree where the two largest differ by more than this share.
+BFLOAT16_MARGIN = 4e-2
+
+
+def assert_close(actual, expected, relative, message=""):
+  """Max abs difference <= relative x the largest entry of `expected`."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape, message)
+  assert np.isfinite(actual).all(), f"not finite: {message}"
+  error, scale = np.abs(actual - expected).max(initial=0.0), np.abs(expected).max(initial=0.0)
+  assert error <= relative * max(scale, 1e-30), f"{message}: error {error:.3g}, largest entry {scale:.3g}"
+
+
+def assert_logits_close(actual, expected, dtype, message=""):
+  """The tolerance of whole-model logits in a compute type; in bfloat16 also the argmax beyond the margin."""
+  assert_close(actual, expected, WHOLE_MODEL if dtype == "float32" else BFLOAT16, message)
+  if dtype == "bfloat16":
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    second, first = np.moveaxis(np.sort(expected, axis=-1)[..., -2:], -1, 0)
+    clear = first - second > BFLOAT16_MARGIN * np.abs(expected).max()
+    assert (actual.argmax(-1) == expected.argmax(-1))[clear].all(), message
+
+
+class Fixture:
+  """One of the authors' .npz files: its arrays, and the weights as our config, model and parameters."""
+
+  def __init__(self, name):
+    self.arrays = dict(np.load(FIXTURES / "ratplus" / f"{name}.npz", allow_pickle=False))
+
+  def __getitem__(self, key):
+    return self.arrays[key]
+
+  def names(self, key):
+    return [str(name) for name in self.arrays[key]]
+
+  def state_dict(self, prefix="params"):
+    return {k.removeprefix(prefix + "/"): v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+
+  @property
+  def config(self):
+    weights = self.state_dict()
+    vocab, width = weights["embedding.wte.weight"].shape
+    layers = sum(name.endswith("in_proj.weight") for name in weights)
+    return RATPlusConfig(vocab_size=vocab, num_layers=layers, embed_dim=width, num_heads=int(self["num_heads"]),
+                         memory=bool(self["memory"]))
+
+  @property
+  def model(self):
+    return RATPlusLM(self.config)
+
+  def params(self, prefix="params"):
+    return jax.tree.map(np.asarray, from_ratplus_state_dict(self.state_dict(prefix), self.config))
+
+  def modes(self):
+    """{configuration: mode}, from the authors' (D, W, S0) per layer."""
+    return {name: mode_of(layers) for name, layers in zip(self.names("config_names"), self["configs"], strict=True)}
+
+
+def mode_of(layers):
+  """The mode of the authors' (D, W, S0) per layer; D = -1 is no dilation."""
+  modes = [Dilated(None if d == -1 else int(d), int(w), int(s)) for d, w, s in layers]
+  modes = [Dense() if mode == Dilated(1) else mode for mode in modes]
+  return modes[0] if len(set(modes)) == 1 else PerLayer(tuple(modes))
+
+
+@pytest.fixture(scope="session")
+def authors():
+  """Loads one of the authors' files by name, once."""
+  loaded = {}
+
+  def load(name):
+    if name not in loaded:
+      loaded[name] = Fixture(name)
+    return loaded[name]
+
+  return load
