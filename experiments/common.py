@@ -43,7 +43,13 @@ def workdir(script: str) -> pathlib.Path:
 
 
 def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:
-  """{"train", "heldout"} token files of a text file or folder; None is the Python standard library's text."""
+  """{"train", "heldout"} token files.
+
+  `data` is a folder that `experiments.prepare_data` wrote, or a text file or folder, which is prepared in `folder`;
+  None is the text of the Python standard library.
+  """
+  if data is not None and (pathlib.Path(data) / "train.bin").exists():
+    return {name: TokenFile(pathlib.Path(data) / f"{name}.bin") for name in ("train", "heldout")}
   return prepare_standard_library(folder) if data is None else prepare(data, folder)
 
 

@@ -136,7 +136,7 @@ def main() -> None:
   model, params = trained["RAT+"]
   speed = {str(mode): decode_speed(model, params, mode) for mode in (Dense(), Dilated(16))}
   speed_line = ", ".join(f"{mode} {rate:.0f}" for mode, rate in speed.items())
-  print(f"decoded tokens/s at {DECODE_CONTEXT} tokens of context, batch {DECODE_BATCH}, {common.device()}: {speed_line}")
+  print(f"decoded tokens/s at a context of {DECODE_CONTEXT}, batch {DECODE_BATCH}, {common.device()}: {speed_line}")
   texts = continuations(model, params, data["heldout"], [Dense(), Dilated(16)])
   for name, text in texts.items():
     print(f"\n--- {name}\n{text}")

@@ -13,6 +13,28 @@ from rat_jax.modes import Dense, Dilated, PerLayer, StreamingLLM, parse_mode, vi
 from rat_jax.train import init_train_state, make_optimizer, train_step
 from rat_jax.version import __version__
 
-__all__ = ["Cache", "Dense", "Dilated", "PerLayer", "RATPlusConfig", "RATPlusLM", "StreamingLLM", "attend",
-           "cache_bytes", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state",
-           "make_optimizer", "memory", "parse_mode", "prefill", "tokens_read", "train_step", "visible"]
+__all__ = [
+           "Cache",
+           "Dense",
+           "Dilated",
+           "PerLayer",
+           "RATPlusConfig",
+           "RATPlusLM",
+           "StreamingLLM",
+           "__version__",
+           "attend",
+           "cache_bytes",
+           "convert",
+           "decode_step",
+           "evaluate",
+           "extend",
+           "generate",
+           "init_train_state",
+           "make_optimizer",
+           "memory",
+           "parse_mode",
+           "prefill",
+           "tokens_read",
+           "train_step",
+           "visible",
+]

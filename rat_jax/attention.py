@@ -46,13 +46,12 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
     raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v [B, S, K, H]"
                      " with N a multiple of K.")
   mode = mode.modes[layer] if isinstance(mode, PerLayer) else mode
-  tokens = jax.ShapeDtypeStruct((batch, width), jnp.int32)
   if segment_ids is not None:
     if q_positions is not None or lengths is not None or q.shape[1] != width:
       raise ValueError("segment_ids serve whole sequences (T = S) without q_positions and lengths; mark padding by"
                        " segment id 0.")
-    return attend_sequence(q, k, v, mode, layouts.of_tokens(tokens, segment_ids=segment_ids))
-  keys = layouts.of_tokens(tokens, lengths=lengths)
+    return attend_sequence(q, k, v, mode, layouts.of_tokens((batch, width), segment_ids=segment_ids))
+  keys = layouts.of_tokens((batch, width), lengths=lengths)
   if q_positions is None:
     if q.shape[1] == width and lengths is None:
       return attend_sequence(q, k, v, mode, keys)

@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = jax.Array
 
-Tokens = Array     # int32 [B, T]
-Positions = Array  # int32 [B, T]; -1 is padding
-Lengths = Array    # int32 [B]
+# Inputs may be numpy arrays or jax arrays.
+Tokens = Array | np.ndarray     # int32 [B, T]
+Positions = Array | np.ndarray  # int32 [B, T]; -1 is padding
+Lengths = Array | np.ndarray    # int32 [B]
 Stream = Array     # float32 [B, T, E], the residual stream
 Queries = Array    # [B, T, N, H]
 Keys = Array       # [B, S, K, H], also values

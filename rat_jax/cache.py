@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rat_jax.axes import Array, Lengths, Positions, State
+from rat_jax.axes import Array, State
 from rat_jax.config import RATPlusConfig
 from rat_jax.modes import Mode, layer_runs
 
@@ -46,7 +46,7 @@ class Slots:
   def rows(self) -> int:
     return self.sinks + self.ring + self.strided
 
-  def held(self, lengths: Lengths) -> Positions:
+  def held(self, lengths: Array) -> Array:
     """The position in every slot after `lengths` [B] tokens, int32 [B, R]; -1 for an empty slot."""
     last = lengths[:, None] - 1
     at = [jnp.broadcast_to(jnp.arange(self.sinks, dtype=jnp.int32), (lengths.shape[0], self.sinks))]
@@ -57,7 +57,7 @@ class Slots:
     held = jnp.concatenate(at, axis=1)
     return jnp.where(held <= last, held, -1)
 
-  def readable(self, lengths: Lengths) -> Positions:
+  def readable(self, lengths: Array) -> Array:
     """As `held`, with a position that stands in several slots shown in one of them alone."""
     held = self.held(lengths)
     slot = jnp.arange(self.rows, dtype=jnp.int32)
@@ -66,7 +66,7 @@ class Slots:
     also_in_ring = in_strided & (held >= lengths[:, None] - self.ring)
     return jnp.where(also_sink | also_in_ring, -1, held)
 
-  def destinations(self, positions: Positions) -> Array:
+  def destinations(self, positions: Array) -> Array:
     """The slots that take a position [B, T] when it comes: int32 [B, T, 3]; `rows` where there is none."""
     nowhere = self.rows
     sink = jnp.where(positions < self.sinks, positions, nowhere)
@@ -105,7 +105,7 @@ class Cache:
     config, mode, max_length: static: what the cache was made for.
   """
 
-  lengths: Lengths
+  lengths: Array
   runs: tuple[KVCache, ...]
   state: State | None
   config: RATPlusConfig = dataclasses.field(metadata=dict(static=True))
@@ -137,7 +137,7 @@ def cache_bytes(config: RATPlusConfig, mode: Mode, batch: int, max_length: int) 
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def fill(slots: Slots, k: Array, v: Array, lengths: Lengths) -> KVCache:
+def fill(slots: Slots, k: Array, v: Array, lengths: Array) -> KVCache:
   """The cache [B, K, R, H] of one layer that takes a whole prompt: k, v [B, T, K, H] of `lengths` [B] tokens."""
   held = slots.held(lengths)[:, None, :, None]
 
@@ -148,7 +148,7 @@ def fill(slots: Slots, k: Array, v: Array, lengths: Lengths) -> KVCache:
   return KVCache(rows(k), rows(v))
 
 
-def append(slots: Slots, kv: KVCache, k: Array, v: Array, positions: Positions, lengths: Lengths) -> KVCache:
+def append(slots: Slots, kv: KVCache, k: Array, v: Array, positions: Array, lengths: Array) -> KVCache:
   """The cache of a run of layers with new tokens in it; in place, where the compiler may.
 
   Args:

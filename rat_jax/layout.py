@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.packing import number_documents
-from rat_jax.axes import Array, Lengths, Positions
+from rat_jax.axes import Array, Lengths, Positions, Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Layout:
     padded: there may be padding.
   """
 
-  positions: Positions
+  positions: Array
   documents: Array | None = None
   plain: bool = dataclasses.field(default=False, metadata=dict(static=True))
   padded: bool = dataclasses.field(default=True, metadata=dict(static=True))
@@ -43,19 +43,19 @@ def consecutive(start: Lengths, count: Lengths, length: int) -> Layout:
   return Layout(jnp.where(offset < count[:, None], start[:, None] + offset, -1))
 
 
-def of_tokens(tokens: Array, *, positions: Positions | None = None, segment_ids: Array | None = None,
+def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, segment_ids: Array | None = None,
               lengths: Lengths | None = None) -> Layout:
-  """The layout of `apply`'s arguments (all but `tokens` optional).
+  """The layout of tokens of a shape [B, T], from `apply`'s arguments.
 
   Positions restart in every document of `segment_ids`; `lengths` and segment id 0 mark padding. Raises ValueError
   for shapes that do not match and, outside of compilation, for positions that do not grow by 1 in a document and
   for lengths outside 0..T.
   """
-  batch, length = tokens.shape
-  for name, value, shape in (("positions", positions, (batch, length)), ("segment_ids", segment_ids, (batch, length)),
+  batch, length = shape
+  for name, value, wanted in (("positions", positions, (batch, length)), ("segment_ids", segment_ids, (batch, length)),
                              ("lengths", lengths, (batch,))):
-    if value is not None and value.shape != shape:
-      raise ValueError(f"{name} has shape {value.shape}; it must be {shape} for tokens {tokens.shape}.")
+    if value is not None and value.shape != wanted:
+      raise ValueError(f"{name} has shape {value.shape}; it must be {wanted} for tokens {shape}.")
   check_lengths(lengths, length)
   count = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
   plain = dataclasses.replace(consecutive(jnp.zeros(batch, jnp.int32), count, length), plain=True,
@@ -87,7 +87,7 @@ def check_lengths(lengths: Lengths | None, most: int) -> None:
                        f" width {most}, so use 0..{most}.")
 
 
-def check_tokens(tokens: Array, vocab_size: int) -> None:
+def check_tokens(tokens: Tokens, vocab_size: int) -> None:
   """Raises ValueError for tokens that are no int [B, T] or, where values can be seen, outside the vocabulary."""
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens has shape {tokens.shape} and type {tokens.dtype}; give integers [B, T].")

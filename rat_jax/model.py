@@ -41,7 +41,7 @@ class RATPlusLM(nn.Module):
     """
     config = self.config
     layouts.check_tokens(tokens, config.vocab_size)
-    layout = layouts.of_tokens(tokens, positions=positions, segment_ids=segment_ids, lengths=lengths)
+    layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
     x = transformer.hidden_states(config, params, jnp.asarray(tokens), mode, layout)
     return transformer.logits(config, params, x)

@@ -73,7 +73,7 @@ def _normal(key: Array, shape: tuple[int, ...], std: float, dtype: jnp.dtype) ->
 def _init_layers(config: RATPlusConfig, key: Array) -> Params:
   layers, e, n, kv = config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads
   h, f, dtype = config.head_dim, config.mlp_dim, jnp.dtype(config.param_dtype)
-  matrices = {"query": (e, n, h), "key": (e, kv, h), "value": (e, kv, h), "mlp_in": (e, f)}
+  matrices: dict[str, tuple[int, ...]] = {"query": (e, n, h), "key": (e, kv, h), "value": (e, kv, h), "mlp_in": (e, f)}
   if config.output_gate:
     matrices["output_gate"] = (e, n, h)
   if config.memory:
@@ -89,7 +89,7 @@ def _init_layers(config: RATPlusConfig, key: Array) -> Params:
            for name, k in zip(matrices, jax.random.split(key, len(matrices)), strict=True)}
   if config.gate_bias is not None:
     layer["memory_gate_bias"] = jnp.full((layers, kv, h), config.gate_bias, dtype)
-  norms = {"attention_norm": (e,), "mlp_norm": (e,)}
+  norms: dict[str, tuple[int, ...]] = {"attention_norm": (e,), "mlp_norm": (e,)}
   if config.qk_norm:
     norms |= {"query_norm": (n, h), "key_norm": (kv, h)}
   return layer | {name: jnp.ones((layers, *shape), dtype) for name, shape in norms.items()}

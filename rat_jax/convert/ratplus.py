@@ -24,7 +24,7 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
   """
   _check_config(config)
   entries = {name.removeprefix(_PREFIX): np.asarray(value) for name, value in state_dict.items()}
-  e, n, kv, h, f = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim
+  e, n, h, f = config.embed_dim, config.num_heads, config.head_dim, config.mlp_dim
   taken = set()
 
   def take(name: str, *shape: int) -> np.ndarray:

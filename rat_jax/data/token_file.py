@@ -91,7 +91,7 @@ class TokenFile:
 
 def write_token_file(path: pathlib.Path, documents: Iterable[np.ndarray], *, vocab_size: int, eod_id: int,
                      tokenizer: str, source: str) -> Sidecar:
-  """Writes documents (int arrays) with `eod_id` after each, and the sidecar. Nothing is replaced until both are whole."""
+  """Writes documents (int arrays) with `eod_id` after each, and the sidecar; replaces nothing until both are whole."""
   dtype = next(t for t in ("uint8", "uint16", "uint32") if vocab_size <= 2 ** (8 * np.dtype(t).itemsize))
   part, tokens, count = path.with_suffix(".bin.part"), 0, 0
   with part.open("wb") as file:

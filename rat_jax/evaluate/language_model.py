@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 
-from rat_jax.axes import Array, Params
+from rat_jax.axes import Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.loss import cross_entropy
 
 
-def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[dict[str, Array]], modes: Sequence[Mode]
+def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str, Any]], modes: Sequence[Mode]
                  ) -> dict[Mode, float]:
   """The mean of -log p(target) in nats over all counted targets of `batches`, for every mode.
 

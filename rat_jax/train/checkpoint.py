@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -68,8 +69,8 @@ class Checkpoints:
     if missing or len(leaves) != len(arrays):
       raise ValueError(f"the checkpoint in {self.folder} holds another optimizer's state ({len(arrays)} arrays for"
                        f" {len(leaves)}); resume with the optimizer that it was saved with.")
-    return structure.unflatten([jax.numpy.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in leaves]), about[
-        "notes"]
+    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in leaves])
+    return state, about["notes"]
 
   def load_params(self) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
     """(config, params, notes) of the newest intact checkpoint, to run a model. Raises as `restore`."""
@@ -81,7 +82,7 @@ class Checkpoints:
         node = params
         for key in keys[:-1]:
           node = node.setdefault(key, {})
-        node[keys[-1]] = jax.numpy.asarray(array)
+        node[keys[-1]] = jnp.asarray(array)
     return RATPlusConfig.from_json(about["config"]), params, about["notes"]
 
   def _read_newest(self, config: RATPlusConfig | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

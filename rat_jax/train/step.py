@@ -92,7 +92,7 @@ def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tu
 
   def loss_fn(params, part):
     def mean_loss(mode):
-      logits = model.apply({"params": params}, part["tokens"], mode=mode, segment_ids=part.get("segment_ids"))
+      logits: Any = model.apply({"params": params}, part["tokens"], mode=mode, segment_ids=part.get("segment_ids"))
       total, count = cross_entropy(logits, part["targets"])
       return total / jnp.maximum(count, 1)
 

@@ -1,0 +1,26 @@
+"""Adapts a trained model to the mode that it will run under: a short training, that mode alone, ARL off.
+
+Command: python -m experiments.adapt --checkpoint=runs/pretrain/checkpoints --mode=dilated:16,window=32,sinks=4
+The paper adapts for 1B tokens at a tenth of the pretraining rate (arXiv 2602.18196). Resumes like `pretrain`.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import common, training
+from rat_jax.train import Checkpoints
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints to start from.", required=True)
+MODE = flags.DEFINE_string("mode", "dilated:16,window=32,sinks=4", "The mode to adapt to.")
+
+
+def main() -> None:
+  config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
+  training.fit(config, params, [MODE.value], training.train_data("adapt"), "adapt")
+
+
+if __name__ == "__main__":
+  flags.set_default(training.LEARNING_RATE, 1e-4)
+  flags.set_default(training.WARMUP, 0.0)
+  common.run(main)

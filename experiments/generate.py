@@ -1,0 +1,46 @@
+"""Continues a text with a trained model, under any mode.
+
+Command: python -m experiments.generate --checkpoint=runs/pretrain/checkpoints --prompt="import os" --mode=dilated:16
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+import rat_jax
+from experiments import common
+from rat_jax import RATPlusLM, parse_mode
+from rat_jax.train import Checkpoints
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
+MODES = flags.DEFINE_multi_string("mode", ["dense"], "The mode; repeat the flag for several.")
+PROMPT = flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to continue, instead of --prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens (bytes) to add.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of this total probability.")
+
+
+def main() -> None:
+  config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
+  text = pathlib.Path(PROMPT_FILE.value).read_bytes() if PROMPT_FILE.value else PROMPT.value.encode()
+  if not text:
+    raise ValueError("the prompt is empty; give at least one byte.")
+  prompt = np.frombuffer(text, np.uint8)[None].astype(np.int32)
+  for mode in MODES.value:
+    start = time.perf_counter()
+    new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=parse_mode(mode), temperature=TEMPERATURE.value,
+                           max_new_tokens=MAX_NEW_TOKENS.value, top_p=TOP_P.value,
+                           key=jax.random.key(common.SEED.value))
+    continued = bytes(np.asarray(new)[0].astype(np.uint8).tolist()).decode("utf-8", "replace")
+    print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text.decode('utf-8', 'replace')}"
+          f"|{continued}\n")
+
+
+if __name__ == "__main__":
+  common.run(main)

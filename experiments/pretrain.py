@@ -1,0 +1,41 @@
+"""Trains a RAT+ (or, with --nomemory, an attention model) from scratch, with active recurrence learning.
+
+A toy:   python -m experiments.pretrain --layers=4 --width=256 --heads=4 --steps=200
+A preset: python -m experiments.pretrain --preset=ratplus-1b --data=runs/data --length=4096 --batch_size=8
+Resumes from the newest checkpoint in --workdir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from experiments import common, training
+from rat_jax import RATPlusConfig
+
+PRESET = flags.DEFINE_string("preset", None, "A ready-made size (RATPlusConfig.preset) instead of the sizes below.")
+LAYERS = flags.DEFINE_integer("layers", 12, "Layers.")
+WIDTH = flags.DEFINE_integer("width", 768, "Model width E.")
+HEADS = flags.DEFINE_integer("heads", 12, "Attention heads.")
+KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
+MLP = flags.DEFINE_enum("mlp", "gelu", ["gelu", "swiglu"], "The MLP.")
+MEMORY = flags.DEFINE_bool("memory", True, "False is the attention baseline.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
+MODES = flags.DEFINE_multi_string("mode", ["dilated:64", "dense"], "One update of every batch for each, in order.")
+
+
+def main() -> None:
+  data = training.train_data("pretrain")
+  if PRESET.value:
+    config = dataclasses.replace(RATPlusConfig.preset(PRESET.value), memory=MEMORY.value)
+  else:
+    choices: dict[str, Any] = {"mlp": MLP.value, "memory": MEMORY.value, "dtype": DTYPE.value}
+    config = RATPlusConfig(vocab_size=data.sidecar.vocab_size, num_layers=LAYERS.value, embed_dim=WIDTH.value,
+                           num_heads=HEADS.value, num_kv_heads=KV_HEADS.value or HEADS.value, init_std=None, **choices)
+  training.fit(config, None, MODES.value, data, "pretrain")
+
+
+if __name__ == "__main__":
+  common.run(main)

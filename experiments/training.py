@@ -1,0 +1,65 @@
+"""What `pretrain` and `adapt` share: their flags, and the run from data to checkpoint."""
+
+from __future__ import annotations
+
+import jax
+from absl import flags
+
+import rat_jax
+from experiments import common
+from rat_jax import RATPlusConfig, RATPlusLM, parse_mode
+from rat_jax.axes import Params
+from rat_jax.data import TokenFile
+from rat_jax.train import Checkpoints, train
+
+DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences in a batch.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
+ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "Micro-batches that a batch is cut into.", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
+WARMUP = flags.DEFINE_float("warmup", 0.05, "Share of the steps with linear warm-up.", 0.0, 1.0)
+WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on every parameter.")
+COMBINE = flags.DEFINE_enum("combine", "sequential", ["sequential", "sum"], "One update per mode, or one in all.")
+DOCUMENTS_APART = flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
+SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.")
+LOG_EVERY = flags.DEFINE_integer("log_every", 20, "Batches between lines on the terminal.", lower_bound=1)
+
+
+def train_data(script: str) -> TokenFile:
+  """The training part of the corpus that --data names."""
+  return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
+
+
+def fit(config: RATPlusConfig, params: Params | None, modes: list[str], data: TokenFile, script: str) -> None:
+  """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
+
+  Args:
+    params: where to start; None is a fresh draw from --seed.
+    modes: one loss for each, in their text form.
+  """
+  if data.sidecar.vocab_size > config.vocab_size:
+    raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the model vocab_size="
+                     f"{config.vocab_size}; use a model whose vocabulary holds the data's.")
+  folder = common.workdir(script)
+  model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
+  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=STEPS.value,
+                                     warmup_steps=int(WARMUP.value * STEPS.value), weight_decay=WEIGHT_DECAY.value)
+
+  def batch_at(step):
+    return data.batch(step, batch_size=BATCH_SIZE.value, length=LENGTH.value, seed=common.SEED.value,
+                      documents_apart=DOCUMENTS_APART.value)
+
+  if params is None:
+    params = jax.jit(model.init)(jax.random.key(common.SEED.value), batch_at(0)["tokens"])["params"]
+  state = rat_jax.init_train_state(model, params, optimizer)
+  if checkpoints.steps():
+    state, _ = checkpoints.restore(state, config)
+    print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+  size = sum(x.size for x in jax.tree.leaves(params))
+  print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
+        f" {', then '.join(modes)}, on {common.device()}")
+  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=tuple(parse_mode(mode) for mode in modes),
+        combine=COMBINE.value, accumulation=ACCUMULATION.value, log_every=LOG_EVERY.value,
+        metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
+  print(f"checkpoint: {checkpoints.folder}")
