@@ -18,7 +18,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 notebook: .venv/dev
-	$(BIN)/jupytext --to ipynb --output colab/quickstart.ipynb colab/quickstart.py
+	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py
 
 .venv/python: Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'

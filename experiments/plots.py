@@ -17,19 +17,21 @@ from rat_jax.modes import Mode, PerLayer
 _COLOURS = ("#1b6ca8", "#d1495b", "#8d96a3", "#66a182")
 
 
-def draw_masks(modes: Sequence[Mode], path: pathlib.Path, length: int = 48) -> None:
-  """One square per mode: row t is a query, a dark cell is a key that it reads."""
+def draw_masks(modes: Sequence[Mode], path: pathlib.Path, length: int = 96) -> None:
+  """One square per mode: row t is a query, a dark cell is a key that it reads. A PerLayer has no square of its own."""
   modes = [mode for mode in modes if not isinstance(mode, PerLayer)]
-  figure, axes = plt.subplots(1, len(modes), figsize=(2.3 * len(modes), 2.9), layout="constrained")
-  for axis, mode in zip(np.atleast_1d(axes), modes, strict=True):
+  rows = -(-len(modes) // 4)
+  figure, axes = plt.subplots(rows, 4, figsize=(11, 3.2 * rows), layout="constrained", sharex=True, sharey=True)
+  for axis, mode in zip(axes.flat, modes, strict=False):
     seen = np.asarray(visible(mode, np.arange(length), np.arange(length)))
     axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
-    axis.set_title(str(mode).replace(":", ":\n", 1), fontsize=8)
-    axis.set_xlabel(f"key\n{seen.sum(1)[-1]} of {length} read at the end", fontsize=7)
-    axis.tick_params(labelsize=6)
-  np.atleast_1d(axes)[0].set_ylabel("query", fontsize=8)
-  figure.suptitle("Who sees whom", fontsize=10)
-  figure.savefig(path, dpi=150)
+    axis.set_title(f"{mode}\n{seen.sum(1)[-1]} of {length} keys read at the end", fontsize=9)
+    axis.set_xlabel("key", fontsize=8)
+    axis.set_ylabel("query", fontsize=8)
+    axis.tick_params(labelsize=7, labelbottom=True)
+  for axis in axes.flat[len(modes):]:
+    axis.axis("off")
+  figure.savefig(path, dpi=130)
   plt.close(figure)
 
 

@@ -20,6 +20,7 @@ LAYERS = flags.DEFINE_integer("layers", 12, "Layers.")
 WIDTH = flags.DEFINE_integer("width", 768, "Model width E.")
 HEADS = flags.DEFINE_integer("heads", 12, "Attention heads.")
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
+MLP_WIDTH = flags.DEFINE_integer("mlp_width", None, "MLP width F. Default: 4 * width.")
 MLP = flags.DEFINE_enum("mlp", "gelu", ["gelu", "swiglu"], "The MLP.")
 MEMORY = flags.DEFINE_bool("memory", True, "False is the attention baseline.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
@@ -31,7 +32,8 @@ def main() -> None:
   if PRESET.value:
     config = dataclasses.replace(RATPlusConfig.preset(PRESET.value), memory=MEMORY.value)
   else:
-    choices: dict[str, Any] = {"mlp": MLP.value, "memory": MEMORY.value, "dtype": DTYPE.value}
+    choices: dict[str, Any] = {"mlp_dim": MLP_WIDTH.value, "mlp": MLP.value, "memory": MEMORY.value,
+                               "dtype": DTYPE.value}
     config = RATPlusConfig(vocab_size=data.sidecar.vocab_size, num_layers=LAYERS.value, embed_dim=WIDTH.value,
                            num_heads=HEADS.value, num_kv_heads=KV_HEADS.value or HEADS.value, init_std=None, **choices)
   training.fit(config, None, MODES.value, data, "pretrain")

@@ -101,7 +101,8 @@ def decode_speed(model: RATPlusLM, params, mode: Mode) -> float:
 
 def continuations(model: RATPlusLM, params, data: TokenFile, modes: list[Mode]) -> dict[str, Any]:
   """A held-out text, continued under every mode by the same random numbers."""
-  prompt = np.asarray(data.tokens[:LENGTH.value // 2])[None].astype(np.int32)
+  middle = len(data.tokens) // 2
+  prompt = np.asarray(data.tokens[middle:middle + LENGTH.value // 2])[None].astype(np.int32)
   texts = {"prompt": bytes(prompt[0].tolist()).decode("utf-8", "replace")}
   for mode in modes:
     new = rat_jax.generate(model, params, prompt, mode=mode, max_new_tokens=LENGTH.value // 2, temperature=0.7,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import einsum_float32
+
 Array = jax.Array
 Part = tuple[Array, Array]  # (weighted mean of the values [B, T, N, H], log-sum-exp of the scores [B, T, N]), float32
 
@@ -25,7 +27,7 @@ def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
   b, t, n, h = q.shape
   kv = k.shape[2]
   grouped = q.reshape(b, t, kv, n // kv, h)
-  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
+  scores = einsum_float32("btkgh,bskh->bkgts", grouped, k) * h**-0.5
   mask = mask[:, :, None]
   scores = jnp.where(mask, scores, NOTHING)
   top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -33,7 +35,7 @@ def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
   total = jnp.sum(weights, axis=-1, keepdims=True)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
-  out = jnp.einsum("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = einsum_float32("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v)
   lse = jnp.where(empty, NOTHING, top + jnp.log(total))[..., 0]
   return out.reshape(b, t, n, h), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)
 

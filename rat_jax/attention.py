@@ -95,6 +95,6 @@ def attend_keys(q: Queries, k: Keys, v: Keys, mode: Mode, q_positions: Positions
 def _dense(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout) -> Array:
   if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-  if q.shape[1] <= _WHOLE_DENSE:
+  if q.shape[1] <= _WHOLE_DENSE and not (q.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
   return attend_keys(q, k, v, mode, layout.positions, layout.positions)[0].astype(q.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import einsum_float32
 from rat_jax import attention, rope
 from rat_jax.axes import Array, Keys, Logits, Params, Queries, State, Stream, Tokens
 from rat_jax.config import RATPlusConfig
@@ -146,10 +147,10 @@ def attention_branch(config: RATPlusConfig, p: Params, x: Stream, y: Queries, ou
   y = y.astype(dtype)
   if output_gate is not None:
     y *= jax.nn.sigmoid(output_gate)
-  y = jnp.einsum("btnh,nhe->bte", y, p["out"].astype(dtype))
+  y = einsum_float32("btnh,nhe->bte", y, p["out"].astype(dtype))
   if config.norm_placement == "post":
     y = rms_norm(y, p["attention_norm"], config.norm_eps)
-  return x + y.astype(jnp.float32)
+  return x + y
 
 
 def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
@@ -162,10 +163,10 @@ def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
     hidden *= jax.nn.silu(y @ p["mlp_gate"].astype(dtype))
   else:
     hidden = jax.nn.gelu(hidden, approximate=False)
-  y = hidden @ p["mlp_out"].astype(dtype)
+  y = einsum_float32("btf,fe->bte", hidden, p["mlp_out"].astype(dtype))
   if config.norm_placement == "post":
     y = rms_norm(y, p["mlp_norm"], config.norm_eps)
-  return x + y.astype(jnp.float32)
+  return x + y
 
 
 def block(config: RATPlusConfig, p: Params, x: Stream, layout: Layout, state: State | None,
@@ -204,4 +205,4 @@ def logits(config: RATPlusConfig, params: Params, x: Stream) -> Logits:
   dtype = jnp.dtype(config.dtype)
   x = rms_norm(x, params["final_norm"], config.norm_eps).astype(dtype)
   head = params["embedding" if config.tie_embeddings else "head"].astype(dtype)
-  return jnp.einsum("...e,ve->...v", x, head, preferred_element_type=jnp.float32)
+  return einsum_float32("...e,ve->...v", x, head)

@@ -11,6 +11,9 @@ import pytest
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
 
+# The tests compile many small programs and run each a few times.
+jax.config.update("jax_disable_most_optimizations", True)
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 # Our own paths against each other: the largest difference, as a share of the tensor's largest entry.

@@ -1,0 +1,191 @@
+"""Training beyond parity: the summed form, accumulation, the loop, checkpoints, and stops that harm nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rat_jax
+from conftest import GRADIENT, assert_close
+from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.evaluate import loss_by_mode
+from rat_jax.train import Checkpoints, cross_entropy, train
+
+CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
+MODEL = RATPlusLM(CONFIG)
+MODES = (Dilated(4), Dense())
+OPTIMIZER = rat_jax.make_optimizer(1e-2, total_steps=20, warmup_steps=2)
+
+
+def batch_at(step, batch=4, length=12):
+  rng = np.random.default_rng(step)
+  tokens = rng.integers(0, 31, (batch, length + 1)).astype(np.int32)
+  targets = np.where(rng.random((batch, length)) < 0.2, -100, tokens[:, 1:])
+  return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32)}
+
+
+def fresh_state(optimizer=OPTIMIZER):
+  params = MODEL.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
+  return rat_jax.init_train_state(MODEL, params, optimizer)
+
+
+def mean_loss(params, batch, mode):
+  total, count = cross_entropy(MODEL.apply({"params": params}, batch["tokens"], mode=mode,
+                                           segment_ids=batch.get("segment_ids")), batch["targets"])
+  return total / count
+
+
+def test_the_summed_form_is_one_update_on_the_summed_loss():
+  state, batch = fresh_state(), batch_at(0)
+  after, metrics = rat_jax.train_step(MODEL, OPTIMIZER, state, batch, modes=MODES, combine="sum")
+  losses, grads = jax.value_and_grad(
+      lambda p: jnp.sum(jnp.stack([mean_loss(p, batch, mode) for mode in MODES])))(state.params)
+  norm = optax.tree.norm(grads)
+  assert metrics["loss"].shape == (2,)
+  assert metrics["grad_norm"].shape == (1,)
+  np.testing.assert_allclose(metrics["loss"].sum(), losses, rtol=1e-6)
+  np.testing.assert_allclose(metrics["grad_norm"][0], norm, rtol=1e-5)
+  clipped = jax.tree.map(lambda g: g * min(1.0, 1.0 / (float(norm) + 1e-6)), grads)
+  adamw = optax.adamw(float(metrics["learning_rate"]), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+  updates, _ = adamw.update(clipped, adamw.init(state.params), state.params)
+  expected = optax.apply_updates(state.params, updates)
+  # Adam divides by the gradient's size: compare where that is well above rounding.
+  trees = (after.params, expected, state.params, clipped)
+  for moved, wanted, start, g in zip(*map(jax.tree.leaves, trees), strict=True):
+    clear = np.abs(g) > 1e-4 * np.abs(g).max()
+    assert_close((moved - start)[clear], (wanted - start)[clear], 1e-2)
+  assert int(metrics["tokens"]) == (batch["targets"] != -100).sum()
+
+
+def test_accumulation_is_the_mean_of_the_micro_batches_means():
+  state, batch = fresh_state(), batch_at(0)
+  _, metrics = rat_jax.train_step(MODEL, OPTIMIZER, state, batch, modes=(Dense(),), accumulation=2)
+  halves = [{name: x[i:i + 2] for name, x in batch.items()} for i in (0, 2)]
+  losses, grads = zip(*(jax.value_and_grad(mean_loss)(state.params, half, Dense()) for half in halves), strict=True)
+  np.testing.assert_allclose(metrics["loss"][0], np.mean(losses), rtol=1e-6)
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+  np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(mean), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [Dense(), Dilated(4, 2, 1)], ids=str)
+def test_a_packed_batch_trains_as_its_documents_do(mode):
+  params, batch = fresh_state().params, batch_at(3, batch=1, length=12)
+  packed = batch | {"segment_ids": np.array([[1] * 5 + [2] * 7])}
+  packed["targets"] = batch_at(4, batch=1, length=12)["tokens"]
+  parts = [{name: packed[name][:, at] for name in ("tokens", "targets")} for at in (slice(0, 5), slice(5, 12))]
+  ours = jax.grad(mean_loss)(params, packed, mode)
+  theirs = jax.tree.map(lambda a, b: (5 * a + 7 * b) / 12, *(jax.grad(mean_loss)(params, part, mode) for part in parts))
+  jax.tree.map(lambda a, b: assert_close(a, b, GRADIENT), ours, theirs)
+
+
+def test_one_program_serves_all_steps():
+  state = fresh_state()
+  before = rat_jax.train_step._cache_size()
+  for step in range(3):
+    state, _ = rat_jax.train_step(MODEL, OPTIMIZER, state, batch_at(step), modes=(Dilated(3),))
+  assert rat_jax.train_step._cache_size() == before + 1
+
+
+def test_evaluation_weighs_targets_equally():
+  params, batches = fresh_state().params, [batch_at(0), batch_at(1)]
+  losses = loss_by_mode(MODEL, params, batches, MODES)
+  for mode in MODES:
+    sums = [cross_entropy(MODEL.apply({"params": params}, b["tokens"], mode=mode), b["targets"]) for b in batches]
+    expected = sum(float(s) for s, _ in sums) / sum(int(n) for _, n in sums)
+    assert losses[mode] == pytest.approx(expected, rel=1e-6)
+  with pytest.raises(ValueError, match="no target that counts"):
+    loss_by_mode(MODEL, params, [], MODES)
+
+
+def test_stop_and_resume_is_bitwise_equal(tmp_path):
+  straight = train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=6, modes=MODES, log_every=2)
+  checkpoints = Checkpoints(tmp_path / "run")
+  train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=3, modes=MODES, checkpoints=checkpoints,
+        metrics_path=tmp_path / "metrics.jsonl")
+  resumed, notes = Checkpoints(tmp_path / "run").restore(fresh_state(), CONFIG)
+  assert notes == {"step": 3, "modes": ["dilated:4", "dense"]}
+  resumed = train(MODEL, OPTIMIZER, resumed, batch_at, steps=6, modes=MODES, checkpoints=checkpoints,
+                  metrics_path=tmp_path / "metrics.jsonl")
+  jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(6))
+  assert all(len(line["loss"]) == 2 and line["tokens_per_second"] > 0 for line in lines)
+  config, params, _ = checkpoints.load_params()
+  assert config == CONFIG
+  jax.tree.map(np.testing.assert_array_equal, params, straight.params)
+
+
+def test_the_callers_state_survives_the_loop():
+  state = fresh_state()
+  train(MODEL, OPTIMIZER, state, batch_at, steps=1, modes=MODES)
+  assert np.isfinite(np.asarray(state.params["embedding"])).all()
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+  wild = rat_jax.make_optimizer(1e-2, total_steps=20)
+  checkpoints = Checkpoints(tmp_path)
+  train(MODEL, wild, fresh_state(wild), batch_at, steps=2, modes=MODES, checkpoints=checkpoints)
+  state, _ = checkpoints.restore(fresh_state(wild), CONFIG)
+  poisoned = dataclasses.replace(state, params=state.params | {"final_norm": jnp.full(16, jnp.nan)})
+  with pytest.raises(FloatingPointError, match=r"loss under dilated:4 is nan at step 2; .* checkpoint is step 2 in"):
+    train(MODEL, wild, poisoned, batch_at, steps=5, modes=MODES, checkpoints=checkpoints, save_every=1)
+  with pytest.raises(FloatingPointError, match="not finite"):
+    checkpoints.save(poisoned, CONFIG, {})
+  assert checkpoints.steps() == [2]
+  again, _ = checkpoints.restore(fresh_state(wild), CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_a_checkpoint_of_another_config_or_optimizer_is_refused(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    checkpoints.restore(fresh_state(), CONFIG)
+  checkpoints.save(fresh_state(), CONFIG, {})
+  with pytest.raises(ValueError, match=r"another config .*: memory: False, True"):
+    checkpoints.restore(fresh_state(), RATPlusConfig(31, 2, 16, 2, init_std=0.2, memory=False))
+  other = rat_jax.train.TrainState({"embedding": jnp.zeros((31, 16))}, (), jnp.int32(0))
+  with pytest.raises(ValueError, match="another optimizer's state"):
+    checkpoints.restore(other, CONFIG)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  state = fresh_state()
+  checkpoints.save(state, CONFIG, {"step": 0})
+  later, _ = rat_jax.train_step(MODEL, OPTIMIZER, state, batch_at(0), modes=MODES)
+  checkpoints.save(later, CONFIG, {"step": 1})
+  largest = max((p for p in (tmp_path / "1" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+  with pytest.warns(UserWarning, match="CHECKPOINT 1 .* IS DAMAGED"):
+    restored, notes = checkpoints.restore(fresh_state(), CONFIG)
+  assert notes == {"step": 0}
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(modes=()), "at least one mode"),
+    (dict(combine="both"), "combine='both'"),
+    (dict(accumulation=3), "accumulation=3 does not divide the batch of 4"),
+])
+def test_bad_steps(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    rat_jax.train_step(MODEL, OPTIMIZER, fresh_state(), batch_at(0), **arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(learning_rate=0.0, total_steps=1), "learning_rate=0.0"),
+    (dict(learning_rate=1.0, total_steps=0), "total_steps=0"),
+    (dict(learning_rate=1.0, total_steps=5, warmup_steps=6), "warmup_steps=6"),
+    (dict(learning_rate=1.0, total_steps=5, clip_norm=0.0), "clip_norm=0.0"),
+])
+def test_bad_optimizers(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    rat_jax.make_optimizer(**arguments)
