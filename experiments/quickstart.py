@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -70,6 +71,7 @@ def train_arm(name: str, config: RATPlusConfig, modes: tuple[Mode, ...], data: T
   optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=STEPS.value, warmup_steps=STEPS.value // 10)
   state = rat_jax.init_train_state(model, params, optimizer)
   slug = name.replace(", ", "-").replace(" ", "-").replace("+", "plus").lower()
+  shutil.rmtree(folder / "checkpoints" / slug, ignore_errors=True)  # every run trains anew
   checkpoints = Checkpoints(folder / "checkpoints" / slug, keep=1)
   start = time.perf_counter()
   metrics = folder / f"metrics-{slug}.jsonl"

@@ -43,8 +43,8 @@ def generate(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths 
     raise ValueError(f"temperature={temperature} samples and needs a random key; pass key=jax.random.key(seed).")
   if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
     raise ValueError(f"eos_id={eos_id} is outside the vocabulary 0..{model.config.vocab_size - 1}.")
-  if layouts.is_concrete(lengths) and not np.all(lengths):
-    raise ValueError(f"the prompt of row {np.argmin(lengths)} is empty; give every row at least one token.")
+  if lengths is not None and layouts.is_concrete(lengths) and not np.all(lengths):
+    raise ValueError(f"the prompt of row {np.argmin(np.asarray(lengths))} is empty; give every row at least one token.")
   logits, cache = prefill(model, params, tokens, lengths, mode=mode, max_length=tokens.shape[1] + max_new_tokens)
   key = jax.random.key(0) if key is None else key
   return _continue(max_new_tokens, temperature > 0, top_p < 1, eos_id, params, logits, cache, key,

@@ -105,7 +105,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def embed(params: Params, tokens: Tokens) -> Stream:
   """The residual stream's start, float32 [B, T, E]."""
-  return params["embedding"][tokens].astype(jnp.float32)
+  return jnp.asarray(params["embedding"])[tokens].astype(jnp.float32)
 
 
 def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:

@@ -15,6 +15,7 @@ from conftest import GRADIENT, OPERATION, assert_close
 from pallas_kernels import dilated_attention
 from pallas_kernels.dilated_attention import xla
 from rat_jax import Dense, Dilated, PerLayer, StreamingLLM, visible
+from rat_jax.attention import attend_keys
 
 
 def draw(batch, length, heads, kv_heads, width, seed=0, dtype=np.float32):
@@ -70,6 +71,15 @@ def test_several_chunks_give_values_and_gradients_of_the_oracle(pattern):
     theirs = jax.grad(dense_form, (0, 1, 2))(*(x.astype(np.float64) for x in (q, k, v)))
   for name, a, b in zip("qkv", ours, theirs, strict=True):
     assert_close(a, b, GRADIENT, f"d{name}")
+
+
+@pytest.mark.parametrize(("length", "window"), [(4100, 1600), (4200, 2000), (5000, 700)])
+def test_windows_of_several_blocks(length, window):
+  q, k, v = draw(1, length, 1, 1, 4)
+  mode = Dilated(64, window, 3)
+  at = np.arange(length)[None]
+  expected, _ = attend_keys(q, k, v, mode, at, at)
+  assert_close(xla.dilated_attention(q, k, v, 64, window, 3), expected, OPERATION)
 
 
 @pytest.mark.parametrize("pattern", [(16, 0, 0), (16, 32, 4)])

@@ -101,6 +101,7 @@ def test_evaluation_weighs_targets_equally():
     assert losses[mode] == pytest.approx(expected, rel=1e-6)
   with pytest.raises(ValueError, match="no target that counts"):
     loss_by_mode(MODEL, params, [], MODES)
+  assert loss_by_mode(MODEL, params, batches, [*MODES, *MODES]) == losses
 
 
 def test_stop_and_resume_is_bitwise_equal(tmp_path):
@@ -168,6 +169,9 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
     restored, notes = checkpoints.restore(fresh_state(), CONFIG)
   assert notes == {"step": 0}
   jax.tree.map(np.testing.assert_array_equal, restored, state)
+  checkpoints.save(later, CONFIG, {"step": 1})  # training goes on past the damaged step
+  restored, _ = checkpoints.restore(fresh_state(), CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, restored, later)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -24,7 +24,8 @@ def dilated_attention(q: Array, k: Array, v: Array, dilation: int | None, window
   window, sinks = min(window, length - 1), min(sinks, length)
   block = max(1, min(window, _CHUNK))
   back = -(-window // block)  # blocks before a query's own that its window reaches into
-  chunk = softmax.chunk_size(length, max(_CHUNK, back * block), block)
+  # A chunk's window reaches into the chunk before it and no further.
+  chunk = max(softmax.chunk_size(length, max(_CHUNK, back * block), block), back * block)
   positions = jnp.arange(length, dtype=jnp.int32)[None]
   local = {name: softmax.split(a, chunk) for name, a in (("q", q), ("k", k), ("v", v))}
   local |= {"before_" + name: _tails(local[name], back * block) for name in ("k", "v")}

@@ -26,8 +26,10 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
     ValueError: batches without a single counted target.
   """
   sums, count = dict.fromkeys(modes, 0.0), 0
+  if not sums:
+    raise ValueError("modes is empty; give at least one mode.")
   for batch in batches:
-    for mode in modes:
+    for mode in sums:
       total, targets = _loss(model, mode, params, batch)
       sums[mode] += float(total)
     count += int(targets)

@@ -49,6 +49,8 @@ class Checkpoints:
     manifest = {name: _entry(array) for name, array in arrays.items()}
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
     with self._manager() as manager:
+      if int(state.step) in manager.all_steps():
+        manager.delete(int(state.step))  # of a damaged checkpoint that `restore` passed over, or a run begun anew
       manager.save(int(state.step), args=ocp.args.Composite(
           state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)), force=True)
       manager.wait_until_finished()
