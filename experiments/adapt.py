@@ -6,6 +6,8 @@ The paper adapts for 1B tokens at a tenth of the pretraining rate (arXiv 2602.18
 
 from __future__ import annotations
 
+import pathlib
+
 from absl import flags
 
 from experiments import common, training
@@ -17,7 +19,8 @@ MODE = flags.DEFINE_string("mode", "dilated:16,window=32,sinks=4", "The mode to 
 
 def main() -> None:
   config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
-  training.fit(config, params, [MODE.value], training.train_data("adapt"), "adapt")
+  training.fit(config, params, [MODE.value], training.train_data("adapt"), "adapt",
+               start=str(pathlib.Path(CHECKPOINT.value).absolute()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 from absl import flags
 
@@ -11,6 +13,7 @@ from rat_jax import RATPlusConfig, RATPlusLM, parse_mode
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.train import Checkpoints, train
+from rat_jax.train.step import Combine
 
 DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
@@ -31,13 +34,18 @@ def train_data(script: str) -> TokenFile:
   return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
 
 
-def fit(config: RATPlusConfig, params: Params | None, modes: list[str], data: TokenFile, script: str) -> None:
+def fit(config: RATPlusConfig, params: Params | None, mode_texts: list[str], data: TokenFile, script: str,
+        start: str | None = None) -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Args:
     params: where to start; None is a fresh draw from --seed.
-    modes: one loss for each, in their text form.
+    mode_texts: the modes in their text form, one loss for each.
+    start: the checkpoint that `params` come from.
+
+  Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches or start.
   """
+  modes = [parse_mode(text) for text in mode_texts]
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the model vocab_size="
                      f"{config.vocab_size}; use a model whose vocabulary holds the data's.")
@@ -53,13 +61,20 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[str], data: To
   if params is None:
     params = jax.jit(model.init)(jax.random.key(common.SEED.value), batch_at(0)["tokens"])["params"]
   state = rat_jax.init_train_state(model, params, optimizer)
+  notes = {"modes": [str(mode) for mode in modes], "combine": COMBINE.value, "seed": common.SEED.value,
+           "batch_size": BATCH_SIZE.value, "length": LENGTH.value, "documents_apart": DOCUMENTS_APART.value,
+           "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "start": start}
   if checkpoints.steps():
-    state, _ = checkpoints.restore(state, config)
+    state, saved = checkpoints.restore(state, config)
+    for name, value in notes.items():
+      if saved.get(name) != value:
+        raise ValueError(f"the checkpoint in {checkpoints.folder} is of a run with {name}={saved.get(name)!r}, this one"
+                         f" has {value!r}; use another --workdir, or the setting of that run.")
     print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
-        f" {', then '.join(modes)}, on {common.device()}")
-  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=tuple(parse_mode(mode) for mode in modes),
-        combine=COMBINE.value, accumulation=ACCUMULATION.value, log_every=LOG_EVERY.value,
+        f" {', then '.join(map(str, modes))}, on {common.device()}")
+  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes, notes=notes,
+        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
   print(f"checkpoint: {checkpoints.folder}")

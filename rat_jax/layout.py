@@ -68,7 +68,7 @@ def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, seg
     ids = jnp.where(jnp.asarray(positions) < 0, 0, ids)
   documents, counted = number_documents(ids)
   if positions is not None:
-    _check_growth(positions, documents)
+    _check_growth(positions, documents, counted)
     counted = jnp.where(ids != 0, jnp.asarray(positions, jnp.int32), -1)
   return Layout(counted, documents)
 
@@ -89,8 +89,8 @@ def check_lengths(lengths: Lengths | None, most: int) -> None:
 
 def check_tokens(tokens: Tokens, vocab_size: int) -> None:
   """Raises ValueError for tokens that are no int [B, T] or, where values can be seen, outside the vocabulary."""
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"tokens has shape {tokens.shape} and type {tokens.dtype}; give integers [B, T].")
+  if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens has shape {tokens.shape} and type {tokens.dtype}; give integers [B, T], T is at least 1.")
   if is_concrete(tokens) and tokens.size:
     low, high = np.min(np.asarray(tokens)), np.max(np.asarray(tokens))
     if low < 0 or high >= vocab_size:
@@ -98,11 +98,12 @@ def check_tokens(tokens: Tokens, vocab_size: int) -> None:
                        " Check the tokenizer and vocab_size.")
 
 
-def _check_growth(positions: Positions, documents: Array) -> None:
+def _check_growth(positions: Positions, documents: Array, counted: Array) -> None:
+  """Inside a document, positions and the count of its tokens keep their distance."""
   if not (is_concrete(positions) and is_concrete(documents)):
     return
-  at, document = np.asarray(positions), np.asarray(documents)
-  neighbours = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] > 0)
-  if (neighbours & (np.diff(at, axis=1) != 1)).any():
-    raise ValueError(f"positions={at.tolist()} do not grow by 1 inside a document; the memory reads tokens in their"
-                     " order, so give consecutive positions, or segment_ids that mark the documents.")
+  for row, document, count in zip(*map(np.asarray, (positions, documents, counted)), strict=True):
+    for number in np.unique(document[document > 0]):
+      if len(np.unique((row - count)[document == number])) > 1:
+        raise ValueError(f"positions={row.tolist()} do not grow by 1 inside a document; the memory reads tokens in"
+                         " their order, so give consecutive positions, or segment_ids that mark the documents.")

@@ -176,10 +176,16 @@ def test_bad_input_is_refused():
     rat_jax.prefill(model, params, tokens, np.array([3, 25, 1, 1]))
   with pytest.raises(ValueError, match="chunk=0"):
     rat_jax.prefill(model, params, tokens, chunk=0)
+  with pytest.raises(ValueError, match="T is at least 1"):
+    rat_jax.prefill(model, params, tokens[:, :0])
+  with pytest.raises(ValueError, match=r"mode='dense' is no mode; .*parse_mode"):
+    model.apply({"params": params}, tokens, mode="dense")
   with pytest.raises(ValueError, match="modes has 2 entries and the model num_layers=3"):
     model.apply({"params": params}, tokens, mode=PerLayer((Dense(), Dense())))
   with pytest.raises(ValueError, match="do not grow by 1"):
     model.apply({"params": params}, tokens, positions=np.zeros_like(tokens))
+  with pytest.raises(ValueError, match="do not grow by 1"):  # padding does not end a document
+    model.apply({"params": params}, tokens[:1, :4], positions=np.array([[0, -1, 2, 3]]))
   with pytest.raises(ValueError, match="segment_ids has shape"):
     model.apply({"params": params}, tokens, segment_ids=tokens[:, 1:])
   with pytest.raises(ValueError, match=r"next_tokens has shape \(3,\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -207,5 +208,9 @@ def test_bad_state_dicts_are_refused(authors):
     from_ratplus_state_dict({k: v for k, v in good.items() if k != "backbone.ln.weight"}, fixture.config)
   with pytest.raises(ValueError, match="has no place for"):
     from_ratplus_state_dict(good | {"backbone.layers.7.extra": np.zeros(3)}, fixture.config)
+  with pytest.raises(ValueError, match="set tie_embeddings=False"):
+    from_ratplus_state_dict(good | {"head.lm_head.weight": good["embedding.wte.weight"] + 1}, fixture.config)
+  with pytest.raises(ValueError, match=r"rope_base=500000\.0 does not fit"):
+    from_ratplus_state_dict(good, dataclasses.replace(fixture.config, rope_base=500000.0))
   with pytest.raises(ValueError, match="has shape"):
     from_ratplus_state_dict(good | {"backbone.ln.weight": np.zeros(3)}, fixture.config)

@@ -16,6 +16,7 @@ from conftest import GRADIENT, assert_close
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import Checkpoints, cross_entropy, train
+from rat_jax.train.step import _train_step
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
 MODEL = RATPlusLM(CONFIG)
@@ -86,10 +87,10 @@ def test_a_packed_batch_trains_as_its_documents_do(mode):
 
 def test_one_program_serves_all_steps():
   state = fresh_state()
-  before = rat_jax.train_step._cache_size()
+  before = _train_step._cache_size()
   for step in range(3):
     state, _ = rat_jax.train_step(MODEL, OPTIMIZER, state, batch_at(step), modes=(Dilated(3),))
-  assert rat_jax.train_step._cache_size() == before + 1
+  assert _train_step._cache_size() == before + 1
 
 
 def test_evaluation_weighs_targets_equally():
@@ -108,9 +109,9 @@ def test_stop_and_resume_is_bitwise_equal(tmp_path):
   straight = train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=6, modes=MODES, log_every=2)
   checkpoints = Checkpoints(tmp_path / "run")
   train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=3, modes=MODES, checkpoints=checkpoints,
-        metrics_path=tmp_path / "metrics.jsonl")
+        notes={"seed": 5}, metrics_path=tmp_path / "metrics.jsonl")
   resumed, notes = Checkpoints(tmp_path / "run").restore(fresh_state(), CONFIG)
-  assert notes == {"step": 3, "modes": ["dilated:4", "dense"]}
+  assert notes == {"seed": 5, "step": 3}
   resumed = train(MODEL, OPTIMIZER, resumed, batch_at, steps=6, modes=MODES, checkpoints=checkpoints,
                   metrics_path=tmp_path / "metrics.jsonl")
   jax.tree.map(np.testing.assert_array_equal, resumed, straight)
@@ -182,6 +183,17 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
 def test_bad_steps(arguments, message):
   with pytest.raises(ValueError, match=message):
     rat_jax.train_step(MODEL, OPTIMIZER, fresh_state(), batch_at(0), **arguments)
+
+
+def test_bad_batches():
+  state, good = fresh_state(), batch_at(0)
+  for change, message in ((dict(tokens=good["tokens"] + 31), r"vocabulary of this model is 0\.\.30"),
+                          (dict(targets=good["tokens"] - 31), r"use tokens 0\.\.30, or -100"),
+                          (dict(targets=good["targets"][:, 1:]), r"batch\['targets'\] has shape")):
+    with pytest.raises(ValueError, match=message):
+      rat_jax.train_step(MODEL, OPTIMIZER, state, good | change)
+    with pytest.raises(ValueError, match=message):
+      loss_by_mode(MODEL, state.params, [good | change], MODES)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -53,13 +53,16 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
     return p | {ours: take(prefix + theirs, e) for theirs, ours in _NORMS.items()}
 
   layers = [layer(i) for i in range(config.num_layers)]
-  params = {
-      "embedding": take("embedding.wte.weight", config.vocab_size, e),
+  embedding = take("embedding.wte.weight", config.vocab_size, e)
+  params: Params = {
+      "embedding": embedding,
       "layers": {name: np.stack([p[name] for p in layers]) for name in layers[0]},
       "final_norm": take("backbone.ln.weight", e),
   }
   if not config.tie_embeddings:
     params["head"] = take("head.lm_head.weight", config.vocab_size, e)
+  elif "head.lm_head.weight" in entries and not np.array_equal(entries["head.lm_head.weight"], embedding):
+    raise ValueError("'head.lm_head.weight' differs from the embedding; set tie_embeddings=False to keep it.")
   unknown = entries.keys() - taken - {"head.lm_head.weight"}
   if unknown:
     raise ValueError(f"the state dict has entries that this config has no place for: {sorted(unknown)[:5]}; check"
@@ -94,7 +97,8 @@ def _fused_heads(config: RATPlusConfig) -> dict[str, int]:
 
 
 def _check_config(config: RATPlusConfig) -> None:
-  needs = {"mlp": "gelu", "output_gate": True, "norm_placement": "pre", "qk_norm": False, "gate_bias": None}
+  needs = {"mlp": "gelu", "output_gate": True, "norm_placement": "pre", "qk_norm": False, "gate_bias": None,
+           "norm_eps": 1e-6, "rope_base": 10000.0}
   for name, value in needs.items():
     if getattr(config, name) != value:
       raise ValueError(f"{name}={getattr(config, name)!r} does not fit the authors' layer, which has {name}={value!r}.")

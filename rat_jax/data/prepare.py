@@ -21,8 +21,8 @@ def prepare(source: str | os.PathLike, folder: str | os.PathLike, *, heldout: fl
             skip: Collection[str] = ()) -> dict[str, TokenFile]:
   """Writes `folder`/train.bin and heldout.bin, with sidecars, from a text file or a folder of text files.
 
-  A file is a document; a single file is cut into documents of about 64 KiB at line ends. Whether a document is
-  held out depends on its content alone, so equal documents stay on one side.
+  A file is a document; a single file is cut into documents of about 64 KiB at line ends. Documents are
+  put in the order of a hash of their content, equal ones once, and the first share of them is held out.
 
   Args:
     source: a file, or a folder that is searched through for files that match `pattern`; in a folder, files that

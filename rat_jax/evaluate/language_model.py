@@ -11,7 +11,7 @@ import jax
 from rat_jax.axes import Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
-from rat_jax.train.loss import cross_entropy
+from rat_jax.train.loss import check_batch, cross_entropy
 
 
 def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str, Any]], modes: Sequence[Mode]
@@ -29,6 +29,7 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
   if not sums:
     raise ValueError("modes is empty; give at least one mode.")
   for batch in batches:
+    check_batch(batch, model.config.vocab_size)
     for mode in sums:
       total, targets = _loss(model, mode, params, batch)
       sums[mode] += float(total)

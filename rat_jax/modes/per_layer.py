@@ -41,7 +41,9 @@ class Run(NamedTuple):
 
 
 def layer_modes(mode: Mode, num_layers: int) -> tuple[Mode, ...]:
-  """The mode of every layer. Raises ValueError for a PerLayer of another length."""
+  """The mode of every layer. Raises ValueError for a PerLayer of another length, and for what is no mode."""
+  if not isinstance(mode, Mode):
+    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
   if not isinstance(mode, PerLayer):
     return (mode,) * num_layers
   if len(mode.modes) != num_layers:

@@ -6,7 +6,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +17,20 @@ from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
 from rat_jax.train.optimizer import Optimizer
-from rat_jax.train.step import ARL, Batch, TrainState, train_step
+from rat_jax.train.step import ARL, Batch, Combine, TrainState, train_step
 
 
 def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
-          modes: tuple[Mode, ...] = ARL, combine: str = "sequential", accumulation: int = 1, log_every: int = 10,
+          modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1, log_every: int = 10,
           metrics_path: pathlib.Path | None = None, checkpoints: Checkpoints | None = None, save_every: int = 0,
-          label: str = "train") -> TrainState:
+          notes: Mapping[str, Any] | None = None, label: str = "train") -> TrainState:
   """Trains from `state.step` up to `steps` batches.
 
   Args:
     batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
     log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines.
     checkpoints, save_every: where and how often to save; the last state is saved too.
+    notes: what a checkpoint is to say of the run besides its step; plain JSON.
 
   Raises:
     FloatingPointError: a loss that is not finite. Names the step and the last good checkpoint, which stays.
@@ -54,7 +55,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
         bar.set_postfix(loss="/".join(f"{x:.3f}" for x in lines[-1]["loss"]),
                         tok_s=f"{lines[-1]['tokens_per_second']:.0f}")
         if saves and checkpoints is not None:
-          checkpoints.save(state, model.config, {"step": step + 1, "modes": [str(mode) for mode in modes]})
+          checkpoints.save(state, model.config, {**(notes or {}), "step": step + 1})
         clock = time.perf_counter()
   return state
 
@@ -75,7 +76,7 @@ def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:
       file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def _check(lines: list[dict[str, Any]], modes: tuple[Mode, ...], checkpoints: Checkpoints | None) -> None:
+def _check(lines: list[dict[str, Any]], modes: Sequence[Mode], checkpoints: Checkpoints | None) -> None:
   for line in lines:
     for mode, loss in zip(modes, line["loss"], strict=True):
       if not np.isfinite(loss):

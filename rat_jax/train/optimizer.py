@@ -49,7 +49,8 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
     cosine = min_learning_rate + (learning_rate - min_learning_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
     return jnp.where(count < warmup_steps, warmup, cosine)
 
-  adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "eps", "weight_decay"))(
+  adamw = optax.inject_hyperparams(
+      optax.adamw, static_args=("b1", "b2", "eps", "weight_decay"), hyperparam_dtype=jnp.float32)(
       learning_rate=learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay)
   return Optimizer(adamw, schedule, clip_norm)
 
@@ -57,7 +58,7 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
 def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Array
            ) -> tuple[Params, optax.OptState, Array]:
   """One clipped update. Returns the new parameters, the new optimizer state and the norm before clipping."""
-  norm = optax.tree.norm(grads)
+  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
   scale = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-6))
   grads = jax.tree.map(lambda g: g * scale, grads)
   opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": learning_rate})

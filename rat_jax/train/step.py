@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,10 +20,11 @@ from rat_jax.axes import Array, Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
-from rat_jax.train.loss import cross_entropy
+from rat_jax.train.loss import IGNORED, check_batch, cross_entropy
 from rat_jax.train.optimizer import Optimizer
 
 Batch = dict[str, Array]
+Combine = Literal["sequential", "sum"]
 ARL = (Dilated(64), Dense())
 
 
@@ -42,14 +44,13 @@ def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> 
   return TrainState(params, optimizer.transform.init(params), jnp.int32(0))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("modes", "combine", "accumulation"))
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
-               modes: tuple[Mode, ...] = ARL, combine: Literal["sequential", "sum"] = "sequential",
+               modes: Sequence[Mode] = ARL, combine: Combine = "sequential",
                accumulation: int = 1) -> tuple[TrainState, dict[str, Any]]:
   """One batch of training.
 
-  Compiled for each set of `modes`, `combine` and `accumulation`. To give the old state's memory away, wrap it:
-  `jax.jit(rat_jax.train_step, static_argnums=(0, 1), static_argnames=..., donate_argnums=2)`.
+  Compiled once for each set of `modes`, `combine` and `accumulation`. To give the old state's memory away, wrap it:
+  `jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=...), donate_argnums=0)`.
 
   Args:
     batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T].
@@ -63,7 +64,8 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     targets of the batch).
 
   Raises:
-    ValueError: no modes, an unknown `combine`, a batch that `accumulation` does not divide, misshapen targets.
+    ValueError: no modes, an unknown `combine`, a batch that `accumulation` does not divide, misshapen targets;
+    outside of compilation, tokens or targets that are not in the vocabulary.
   """
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
@@ -71,9 +73,12 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   size = batch["tokens"].shape[0]
   if accumulation < 1 or size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
-  for name in batch.keys() & {"targets", "segment_ids"}:
-    if batch[name].shape != batch["tokens"].shape:
-      raise ValueError(f"batch[{name!r}] has shape {batch[name].shape}; tokens have {batch['tokens'].shape}.")
+  check_batch(batch, model.config.vocab_size)
+  return _train_step(model, optimizer, modes, combine, accumulation, state, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _train_step(model, optimizer, modes, combine, accumulation, state, batch):
   learning_rate = optimizer.schedule(state.step)
   params, opt_state = state.params, state.opt_state
   losses, norms = [], []
@@ -83,7 +88,7 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     losses.append(loss)
     norms.append(norm)
   metrics = {"loss": jnp.concatenate(losses), "grad_norm": jnp.stack(norms), "learning_rate": learning_rate,
-             "tokens": jnp.sum(batch["targets"] >= 0)}
+             "tokens": jnp.sum(batch["targets"] != IGNORED)}
   return TrainState(params, opt_state, state.step + 1), metrics
 
 
