@@ -25,4 +25,4 @@ Queries = Array    # [B, T, N, H]
 Keys = Array       # [B, S, K, H], also values
 Logits = Array     # float32 [B, T, V]
 State = tuple[Array, Array]  # the memory after the last token, k~ and v~ before RoPE: float32 [B, K, H] each
-Params = dict[str, Any]      # the parameter tree (rat_jax.model.init_params)
+Params = dict[str, Any]      # the parameter tree (rat_jax.transformer.initializers)

@@ -55,12 +55,6 @@ def initializers(config: RATPlusConfig) -> dict[str, Callable[[Array], Any]]:
   return entries
 
 
-def init_params(config: RATPlusConfig, key: Array) -> Params:
-  """A fresh parameter tree: normal weights (`config.init_std`), norms at one, the retrofit's gate at its bias."""
-  entries = initializers(config)
-  return {name: draw(k) for (name, draw), k in zip(entries.items(), jax.random.split(key, len(entries)), strict=True)}
-
-
 def _std(config: RATPlusConfig, fan_in: int, writes_residual: bool = False) -> float:
   if config.init_std is not None:
     return config.init_std
