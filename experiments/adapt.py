@@ -14,12 +14,12 @@ from experiments import common, training
 from rat_jax.train import Checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints to start from.", required=True)
-MODE = flags.DEFINE_string("mode", "dilated:16,window=32,sinks=4", "The mode to adapt to.")
+MODE = common.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
 
 
 def main() -> None:
   config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
-  training.fit(config, params, [MODE.value], training.train_data("adapt"), "adapt",
+  training.fit(config, params, MODE.value, training.train_data("adapt"), "adapt",
                start=str(pathlib.Path(CHECKPOINT.value).absolute()))
 
 

@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
+from rat_jax import parse_mode
 from rat_jax.data import TokenFile, prepare, prepare_standard_library
+from rat_jax.modes import Mode
 
 SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written. Default: runs/<script>.")
+
+
+class _ModeParser(flags.ArgumentParser):
+  syntactic_help = "a mode's text form, such as dilated:16,window=32,sinks=4"
+
+  def parse(self, argument):
+    return argument if isinstance(argument, Mode) else parse_mode(argument)
+
+  def flag_type(self):
+    return "mode"
+
+
+def define_modes(default: Sequence[str], help_text: str) -> flags.FlagHolder[list[Mode]]:
+  """A flag --mode that can be repeated and holds modes; a bad one is refused before anything runs."""
+  return flags.DEFINE_multi(_ModeParser(), flags.ArgumentSerializer(), "mode", list(default), help_text)
 
 
 def run(main) -> None:
@@ -26,7 +44,7 @@ def run(main) -> None:
       raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a --flag.")
     try:
       main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
       if logging.level_debug():
         raise
       print(f"error: {error}", file=sys.stderr)

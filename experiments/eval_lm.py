@@ -12,14 +12,14 @@ from absl import flags
 
 import rat_jax
 from experiments import common
-from rat_jax import RATPlusLM, parse_mode
+from rat_jax import RATPlusLM
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import Checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
 DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
-MODES = flags.DEFINE_multi_string(
-    "mode", ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
+MODES = common.define_modes(
+    ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
              "dilated:16,window=32,sinks=4", "streaming_llm:32"], "A mode; repeat the flag for several.")
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
@@ -33,16 +33,16 @@ def main() -> None:
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the checkpoint's vocab_size is"
                      f" {config.vocab_size}; they belong to different tokenizers.")
-  modes = [parse_mode(mode) for mode in MODES.value]
   batches = data.epoch(batch_size=BATCH_SIZE.value, length=LENGTH.value, limit=WINDOWS.value)
-  losses = loss_by_mode(RATPlusLM(config), params, batches, modes)
+  losses = loss_by_mode(RATPlusLM(config), params, batches, MODES.value)
+  unit = "byte" if data.sidecar.tokenizer == "bytes" else "token"
   rows, result = [], {}
   for mode, nats in losses.items():
     keys = float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value)))
     size = rat_jax.cache_bytes(config, mode, 1, LENGTH.value)
     result[str(mode)] = {"bits_per_token": nats / math.log(2), "keys_per_query": keys, "cache_bytes": size}
     rows.append([str(mode), f"{keys:g}", f"{size:,}", f"{nats / math.log(2):.4f}"])
-  table = common.markdown_table(["mode", "keys per query", "cache bytes", "bits per byte"], rows)
+  table = common.markdown_table(["mode", "keys per query", "cache bytes", f"bits per {unit}"], rows)
   print(table)
   (folder / "table.md").write_text(table + "\n")
   common.write_json(folder / "results.json", {"checkpoint": CHECKPOINT.value, "notes": notes, "length": LENGTH.value,

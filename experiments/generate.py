@@ -14,11 +14,12 @@ from absl import flags
 
 import rat_jax
 from experiments import common
-from rat_jax import RATPlusLM, parse_mode
+from rat_jax import RATPlusLM
+from rat_jax.data import BYTES
 from rat_jax.train import Checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
-MODES = flags.DEFINE_multi_string("mode", ["dense"], "The mode; repeat the flag for several.")
+MODES = common.define_modes(["dense"], "The mode; repeat the flag for several.")
 PROMPT = flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to continue, instead of --prompt.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens (bytes) to add.", lower_bound=1)
@@ -28,13 +29,16 @@ TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of 
 
 def main() -> None:
   config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
+  if config.vocab_size > BYTES:
+    raise ValueError(f"the checkpoint has vocab_size={config.vocab_size}; this script writes bytes, so it serves models"
+                     f" of at most {BYTES} tokens.")
   text = pathlib.Path(PROMPT_FILE.value).read_bytes() if PROMPT_FILE.value else PROMPT.value.encode()
   if not text:
     raise ValueError("the prompt is empty; give at least one byte.")
   prompt = np.frombuffer(text, np.uint8)[None].astype(np.int32)
   for mode in MODES.value:
     start = time.perf_counter()
-    new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=parse_mode(mode), temperature=TEMPERATURE.value,
+    new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=mode, temperature=TEMPERATURE.value,
                            max_new_tokens=MAX_NEW_TOKENS.value, top_p=TOP_P.value,
                            key=jax.random.key(common.SEED.value))
     continued = bytes(np.asarray(new)[0].astype(np.uint8).tolist()).decode("utf-8", "replace")

@@ -24,19 +24,27 @@ MLP_WIDTH = flags.DEFINE_integer("mlp_width", None, "MLP width F. Default: 4 * w
 MLP = flags.DEFINE_enum("mlp", "gelu", ["gelu", "swiglu"], "The MLP.")
 MEMORY = flags.DEFINE_bool("memory", True, "False is the attention baseline.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
-MODES = flags.DEFINE_multi_string("mode", ["dilated:64", "dense"], "One update of every batch for each, in order.")
+MODES = common.define_modes(["dilated:64", "dense"], "One update of every batch for each, in order.")
 
 
 def main() -> None:
   data = training.train_data("pretrain")
+  training.fit(configuration(data.sidecar.vocab_size), None, MODES.value, data, "pretrain")
+
+
+def configuration(vocab_size: int) -> RATPlusConfig:
+  """What the flags ask for. Raises ValueError for sizes beside --preset."""
+  sizes: dict[str, Any] = {"num_layers": LAYERS, "embed_dim": WIDTH, "num_heads": HEADS, "num_kv_heads": KV_HEADS,
+                           "mlp_dim": MLP_WIDTH, "mlp": MLP}
+  choices: dict[str, Any] = {"memory": MEMORY, "dtype": DTYPE}
   if PRESET.value:
-    config = dataclasses.replace(RATPlusConfig.preset(PRESET.value), memory=MEMORY.value)
-  else:
-    choices: dict[str, Any] = {"mlp_dim": MLP_WIDTH.value, "mlp": MLP.value, "memory": MEMORY.value,
-                               "dtype": DTYPE.value}
-    config = RATPlusConfig(vocab_size=data.sidecar.vocab_size, num_layers=LAYERS.value, embed_dim=WIDTH.value,
-                           num_heads=HEADS.value, num_kv_heads=KV_HEADS.value or HEADS.value, init_std=None, **choices)
-  training.fit(config, None, MODES.value, data, "pretrain")
+    beside = [flag.name for flag in sizes.values() if flag.present]
+    if beside:
+      raise ValueError(f"--preset={PRESET.value} has its own sizes and --{beside[0]} is given too; drop one of them.")
+    given = {name: flag.value for name, flag in choices.items() if flag.present}
+    return dataclasses.replace(RATPlusConfig.preset(PRESET.value), **given)
+  return RATPlusConfig(vocab_size=vocab_size, init_std=None,
+                       **{name: flag.value for name, flag in (sizes | choices).items()})
 
 
 if __name__ == "__main__":

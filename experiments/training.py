@@ -9,9 +9,10 @@ from absl import flags
 
 import rat_jax
 from experiments import common
-from rat_jax import RATPlusConfig, RATPlusLM, parse_mode
+from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
+from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.step import Combine
 
@@ -25,7 +26,8 @@ WARMUP = flags.DEFINE_float("warmup", 0.05, "Share of the steps with linear warm
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on every parameter.")
 COMBINE = flags.DEFINE_enum("combine", "sequential", ["sequential", "sum"], "One update per mode, or one in all.")
 DOCUMENTS_APART = flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
-SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.")
+SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.",
+                                 lower_bound=0)
 LOG_EVERY = flags.DEFINE_integer("log_every", 20, "Batches between lines on the terminal.", lower_bound=1)
 
 
@@ -34,18 +36,17 @@ def train_data(script: str) -> TokenFile:
   return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
 
 
-def fit(config: RATPlusConfig, params: Params | None, mode_texts: list[str], data: TokenFile, script: str,
+def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: TokenFile, script: str,
         start: str | None = None) -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Args:
     params: where to start; None is a fresh draw from --seed.
-    mode_texts: the modes in their text form, one loss for each.
+    modes: one loss for each.
     start: the checkpoint that `params` come from.
 
   Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches or start.
   """
-  modes = [parse_mode(text) for text in mode_texts]
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the model vocab_size="
                      f"{config.vocab_size}; use a model whose vocabulary holds the data's.")

@@ -14,7 +14,7 @@ from pallas_kernels.dilated_attention.api import dilated_attention
 from rat_jax import layout as layouts
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.layout import Layout
-from rat_jax.modes import Mode, PerLayer, visible
+from rat_jax.modes import Mode, mode_of_layer, visible
 
 # Below this length the scores of dense attention [T, T] are small enough to be held at once.
 _WHOLE_DENSE = 1024
@@ -38,14 +38,16 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
     [B, T, N, H] in q's type.
 
   Raises:
-    ValueError: shapes that do not match, `segment_ids` together with `q_positions` or `lengths`.
+    ValueError: shapes that do not match, `segment_ids` together with `q_positions` or `lengths`, a PerLayer without
+      such a layer.
   """
   del row_ids
-  batch, width = k.shape[:2]
-  if q.ndim != 4 or k.shape != v.shape or q.shape[0] != batch or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+  if (q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]
+      or q.shape[2] % k.shape[2]):
     raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v [B, S, K, H]"
                      " with N a multiple of K.")
-  mode = mode.modes[layer] if isinstance(mode, PerLayer) else mode
+  batch, width = k.shape[:2]
+  mode = mode_of_layer(mode, layer)
   if segment_ids is not None:
     if q_positions is not None or lengths is not None or q.shape[1] != width:
       raise ValueError("segment_ids serve whole sequences (T = S) without q_positions and lengths; mark padding by"
@@ -55,8 +57,9 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
   if q_positions is None:
     if q.shape[1] == width and lengths is None:
       return attend_sequence(q, k, v, mode, keys)
-    count = jnp.full(batch, width, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    count = layouts.as_lengths(lengths, batch, width)
     q_positions = count[:, None] + jnp.arange(-q.shape[1], 0, dtype=jnp.int32)
+  q_positions = jnp.asarray(layouts.as_integers("q_positions", q_positions, q.shape[:2]), jnp.int32)
   return attend_keys(q, k, v, mode, q_positions, keys.positions)[0].astype(q.dtype)
 
 

@@ -19,6 +19,7 @@ Array = jax.Array
 # Inputs may be numpy arrays or jax arrays.
 Tokens = Array | np.ndarray     # int32 [B, T]
 Positions = Array | np.ndarray  # int32 [B, T]; -1 is padding
+SegmentIds = Array | np.ndarray  # int32 [B, T]; 0 is padding
 Lengths = Array | np.ndarray    # int32 [B]
 Stream = Array     # float32 [B, T, E], the residual stream
 Queries = Array    # [B, T, N, H]

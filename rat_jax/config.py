@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 import typing
 from typing import Any, Literal
@@ -57,13 +58,14 @@ class RATPlusConfig:
         raise ValueError(f"{name}={value!r} is unknown; use one of {choices}.")
       if hint is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a bool; use True or False.")
-    for name in ("rope_base", "norm_eps", "init_std"):
-      value = getattr(self, name)
-      if not (name == "init_std" and value is None) and not (_is_number(value) and value > 0):
-        raise ValueError(f"{name}={value!r}; use a number above 0.")
-    if self.gate_bias is not None and not (_is_number(self.gate_bias) and self.memory):
-      raise ValueError(f"gate_bias={self.gate_bias!r} with memory={self.memory}; use a number, and only with"
-                       " memory=True (attention has no gate).")
+    self._settle_float("rope_base", "use a finite number above 0", positive=True)
+    self._settle_float("norm_eps", "use a finite number above 0", positive=True)
+    if self.init_std is not None:
+      self._settle_float("init_std", "use a finite number above 0, or None for 1/sqrt(fan-in)", positive=True)
+    if self.gate_bias is not None:
+      self._settle_float("gate_bias", "use a finite number, or None for no bias")
+      if not self.memory:
+        raise ValueError(f"gate_bias={self.gate_bias} with memory=False; use None: attention has no gate.")
 
   def _settle_size(self, name: str, default: int | None) -> None:
     value = getattr(self, name)
@@ -71,6 +73,13 @@ class RATPlusConfig:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
       raise ValueError(f"{name}={value!r}; use an integer of at least 1.")
     object.__setattr__(self, name, int(value))
+
+  def _settle_float(self, name: str, fix: str, positive: bool = False) -> None:
+    value = getattr(self, name)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (positive and value <= 0):
+      raise ValueError(f"{name}={value!r}; {fix}.")
+    object.__setattr__(self, name, float(value))
 
   @classmethod
   def preset(cls, name: str) -> RATPlusConfig:
@@ -103,10 +112,6 @@ class RATPlusConfig:
     """The fields in which two configurations differ, "field: mine, theirs" each; empty when they are equal."""
     pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
     return "; ".join(f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs)
-
-
-def _is_number(value: object) -> bool:
-  return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _ratplus(num_layers: int, embed_dim: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,17 @@ def generate(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths 
   """
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens={max_new_tokens}; use at least 1.")
-  if temperature < 0 or not 0 < top_p <= 1:
-    raise ValueError(f"temperature={temperature}, top_p={top_p}; use a temperature of 0 or more and top_p in (0, 1].")
+  if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
+    raise ValueError(f"temperature={temperature}, top_p={top_p}; use a finite temperature of 0 or more and top_p in"
+                     " (0, 1].")
   if temperature > 0 and key is None:
     raise ValueError(f"temperature={temperature} samples and needs a random key; pass key=jax.random.key(seed).")
   if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
     raise ValueError(f"eos_id={eos_id} is outside the vocabulary 0..{model.config.vocab_size - 1}.")
-  if lengths is not None and layouts.is_concrete(lengths) and not np.all(lengths):
-    raise ValueError(f"the prompt of row {np.argmin(np.asarray(lengths))} is empty; give every row at least one token.")
+  tokens = layouts.as_tokens(tokens, model.config.vocab_size)
+  lengths = layouts.as_lengths(lengths, *tokens.shape)
+  if layouts.is_concrete(lengths) and not np.all(lengths):
+    raise ValueError(f"the prompt of row {np.argmin(lengths)} is empty; give every row at least one token.")
   logits, cache = prefill(model, params, tokens, lengths, mode=mode, max_length=tokens.shape[1] + max_new_tokens)
   key = jax.random.key(0) if key is None else key
   return _continue(max_new_tokens, temperature > 0, top_p < 1, eos_id, params, logits, cache, key,

@@ -13,7 +13,6 @@ from pallas_kernels import softmax
 from rat_jax import attention, cache as caches, layout as layouts, transformer
 from rat_jax.axes import Array, Lengths, Logits, Params, Positions, Stream, Tokens
 from rat_jax.cache import Cache, KVCache, Slots
-from rat_jax.config import RATPlusConfig
 from rat_jax.layout import Layout
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Mode, layer_runs
@@ -37,13 +36,14 @@ def prefill(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths |
     ValueError: a prompt longer than max_length, tokens outside the vocabulary, lengths outside 0..T, chunk < 1.
   """
   config = model.config
-  lengths = _check_input(config, tokens, lengths)
+  tokens = layouts.as_tokens(tokens, config.vocab_size)
+  lengths = layouts.as_lengths(lengths, *tokens.shape)
   longest = int(np.max(np.asarray(lengths))) if layouts.is_concrete(lengths) else tokens.shape[1]
   if longest > max_length:
     raise ValueError(f"max_length={max_length} is below the prompt's {longest} tokens; raise max_length.")
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk={chunk}; use at least 1, or None for the whole prompt at once.")
-  return _prefill(config, mode, max_length, chunk, params, jnp.asarray(tokens), lengths)
+  return _prefill(config, mode, max_length, chunk, params, tokens, lengths)
 
 
 def extend(model: RATPlusLM, params: Params, tokens: Tokens, cache: Cache, lengths: Lengths | None = None, *,
@@ -62,36 +62,29 @@ def extend(model: RATPlusLM, params: Params, tokens: Tokens, cache: Cache, lengt
   """
   del prompt
   _check_cache(model, cache)
-  lengths = _check_input(model.config, tokens, lengths)
+  tokens = layouts.as_tokens(tokens, model.config.vocab_size)
+  if tokens.shape[0] != cache.lengths.shape[0]:
+    raise ValueError(f"tokens has {tokens.shape[0]} rows and the cache {cache.lengths.shape[0]}; give every row of the"
+                     " cache its tokens (lengths 0 leaves a row as it is).")
+  lengths = layouts.as_lengths(lengths, *tokens.shape)
   if layouts.is_concrete(cache.lengths) and layouts.is_concrete(lengths):
     total = np.asarray(cache.lengths) + np.asarray(lengths)
     if (total > cache.max_length).any():
       raise ValueError(f"the cache has max_length={cache.max_length} and rows would grow to {total.tolist()} tokens;"
                        " make it with a larger max_length.")
-  return _extend(params, jnp.asarray(tokens), cache, lengths)
+  return _extend(params, tokens, cache, lengths)
 
 
 def decode_step(model: RATPlusLM, params: Params, next_tokens: Array, cache: Cache) -> tuple[Array, Cache]:
   """One token for every row: int [B] in, float32 [B, V] logits and the new cache out.
 
-  A row whose cache is full is not written and gets NaN logits. Raises ValueError for a cache of another model.
+  A row whose cache is full is not written and gets NaN logits. Raises ValueError for a cache of another model and for
+  tokens that are not one integer for each row; values are looked at only where they lie on the host.
   """
   _check_cache(model, cache)
-  if next_tokens.shape != cache.lengths.shape:
-    raise ValueError(f"next_tokens has shape {next_tokens.shape}; the cache has rows {cache.lengths.shape}.")
-  logits, cache = _extend(params, jnp.asarray(next_tokens)[:, None], cache, jnp.ones_like(cache.lengths))
+  tokens = layouts.as_next_tokens(next_tokens, cache.lengths.shape[0], model.config.vocab_size)
+  logits, cache = _extend(params, tokens[:, None], cache, jnp.ones_like(cache.lengths))
   return logits[:, 0], cache
-
-
-def _check_input(config: RATPlusConfig, tokens: Tokens, lengths: Lengths | None) -> Lengths:
-  layouts.check_tokens(tokens, config.vocab_size)
-  batch, length = tokens.shape
-  if lengths is None:
-    return jnp.full(batch, length, jnp.int32)
-  if lengths.shape != (batch,):
-    raise ValueError(f"lengths has shape {lengths.shape}; tokens have {batch} rows.")
-  layouts.check_lengths(lengths, length)
-  return jnp.asarray(lengths, jnp.int32)
 
 
 def _check_cache(model: RATPlusLM, cache: Cache) -> None:
@@ -107,6 +100,7 @@ def _prefill(config, mode, max_length, chunk, params, tokens, lengths):
   if chunk is None or chunk >= length:
     x, cache = advance(params, tokens, cache, lengths, fresh=True)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.where(lengths[:, None] > 0, last, 0)  # an empty row has no last token
     return transformer.logits(config, params, last), cache
 
   def body(carry, piece):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.packing import number_documents
-from rat_jax.axes import Array, Lengths, Positions, Tokens
+from rat_jax.axes import Array, Lengths, Positions, SegmentIds, Tokens
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ def consecutive(start: Lengths, count: Lengths, length: int) -> Layout:
   return Layout(jnp.where(offset < count[:, None], start[:, None] + offset, -1))
 
 
-def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, segment_ids: Array | None = None,
+def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, segment_ids: SegmentIds | None = None,
               lengths: Lengths | None = None) -> Layout:
   """The layout of tokens of a shape [B, T], from `apply`'s arguments.
 
@@ -52,17 +52,16 @@ def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, seg
   for lengths outside 0..T.
   """
   batch, length = shape
-  for name, value, wanted in (("positions", positions, (batch, length)), ("segment_ids", segment_ids, (batch, length)),
-                             ("lengths", lengths, (batch,))):
-    if value is not None and value.shape != wanted:
-      raise ValueError(f"{name} has shape {value.shape}; it must be {wanted} for tokens {shape}.")
-  check_lengths(lengths, length)
-  count = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+  if positions is not None:
+    positions = as_integers("positions", positions, shape)
+  if segment_ids is not None:
+    segment_ids = as_integers("segment_ids", segment_ids, shape)
+  count = as_lengths(lengths, batch, length)
   plain = dataclasses.replace(consecutive(jnp.zeros(batch, jnp.int32), count, length), plain=True,
                               padded=lengths is not None)
   if positions is None and segment_ids is None:
     return plain
-  ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+  ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
   ids = jnp.where(plain.positions >= 0, ids, 0)
   if positions is not None:
     ids = jnp.where(jnp.asarray(positions) < 0, 0, ids)
@@ -74,27 +73,56 @@ def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, seg
 
 
 def is_concrete(x: object) -> bool:
-  """Whether the values of x can be looked at: not while a program is being traced."""
-  return x is not None and not isinstance(x, jax.core.Tracer)
+  """Whether the values of x can be looked at: not while a program is traced, nor where other hosts hold a part."""
+  return x is not None and not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def check_lengths(lengths: Lengths | None, most: int) -> None:
-  """Raises ValueError for lengths outside 0..most, where their values can be looked at."""
-  if is_concrete(lengths):
-    bad = (np.asarray(lengths) < 0) | (np.asarray(lengths) > most)
-    if bad.any():
-      raise ValueError(f"lengths={np.asarray(lengths).tolist()}; every row counts the real tokens of an array of"
-                       f" width {most}, so use 0..{most}.")
-
-
-def check_tokens(tokens: Tokens, vocab_size: int) -> None:
-  """Raises ValueError for tokens that are no int [B, T] or, where values can be seen, outside the vocabulary."""
+def as_tokens(tokens: Tokens, vocab_size: int) -> Array:
+  """Tokens as int32 [B, T]. Raises ValueError for another shape or type and, where values can be seen, for what is
+  outside the vocabulary."""
+  tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
   if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens has shape {tokens.shape} and type {tokens.dtype}; give integers [B, T], T is at least 1.")
+  _check_vocabulary("tokens", tokens, vocab_size)
+  return jnp.asarray(tokens, jnp.int32)
+
+
+def as_next_tokens(tokens: Tokens, batch: int, vocab_size: int) -> Array:
+  """The next token of every row as int32 [B]. As `as_tokens`, but an array on a device is not waited for."""
+  on_host = not isinstance(tokens, jax.Array)
+  tokens = as_integers("next_tokens", tokens, (batch,))
+  if on_host:
+    _check_vocabulary("next_tokens", tokens, vocab_size)
+  return jnp.asarray(tokens, jnp.int32)
+
+
+def as_lengths(lengths: Lengths | None, batch: int, width: int) -> Array:
+  """Lengths as int32 [B]; None is `width` everywhere. Raises ValueError for another shape or type and, where values
+  can be seen, for one outside 0..width."""
+  if lengths is None:
+    return jnp.full(batch, width, jnp.int32)
+  lengths = as_integers("lengths", lengths, (batch,))
+  if is_concrete(lengths):
+    values = np.asarray(lengths)
+    if ((values < 0) | (values > width)).any():
+      raise ValueError(f"lengths={values.tolist()}; every row counts the real tokens of an array of width {width}, so"
+                       f" use 0..{width}.")
+  return jnp.asarray(lengths, jnp.int32)
+
+
+def as_integers(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> Array | np.ndarray:
+  """`value` (a list too) as an array. Raises ValueError unless it holds integers of that shape."""
+  value = value if isinstance(value, jax.Array) else np.asarray(value)
+  if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
+    raise ValueError(f"{name} has shape {value.shape} and type {value.dtype}; it must be integers of shape {shape}.")
+  return value
+
+
+def _check_vocabulary(name: str, tokens: Tokens, vocab_size: int) -> None:
   if is_concrete(tokens) and tokens.size:
     low, high = np.min(np.asarray(tokens)), np.max(np.asarray(tokens))
     if low < 0 or high >= vocab_size:
-      raise ValueError(f"tokens run from {low} to {high}; the vocabulary of this model is 0..{vocab_size - 1}."
+      raise ValueError(f"{name} run from {low} to {high}; the vocabulary of this model is 0..{vocab_size - 1}."
                        " Check the tokenizer and vocab_size.")
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_scan.api import gated_scan
 from pallas_kernels.packing import number_documents
+from rat_jax import layout as layouts
 from rat_jax.axes import Array, Keys, State
 
 
@@ -35,9 +36,13 @@ def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
   Raises:
     ValueError: shapes that do not match.
   """
+  gate_logits, k, v = (jnp.asarray(x) for x in (gate_logits, k, v))
+  if gate_logits.ndim != 4 or k.shape != gate_logits.shape or v.shape != gate_logits.shape:
+    raise ValueError(f"gate_logits, k, v have shapes {gate_logits.shape}, {k.shape}, {v.shape}; give [B, T, K, H]"
+                     " each.")
   reset = None
   if segment_ids is not None:
-    documents, positions = number_documents(segment_ids)
+    documents, positions = number_documents(jnp.asarray(layouts.as_integers("segment_ids", segment_ids, k.shape[:2])))
     reset = (positions == 0) & (documents > 1)
     real = (documents > 0)[:, :, None, None]
     gate_logits = jnp.where(real, gate_logits.astype(jnp.float32), jnp.inf)

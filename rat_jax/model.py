@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from rat_jax import layout as layouts, transformer
 from rat_jax.axes import Array, Lengths, Logits, Positions, Tokens
@@ -40,9 +39,8 @@ class RATPlusLM(nn.Module):
       ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length.
     """
     config = self.config
-    layouts.check_tokens(tokens, config.vocab_size)
+    tokens = layouts.as_tokens(tokens, config.vocab_size)
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
-    x = transformer.hidden_states(config, params, jnp.asarray(tokens), mode, layout)
+    x = transformer.hidden_states(config, params, tokens, mode, layout)
     return transformer.logits(config, params, x)
-

@@ -39,6 +39,10 @@ def mask_of(mode, length, batch):
   return np.broadcast_to(visible(mode, np.arange(length), np.arange(length)), (batch, length, length))
 
 
+# One program per example is much quicker than one per operation.
+two_part_form = jax.jit(xla.dilated_attention, static_argnums=(3, 4, 5))
+operation = jax.jit(dilated_attention, static_argnames=("dilation", "window", "sinks"))
+attend = jax.jit(rat_jax.attend, static_argnums=3)
 patterns = st.tuples(st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 20), st.integers(0, 12))
 
 
@@ -47,9 +51,9 @@ patterns = st.tuples(st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 20
 def test_the_two_part_form_equals_the_oracle(pattern, length, heads):
   q, k, v = draw(2, length, *heads, 8)
   expected = oracle(q, k, v, mask_of(Dilated(*pattern), length, 2))
-  assert_close(xla.dilated_attention(q, k, v, *pattern), expected, OPERATION)
+  assert_close(two_part_form(q, k, v, *pattern), expected, OPERATION)
   dilation, window, sinks = pattern
-  assert_close(dilated_attention(q, k, v, dilation=dilation, window=window, sinks=sinks), expected, OPERATION)
+  assert_close(operation(q, k, v, dilation=dilation, window=window, sinks=sinks), expected, OPERATION)
 
 
 @pytest.mark.parametrize("pattern", [(8, 0, 0), (16, 5, 3), (None, 7, 2), (4, 600, 1), (64, 0, 70)])
@@ -58,7 +62,7 @@ def test_several_chunks_give_values_and_gradients_of_the_oracle(pattern):
   q, k, v = draw(1, length, 2, 1, 8)
   mode = Dilated(*pattern)
   mask = mask_of(mode, length, 1)
-  assert_close(xla.dilated_attention(q, k, v, *pattern), oracle(q, k, v, mask), OPERATION)
+  assert_close(two_part_form(q, k, v, *pattern), oracle(q, k, v, mask), OPERATION)
   weights = draw(1, length, 2, 1, 8, seed=1)[0]
 
   def dense_form(q, k, v):  # in float64
@@ -66,9 +70,9 @@ def test_several_chunks_give_values_and_gradients_of_the_oracle(pattern):
     scores = jnp.where(mask[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8), -jnp.inf)
     return jnp.sum(weights * jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v))
 
-  ours = jax.grad(lambda *a: jnp.sum(weights * xla.dilated_attention(*a, *pattern)), (0, 1, 2))(q, k, v)
+  ours = jax.jit(jax.grad(lambda *a: jnp.sum(weights * xla.dilated_attention(*a, *pattern)), (0, 1, 2)))(q, k, v)
   with jax.enable_x64(True):
-    theirs = jax.grad(dense_form, (0, 1, 2))(*(x.astype(np.float64) for x in (q, k, v)))
+    theirs = jax.jit(jax.grad(dense_form, (0, 1, 2)))(*(x.astype(np.float64) for x in (q, k, v)))
   for name, a, b in zip("qkv", ours, theirs, strict=True):
     assert_close(a, b, GRADIENT, f"d{name}")
 
@@ -79,7 +83,7 @@ def test_windows_of_several_blocks(length, window):
   mode = Dilated(64, window, 3)
   at = np.arange(length)[None]
   expected, _ = attend_keys(q, k, v, mode, at, at)
-  assert_close(xla.dilated_attention(q, k, v, 64, window, 3), expected, OPERATION)
+  assert_close(two_part_form(q, k, v, 64, window, 3), expected, OPERATION)
 
 
 @pytest.mark.parametrize("pattern", [(16, 0, 0), (16, 32, 4)])
@@ -104,8 +108,8 @@ def test_packed_rows(pattern, ids):
   q, k, v = draw(1, len(ids), 2, 2, 8)
   dilation, window, sinks = pattern
   segment_ids = np.array([ids])
-  out = np.asarray(dilated_attention(q, k, v, dilation=dilation, window=window, sinks=sinks, segment_ids=segment_ids))
-  np.testing.assert_array_equal(rat_jax.attend(q, k, v, Dilated(*pattern), segment_ids=segment_ids), out)
+  out = np.asarray(operation(q, k, v, dilation=dilation, window=window, sinks=sinks, segment_ids=segment_ids))
+  np.testing.assert_array_equal(attend(q, k, v, Dilated(*pattern), segment_ids=segment_ids), out)
   # Documents by a plain walk: a run of equal ids, padding neither belongs to it nor ends it.
   documents, last = [], 0
   for i, segment in enumerate(ids):
@@ -125,18 +129,18 @@ def test_packed_rows(pattern, ids):
 def test_attend_with_lengths_and_positions(mode):
   q, k, v = draw(3, 12, 4, 2, 8)
   lengths = np.array([12, 7, 0])
-  step = np.asarray(rat_jax.attend(q[:, :1], k, v, mode, lengths=lengths))
+  step = np.asarray(attend(q[:, :1], k, v, mode, lengths=lengths))
   for b, n in enumerate(lengths):
     mask = np.zeros((1, 1, 12), bool)
     if n:
       mask[0, 0, :n] = visible(mode, np.array([n - 1]), np.arange(n))
     assert_close(step[b:b + 1], oracle(q[b:b + 1, :1], k[b:b + 1], v[b:b + 1], mask), OPERATION)
   at = np.array([[3, 11], [-1, 6], [0, 0]])
-  chosen = np.asarray(rat_jax.attend(q[:, :2], k, v, mode, q_positions=at))
+  chosen = np.asarray(attend(q[:, :2], k, v, mode, q_positions=at))
   mask = np.asarray(visible(mode, at, np.broadcast_to(np.arange(12), (3, 12))))
   assert_close(chosen, oracle(q[:, :2], k, v, mask), OPERATION)
   np.testing.assert_array_equal(chosen[1, 0], 0)
-  whole = rat_jax.attend(q, k, v, PerLayer((Dense(), mode)), layer=1)
+  whole = jax.jit(functools.partial(rat_jax.attend, mode=PerLayer((Dense(), mode)), layer=1))(q, k, v)
   assert_close(whole, oracle(q, k, v, mask_of(mode, 12, 3)), OPERATION)
 
 
@@ -175,5 +179,10 @@ def test_bad_shapes():
   for call in (functools.partial(dilated_attention, dilation=2), functools.partial(rat_jax.attend, mode=Dense())):
     with pytest.raises(ValueError, match="multiple of"):
       call(q, k, v)
+  for arguments, message in ((dict(k=k[0], v=v[0]), "give q"), (dict(q_positions=np.zeros((1, 3), int)), "q_positions"),
+                             (dict(mode=PerLayer((Dense(),)), layer=1), r"layer=1; .* 0\.\.0"),
+                             (dict(mode="dense"), "is no mode"), (dict(lengths=[5]), r"use 0\.\.4")):
+    with pytest.raises(ValueError, match=message):
+      rat_jax.attend(**(dict(q=q[:, :, :2], k=k, v=v, mode=Dense()) | arguments))
   with pytest.raises(ValueError, match="B, T and H must be the same"):
     dilated_attention(q[:, :3, :2], k, v, dilation=2)

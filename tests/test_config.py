@@ -18,6 +18,7 @@ def test_defaults_are_filled_in():
   config = RATPlusConfig(**GOOD)
   assert (config.num_kv_heads, config.head_dim, config.mlp_dim) == (4, 64, 1024)
   assert RATPlusConfig(**{**GOOD, "embed_dim": np.int64(256)}) == config
+  assert RATPlusConfig.from_json(RATPlusConfig(**GOOD, rope_base=np.float32(500)).to_json()).rope_base == 500.0
   assert hash(config) == hash(RATPlusConfig(**GOOD, head_dim=64))
 
 
@@ -35,6 +36,8 @@ def test_defaults_are_filled_in():
     (dict(rope_base=0), "rope_base=0"),
     (dict(norm_eps=-1e-6), "norm_eps=-1e-06"),
     (dict(init_std=0.0), r"init_std=0\.0"),
+    (dict(rope_base=float("inf")), "rope_base=inf; use a finite number"),
+    (dict(gate_bias=float("nan")), "gate_bias=nan; use a finite number"),
 ])
 def test_bad_fields(changes, message):
   with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -126,6 +127,17 @@ def test_bad_files_are_refused_and_harm_nothing(content, message, corpus, tmp_pa
   with pytest.raises(ValueError, match=message):
     prepare(tmp_path / "bad", tmp_path / "out")
   assert good.read_bytes() == before
+
+
+def test_an_unreadable_file_is_named(corpus, tmp_path, monkeypatch):
+  def refuse(path):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+  for source in (corpus, corpus / "0.txt"):
+    with pytest.raises(ValueError, match=r"\.txt cannot be read \(Permission denied\)|binary.bin cannot be read"):
+      prepare(source, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
 
 
 def test_bad_sources(tmp_path):

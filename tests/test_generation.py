@@ -81,6 +81,7 @@ def test_one_program_for_all_tokens_and_temperatures():
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(temperature=1.0), "needs a random key"),
     (dict(temperature=-1.0), "temperature=-1.0"),
+    (dict(temperature=float("nan")), "temperature=nan"),
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(eos_id=23), "eos_id=23"),

@@ -190,6 +190,24 @@ def test_bad_input_is_refused():
     model.apply({"params": params}, tokens, segment_ids=tokens[:, 1:])
   with pytest.raises(ValueError, match=r"next_tokens has shape \(3,\)"):
     rat_jax.decode_step(model, params, tokens[:3, 0], cache)
+  with pytest.raises(ValueError, match="next_tokens run from"):
+    rat_jax.decode_step(model, params, tokens[:, 0] + VOCAB, cache)
+  with pytest.raises(ValueError, match=r"next_tokens has shape \(4,\) and type float32"):
+    rat_jax.decode_step(model, params, np.zeros(4, np.float32), cache)
+  with pytest.raises(ValueError, match="tokens has 3 rows and the cache 4"):
+    rat_jax.extend(model, params, tokens[:3, :2], cache)
+
+
+def test_lists_serve_as_arrays():
+  model, params, tokens = setup(True, 4)
+  expected, cache = rat_jax.prefill(model, params, tokens[:, :8], np.array([8, 5, 1, 0]), max_length=12)
+  logits, same = rat_jax.prefill(model, params, tokens[:, :8].tolist(), [8, 5, 1, 0], max_length=12)
+  np.testing.assert_array_equal(logits, expected)
+  next_tokens = tokens[:, 8]
+  np.testing.assert_array_equal(rat_jax.decode_step(model, params, next_tokens.tolist(), same)[0],
+                                rat_jax.decode_step(model, params, next_tokens, cache)[0])
+  np.testing.assert_array_equal(model.apply({"params": params}, tokens.tolist(), lengths=[5, 6, 7, 8]),
+                                model.apply({"params": params}, tokens, lengths=np.array([5, 6, 7, 8])))
 
 
 def test_equal_layers_share_one_compiled_body():

@@ -14,6 +14,8 @@ from conftest import GRADIENT, OPERATION, assert_close
 from pallas_kernels import gated_scan
 from pallas_kernels.gated_scan.reference import gated_scan_sequential
 
+memory = jax.jit(rat_jax.memory)
+
 
 def draw(batch, length, seed=0):
   rng = np.random.default_rng(seed)
@@ -41,7 +43,7 @@ def oracle(logits, x, state, ids):
 @settings(deadline=None, max_examples=25)
 def test_documents_and_padding(ids, seed):
   logits, k, v, state = draw(1, len(ids), seed)
-  k_mem, v_mem, last = rat_jax.memory(logits, k, v, state, segment_ids=np.array([ids]))
+  k_mem, v_mem, last = memory(logits, k, v, state, segment_ids=np.array([ids]))
   real = np.array(ids) > 0
   for ours, end, x, start in ((k_mem, last[0], k, state[0]), (v_mem, last[1], v, state[1])):
     expected, final = oracle(logits[0], x[0], start[0], ids)
@@ -53,11 +55,11 @@ def test_documents_and_padding(ids, seed):
 @settings(deadline=None, max_examples=15)
 def test_chunks_of_any_size_go_on_where_the_last_one_ended(length, chunk):
   logits, k, v, _ = draw(2, length)
-  whole = rat_jax.memory(logits, k, v)
+  whole = memory(logits, k, v)
   pieces, state = [], None
   for start in range(0, length, chunk):
     at = slice(start, start + chunk)
-    k_mem, v_mem, state = rat_jax.memory(logits[:, at], k[:, at], v[:, at], state)
+    k_mem, v_mem, state = memory(logits[:, at], k[:, at], v[:, at], state)
     pieces.append((k_mem, v_mem))
   for i in range(2):
     assert_close(np.concatenate([piece[i] for piece in pieces], axis=1), whole[i], OPERATION)
@@ -75,7 +77,7 @@ def test_parallel_and_sequential_forms_and_their_gradients(with_reset):
       outputs, last = scan(logits, inputs, state, reset)
       return sum(jnp.sum(w * y) for w, y in zip(weights, outputs, strict=True)) + sum(
           jnp.sum(jnp.sin(h)) for h in last), (outputs, last)
-    return jax.value_and_grad(run, (0, 1, 2), has_aux=True)(logits, (k, v), state)
+    return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(logits, (k, v), state)
 
   (ours, theirs) = total(gated_scan), total(gated_scan_sequential)
   jax.tree.map(lambda a, b: assert_close(a, b, OPERATION), ours[0][1], theirs[0][1])
@@ -126,5 +128,9 @@ def test_bad_arguments(change, message):
   x = np.zeros((1, 5, 2, 4), np.float32)
   with pytest.raises(ValueError, match=message):
     gated_scan(**{"gate_logits": x, "inputs": (x,), **change})
+  with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 4\)"):
+    rat_jax.memory(x, x, x, segment_ids=np.zeros((1, 4), int))
+  with pytest.raises(ValueError, match="gate_logits, k, v have shapes"):
+    rat_jax.memory(x, x[:, :, :1], x)
   with pytest.raises(NotImplementedError, match="does not exist for gated_scan"):
     gated_scan(x, (x,), implementation="pallas_tpu")

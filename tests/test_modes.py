@@ -91,6 +91,12 @@ def test_negative_positions_see_nothing_and_are_seen_by_nobody():
   np.testing.assert_array_equal(seen[1], [[1, 0, 0], [0, 0, 0], [0, 0, 0]])
 
 
+def test_positions_of_any_integer_type():
+  narrow = np.arange(256).astype(np.uint8)
+  expected = visible(Dilated(16), np.arange(256), np.arange(256))
+  np.testing.assert_array_equal(visible(Dilated(16), narrow, narrow), expected)
+
+
 def test_positions_broadcast():
   assert visible(Dense(), np.zeros((2, 3, 4), int), np.zeros((3, 5), int)).shape == (2, 3, 4, 5)
 
@@ -139,6 +145,7 @@ def test_bad_text(text, message):
     (lambda: Dilated(4, window=-1), "window=-1"),
     (lambda: Dilated(4, sinks=-2), "sinks=-2"),
     (lambda: Dilated(True), "dilation=True"),
+    (lambda: Dilated(2**40), "dilation=1099511627776; .* below 2"),
     (lambda: StreamingLLM(-1), "window=-1"),
     (lambda: PerLayer(()), "empty"),
     (lambda: PerLayer((PerLayer((Dense(),)),)), "not itself a PerLayer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -32,10 +33,11 @@ def batch_at(step, batch=4, length=12):
 
 
 def fresh_state(optimizer=OPTIMIZER):
-  params = MODEL.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
+  params = jax.jit(MODEL.init)(jax.random.key(0), batch_at(0)["tokens"])["params"]
   return rat_jax.init_train_state(MODEL, params, optimizer)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def mean_loss(params, batch, mode):
   total, count = cross_entropy(MODEL.apply({"params": params}, batch["tokens"], mode=mode,
                                            segment_ids=batch.get("segment_ids")), batch["targets"])
@@ -45,8 +47,8 @@ def mean_loss(params, batch, mode):
 def test_the_summed_form_is_one_update_on_the_summed_loss():
   state, batch = fresh_state(), batch_at(0)
   after, metrics = rat_jax.train_step(MODEL, OPTIMIZER, state, batch, modes=MODES, combine="sum")
-  losses, grads = jax.value_and_grad(
-      lambda p: jnp.sum(jnp.stack([mean_loss(p, batch, mode) for mode in MODES])))(state.params)
+  losses, grads = jax.jit(jax.value_and_grad(
+      lambda p: jnp.sum(jnp.stack([mean_loss(p, batch, mode) for mode in MODES]))))(state.params)
   norm = optax.tree.norm(grads)
   assert metrics["loss"].shape == (2,)
   assert metrics["grad_norm"].shape == (1,)
@@ -68,7 +70,8 @@ def test_accumulation_is_the_mean_of_the_micro_batches_means():
   state, batch = fresh_state(), batch_at(0)
   _, metrics = rat_jax.train_step(MODEL, OPTIMIZER, state, batch, modes=(Dense(),), accumulation=2)
   halves = [{name: x[i:i + 2] for name, x in batch.items()} for i in (0, 2)]
-  losses, grads = zip(*(jax.value_and_grad(mean_loss)(state.params, half, Dense()) for half in halves), strict=True)
+  gradient = jax.jit(jax.value_and_grad(mean_loss), static_argnums=2)
+  losses, grads = zip(*(gradient(state.params, half, Dense()) for half in halves), strict=True)
   np.testing.assert_allclose(metrics["loss"][0], np.mean(losses), rtol=1e-6)
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
   np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(mean), rtol=1e-5)
@@ -80,8 +83,9 @@ def test_a_packed_batch_trains_as_its_documents_do(mode):
   packed = batch | {"segment_ids": np.array([[1] * 5 + [2] * 7])}
   packed["targets"] = batch_at(4, batch=1, length=12)["tokens"]
   parts = [{name: packed[name][:, at] for name in ("tokens", "targets")} for at in (slice(0, 5), slice(5, 12))]
-  ours = jax.grad(mean_loss)(params, packed, mode)
-  theirs = jax.tree.map(lambda a, b: (5 * a + 7 * b) / 12, *(jax.grad(mean_loss)(params, part, mode) for part in parts))
+  gradient = jax.jit(jax.grad(mean_loss), static_argnums=2)
+  ours = gradient(params, packed, mode)
+  theirs = jax.tree.map(lambda a, b: (5 * a + 7 * b) / 12, *(gradient(params, part, mode) for part in parts))
   jax.tree.map(lambda a, b: assert_close(a, b, GRADIENT), ours, theirs)
 
 
@@ -123,6 +127,37 @@ def test_stop_and_resume_is_bitwise_equal(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, straight.params)
 
 
+def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
+  checkpoints = Checkpoints(tmp_path)
+  state = train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=2, modes=MODES, checkpoints=checkpoints, label="two")
+  assert "two: 2/2 batches, loss" in capsys.readouterr().out
+  with pytest.raises(ValueError, match=r"checkpoints of steps \[2\], and this state is at step 0"):
+    train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=1, modes=MODES, checkpoints=checkpoints)
+  restored, _ = checkpoints.restore(fresh_state(), CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  for bad in (dict(log_every=0), dict(save_every=-1), dict(steps=0)):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
+      train(MODEL, OPTIMIZER, state, batch_at, **(dict(steps=3) | bad))
+  with pytest.raises(ValueError, match="lacks \\['targets'\\]"):
+    train(MODEL, OPTIMIZER, state, lambda step: {"tokens": batch_at(step)["tokens"]}, steps=3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_bfloat16_parameters_train_with_float32_moments_and_gradients(accumulation):
+  model = RATPlusLM(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
+  params = model.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
+  state = rat_jax.init_train_state(model, params, OPTIMIZER)
+  after, metrics = rat_jax.train_step(model, OPTIMIZER, state, batch_at(0), modes=MODES, accumulation=accumulation)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
+  assert {a.dtype.name for a in jax.tree.leaves(after.opt_state) if a.ndim} == {"float32"}
+  wide = RATPlusLM(CONFIG)
+  same = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+  _, expected = rat_jax.train_step(wide, OPTIMIZER, rat_jax.init_train_state(wide, same, OPTIMIZER), batch_at(0),
+                                   modes=MODES, accumulation=accumulation)
+  np.testing.assert_allclose(metrics["grad_norm"][0], expected["grad_norm"][0], rtol=5e-3)
+  np.testing.assert_allclose(metrics["loss"][0], expected["loss"][0], rtol=1e-5)
+
+
 def test_the_callers_state_survives_the_loop():
   state = fresh_state()
   train(MODEL, OPTIMIZER, state, batch_at, steps=1, modes=MODES)
@@ -136,7 +171,9 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
   state, _ = checkpoints.restore(fresh_state(wild), CONFIG)
   poisoned = dataclasses.replace(state, params=state.params | {"final_norm": jnp.full(16, jnp.nan)})
   with pytest.raises(FloatingPointError, match=r"loss under dilated:4 is nan at step 2; .* checkpoint is step 2 in"):
-    train(MODEL, wild, poisoned, batch_at, steps=5, modes=MODES, checkpoints=checkpoints, save_every=1)
+    train(MODEL, wild, poisoned, batch_at, steps=5, modes=MODES, checkpoints=checkpoints, save_every=1,
+          metrics_path=tmp_path / "metrics.jsonl")
+  assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == [None, None]
   with pytest.raises(FloatingPointError, match="not finite"):
     checkpoints.save(poisoned, CONFIG, {})
   assert checkpoints.steps() == [2]
@@ -170,6 +207,8 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
     restored, notes = checkpoints.restore(fresh_state(), CONFIG)
   assert notes == {"step": 0}
   jax.tree.map(np.testing.assert_array_equal, restored, state)
+  assert checkpoints.steps() == [0]
+  assert (tmp_path / "damaged-1").is_dir()
   checkpoints.save(later, CONFIG, {"step": 1})  # training goes on past the damaged step
   restored, _ = checkpoints.restore(fresh_state(), CONFIG)
   jax.tree.map(np.testing.assert_array_equal, restored, later)

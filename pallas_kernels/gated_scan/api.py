@@ -41,11 +41,11 @@ def gated_scan(
     NotImplementedError: a known implementation that this operation does not have.
   """
   dispatch.resolve("gated_scan", implementation, _AVAILABLE)
-  inputs = tuple(inputs)
+  gate_logits, inputs = jnp.asarray(gate_logits), tuple(jnp.asarray(x) for x in inputs)
   _check(gate_logits, inputs, state, reset)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
-  return _scan(gate_logits, inputs, tuple(state), reset)
+  return _scan(gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
 
 
 def _check(gate_logits, inputs, state, reset):

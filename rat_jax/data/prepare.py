@@ -35,7 +35,7 @@ def prepare(source: str | os.PathLike, folder: str | os.PathLike, *, heldout: fl
 
   Raises:
     FileNotFoundError: no such source.
-    ValueError: an empty or binary file, a folder without text, a share outside (0, 1), too few documents.
+    ValueError: an empty, binary or unreadable file, a folder without text, a share outside (0, 1), too few documents.
   """
   source, folder = pathlib.Path(source), pathlib.Path(folder)
   if not 0 < heldout < 1:
@@ -89,8 +89,11 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def _read(path: pathlib.Path) -> bytes | None:
-  """The file's bytes, or None where they are no UTF-8 text."""
-  data = path.read_bytes()
+  """The file's bytes, or None where they are no UTF-8 text. Raises ValueError for a file that cannot be read."""
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error
   try:
     data.decode("utf-8")
   except UnicodeDecodeError:

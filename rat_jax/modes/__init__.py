@@ -4,7 +4,7 @@ from rat_jax.modes import text
 from rat_jax.modes.base import Mode, visible
 from rat_jax.modes.dense import Dense
 from rat_jax.modes.dilated import Dilated
-from rat_jax.modes.per_layer import PerLayer, Run, layer_modes, layer_runs
+from rat_jax.modes.per_layer import PerLayer, Run, layer_modes, layer_runs, mode_of_layer
 from rat_jax.modes.streaming_llm import StreamingLLM
 
 MODES = {mode.name: mode for mode in (
@@ -24,4 +24,4 @@ def parse_mode(text_form: str) -> Mode:
 
 
 __all__ = ["MODES", "Dense", "Dilated", "Mode", "PerLayer", "Run", "StreamingLLM", "layer_modes", "layer_runs",
-           "parse_mode", "visible"]
+           "mode_of_layer", "parse_mode", "visible"]

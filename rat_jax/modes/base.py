@@ -50,8 +50,8 @@ class Mode:
   def _settle_int(self, field: str, *, least: int, fix: str) -> None:
     """Checks that a field is an integer of at least `least` and stores it as a Python int."""
     value = getattr(self, field)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-      raise ValueError(f"{type(self).__name__}: {field}={value!r}; {fix}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
+      raise ValueError(f"{type(self).__name__}: {field}={value!r}; {fix} (and below 2**31).")
     object.__setattr__(self, field, int(value))
 
 
@@ -69,6 +69,6 @@ def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
   Raises:
     ValueError: a PerLayer; ask one of its modes.
   """
-  t = jnp.asarray(q_pos)[..., :, None]
-  s = jnp.asarray(k_pos)[..., None, :]
+  t = jnp.asarray(q_pos, jnp.int32)[..., :, None]
+  s = jnp.asarray(k_pos, jnp.int32)[..., None, :]
   return (s >= 0) & (s <= t) & mode.sees(t, s)

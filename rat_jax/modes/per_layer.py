@@ -31,6 +31,16 @@ class PerLayer(Mode):
                      " `mode.modes[layer]`.")
 
 
+def mode_of_layer(mode: Mode, layer: int) -> Mode:
+  """The mode of one layer, for operators that know no model. Raises ValueError where a PerLayer has no such layer."""
+  if not isinstance(mode, Mode):
+    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
+  if not isinstance(mode, PerLayer):
+    return mode
+  if not 0 <= layer < len(mode.modes):
+    raise ValueError(f"layer={layer}; this PerLayer has layers 0..{len(mode.modes) - 1}.")
+  return mode.modes[layer]
+
 
 class Run(NamedTuple):
   """Consecutive layers of equal mode, which one loop serves: layers start .. stop-1."""
@@ -42,10 +52,8 @@ class Run(NamedTuple):
 
 def layer_modes(mode: Mode, num_layers: int) -> tuple[Mode, ...]:
   """The mode of every layer. Raises ValueError for a PerLayer of another length, and for what is no mode."""
-  if not isinstance(mode, Mode):
-    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
   if not isinstance(mode, PerLayer):
-    return (mode,) * num_layers
+    return (mode_of_layer(mode, 0),) * num_layers
   if len(mode.modes) != num_layers:
     raise ValueError(f"PerLayer: modes has {len(mode.modes)} entries and the model num_layers={num_layers};"
                      " give one mode per layer.")

@@ -8,6 +8,7 @@ the newest one that does not.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import pathlib
 import warnings
@@ -50,13 +51,13 @@ class Checkpoints:
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
     with self._manager() as manager:
       if int(state.step) in manager.all_steps():
-        manager.delete(int(state.step))  # of a damaged checkpoint that `restore` passed over, or a run begun anew
+        manager.delete(int(state.step))  # of a run begun anew
       manager.save(int(state.step), args=ocp.args.Composite(
           state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)), force=True)
       manager.wait_until_finished()
 
   def restore(self, template: TrainState, config: RATPlusConfig) -> tuple[TrainState, dict[str, Any]]:
-    """(state, notes) of the newest checkpoint that is intact.
+    """(state, notes) of the newest checkpoint that is intact. Damaged ones are moved aside, to "damaged-STEP".
 
     Args:
       template: a state of the wanted structure, for instance a fresh one.
@@ -65,7 +66,7 @@ class Checkpoints:
       FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), or
       none intact.
     """
-    arrays, about = self._read_newest(config)
+    arrays, about = self._read_newest(config, set_aside=True)
     leaves, structure = jax.tree.flatten_with_path(template)
     missing = [jax.tree_util.keystr(path) for path, _ in leaves if jax.tree_util.keystr(path) not in arrays]
     if missing or len(leaves) != len(arrays):
@@ -87,20 +88,26 @@ class Checkpoints:
         node[keys[-1]] = jnp.asarray(array)
     return RATPlusConfig.from_json(about["config"]), params, about["notes"]
 
-  def _read_newest(self, config: RATPlusConfig | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  def _read_newest(self, config: RATPlusConfig | None, set_aside: bool = False
+                   ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     steps = self.steps()
     if not steps:
       raise FileNotFoundError(f"{self.folder} holds no checkpoint.")
+    damaged = []
     for step in reversed(steps):
       try:
         arrays, about = self._read(step)
       except Exception as error:  # whatever Orbax meets in a damaged file
         warnings.warn(f"CHECKPOINT {step} in {self.folder} IS DAMAGED and passed over: {error}", stacklevel=3)
+        damaged.append(step)
         continue
       if config is not None:
         difference = config.difference(RATPlusConfig.from_json(about["config"]))
         if difference:
           raise ValueError(f"the checkpoint in {self.folder} has another config (field: wanted, saved): {difference}.")
+      if set_aside:
+        for later in damaged:
+          (self.folder / str(later)).rename(_unused(self.folder / f"damaged-{later}"))
       return arrays, about
     raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
 
@@ -124,6 +131,12 @@ def _arrays(state: TrainState) -> dict[str, np.ndarray]:
   """The state's leaves by their path."""
   leaves = jax.tree.flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """The path, or where that is taken, the path with the next free number."""
+  names = (path.with_name(f"{path.name}-{i}") if i else path for i in itertools.count())
+  return next(name for name in names if not name.exists())
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -16,8 +16,11 @@ from tqdm import tqdm
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
+from rat_jax.train.loss import check_batch
 from rat_jax.train.optimizer import Optimizer
 from rat_jax.train.step import ARL, Batch, Combine, TrainState, train_step
+
+_PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
 
 
 def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
@@ -31,19 +34,29 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
     log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines.
     checkpoints, save_every: where and how often to save; the last state is saved too.
     notes: what a checkpoint is to say of the run besides its step; plain JSON.
+    label: what the progress bar says; where there is no terminal, a line is printed now and then instead.
 
   Raises:
+    ValueError: numbers out of range, a batch that is none, checkpoints of later steps in the folder.
     FloatingPointError: a loss that is not finite. Names the step and the last good checkpoint, which stays.
   """
+  if steps < 1 or log_every < 1 or save_every < 0:
+    raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
                                       accumulation=accumulation), donate_argnums=0)
   first = int(state.step)
+  later = [step for step in checkpoints.steps() if step > first] if checkpoints is not None else []
+  if checkpoints is not None and later:
+    raise ValueError(f"{checkpoints.folder} has checkpoints of steps {later}, and this state is at step {first}: they"
+                     " would be overwritten. Restore the newest, or use another folder.")
   state = jax.tree.map(jax.numpy.array, state)  # the step gives its input away; the caller's state stays
   pending: list[dict[str, Any]] = []
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
-    clock = time.perf_counter()
+    clock = printed = time.perf_counter()
     for step in range(first, steps):
-      state, metrics = step_fn(state, batch_at(step))
+      batch = batch_at(step)
+      check_batch(batch, model.config.vocab_size)
+      state, metrics = step_fn(state, batch)
       pending.append(metrics)
       saves = checkpoints is not None and ((save_every and (step + 1) % save_every == 0) or step + 1 == steps)
       if (step + 1) % log_every == 0 or step + 1 == steps or saves:
@@ -51,9 +64,12 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
         pending = []
         _write(lines, metrics_path)
         _check(lines, modes, checkpoints)
+        loss, rate = "/".join(f"{x:.3f}" for x in lines[-1]["loss"]), f"{lines[-1]['tokens_per_second']:.0f}"
         bar.update(step + 1 - bar.n)
-        bar.set_postfix(loss="/".join(f"{x:.3f}" for x in lines[-1]["loss"]),
-                        tok_s=f"{lines[-1]['tokens_per_second']:.0f}")
+        bar.set_postfix(loss=loss, tok_s=rate)
+        if bar.disable and (step + 1 == steps or time.perf_counter() - printed > _PRINT_EVERY):
+          print(f"{label}: {step + 1}/{steps} batches, loss {loss}, {rate} tokens/s", flush=True)
+          printed = time.perf_counter()
         if saves and checkpoints is not None:
           checkpoints.save(state, model.config, {**(notes or {}), "step": step + 1})
         clock = time.perf_counter()
@@ -73,7 +89,11 @@ def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-      file.writelines(json.dumps(line) + "\n" for line in lines)
+      file.writelines(json.dumps(jax.tree.map(_json_number, line), allow_nan=False) + "\n" for line in lines)
+
+
+def _json_number(x: float) -> float | None:
+  return x if np.isfinite(x) else None  # JSON has no NaN
 
 
 def _check(lines: list[dict[str, Any]], modes: Sequence[Mode], checkpoints: Checkpoints | None) -> None:

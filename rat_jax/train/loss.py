@@ -16,13 +16,17 @@ IGNORED = -100  # a target that does not count
 
 
 def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
-  """Raises ValueError for arrays of different shapes and, where values can be seen, for what is no token of ours."""
-  layouts.check_tokens(batch["tokens"], vocab_size)
-  for name in batch.keys() & {"targets", "segment_ids"}:
-    if batch[name].shape != batch["tokens"].shape:
-      raise ValueError(f"batch[{name!r}] has shape {batch[name].shape}; tokens have {batch['tokens'].shape}.")
-  if isinstance(batch["targets"], np.ndarray):  # one on a device is not waited for
-    counted = batch["targets"][batch["targets"] != IGNORED]
+  """Raises ValueError for missing or misshapen arrays and, where values can be seen, for what is no token of ours."""
+  missing = {"tokens", "targets"} - batch.keys()
+  if missing:
+    raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\".")
+  shape = layouts.as_tokens(batch["tokens"], vocab_size).shape
+  for name in ("targets", "segment_ids"):
+    if name in batch:
+      layouts.as_integers(f"batch[{name!r}]", batch[name], shape)
+  if layouts.is_concrete(batch["targets"]):
+    targets = np.asarray(batch["targets"])
+    counted = targets[targets != IGNORED]
     if counted.size and (counted.min() < 0 or counted.max() >= vocab_size):
       raise ValueError(f"targets run from {counted.min()} to {counted.max()}; use tokens 0..{vocab_size - 1}, or"
                        f" {IGNORED} where none counts.")

@@ -57,10 +57,19 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
 
 def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Array
            ) -> tuple[Params, optax.OptState, Array]:
-  """One clipped update. Returns the new parameters, the new optimizer state and the norm before clipping."""
-  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+  """One clipped update, in float32 whatever the parameters' type.
+
+  Returns the new parameters, the new optimizer state and the norm before clipping.
+  """
+  grads = as_float32(grads)
+  norm = optax.tree.norm(grads)
   scale = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-6))
   grads = jax.tree.map(lambda g: g * scale, grads)
   opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": learning_rate})
-  updates, opt_state = optimizer.transform.update(grads, opt_state, params)
+  updates, opt_state = optimizer.transform.update(grads, opt_state, as_float32(params))
   return optax.apply_updates(params, updates), opt_state, norm
+
+
+def as_float32(tree: Params) -> Params:
+  """The tree with every leaf in float32."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

@@ -39,9 +39,9 @@ class TrainState:
 
 
 def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> TrainState:
-  """The state before the first batch."""
+  """The state before the first batch. The optimizer's moments are float32, also of bfloat16 parameters."""
   del model
-  return TrainState(params, optimizer.transform.init(params), jnp.int32(0))
+  return TrainState(params, optimizer.transform.init(optimizers.as_float32(params)), jnp.int32(0))
 
 
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
@@ -113,6 +113,6 @@ def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tu
   def body(total, part):
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
-  zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(len(modes)))
+  zero = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), jnp.zeros(len(modes)))
   (grads, losses), _ = jax.lax.scan(body, zero, parts)
   return losses / accumulation, jax.tree.map(lambda g: g / accumulation, grads)
