@@ -29,7 +29,7 @@ from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 
 DATA = flags.DEFINE_string("data", None, "Text file or folder. Default: the Python standard library's text.")
-STEPS = flags.DEFINE_integer("steps", 1300, "Batches of training, two updates each.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 1100, "Batches of training, two updates each.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences in a batch.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a sequence.", lower_bound=8)
 LAYERS = flags.DEFINE_integer("layers", 3, "Layers.", lower_bound=1)

@@ -60,7 +60,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
       pending.append(metrics)
       saves = checkpoints is not None and ((save_every and (step + 1) % save_every == 0) or step + 1 == steps)
       if (step + 1) % log_every == 0 or step + 1 == steps or saves:
-        lines = list(_fetch(pending, step + 1 - len(pending), time.perf_counter() - clock))
+        lines = list(_fetch(pending, step + 1 - len(pending), clock))
         pending = []
         _write(lines, metrics_path)
         _check(lines, modes, checkpoints)
@@ -76,9 +76,9 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   return state
 
 
-def _fetch(pending: list[dict[str, Any]], first: int, seconds: float) -> Iterator[dict[str, Any]]:
-  fetched = [jax.tree.map(np.asarray, metrics) for metrics in pending]
-  rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
+def _fetch(pending: list[dict[str, Any]], first: int, clock: float) -> Iterator[dict[str, Any]]:
+  fetched = [jax.tree.map(np.asarray, metrics) for metrics in pending]  # waits for the device
+  rate = sum(int(metrics["tokens"]) for metrics in fetched) / (time.perf_counter() - clock)
   for i, metrics in enumerate(fetched):
     yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
            "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),
