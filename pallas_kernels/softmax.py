@@ -1,6 +1,7 @@
 """One softmax over several disjoint sets of keys: attend to each set, then merge by log-sum-exp.
 
-Shapes: q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K; mask bool, broadcastable to [B, K, T, S].
+Shapes: q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K, G = N / K; mask bool, broadcastable to [B, K, T, S]
+or, where the query heads of a group see different keys, to [B, K, G, T, S].
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Part = tuple[Array, Array]  # (weighted mean of the values [B, T, N, H], log-sum
 
 # The log-sum-exp of a query that sees nothing. Finite, so that weights and gradients stay finite.
 NOTHING = -1e30
+CHUNK = 512  # queries that are in flight at a time
 
 
 def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
@@ -28,7 +30,7 @@ def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
   kv = k.shape[2]
   grouped = q.reshape(b, t, kv, n // kv, h)
   scores = einsum_float32("btkgh,bskh->bkgts", grouped, k) * h**-0.5
-  mask = mask[:, :, None]
+  mask = mask[:, :, None] if mask.ndim == 4 else mask
   scores = jnp.where(mask, scores, NOTHING)
   top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
@@ -76,13 +78,13 @@ def map_chunks(f: Callable, chunked):
 
 
 def attend_masked(
-    q: Array, k: Array, v: Array, q_info, mask: Callable, *, chunk: int = 512
+    q: Array, k: Array, v: Array, q_info, mask: Callable, *, chunk: int = CHUNK
 ) -> Part:
   """`attend_part` with the queries in chunks, so that memory grows with T and not with T * S.
 
   Args:
-    q_info: pytree of integer arrays [B or 1, T], what `mask` needs to know of each query (its position, say).
-    mask: maps a chunk of `q_info` to a mask [B or 1, K or 1, chunk, S]. Filled-up queries have -1 everywhere.
+    q_info: pytree of arrays [B or 1, T, ...], what `mask` needs to know of each query (its position, say).
+    mask: maps a chunk of `q_info` to a mask for `attend_part`. Filled-up queries have -1 everywhere.
   """
   length = q.shape[1]
   size = chunk_size(length, chunk)

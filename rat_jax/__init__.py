@@ -3,18 +3,34 @@
 from rat_jax import convert, evaluate
 from rat_jax.attention import attend
 from rat_jax.cache import Cache, cache_bytes
+from rat_jax.compression import compress
 from rat_jax.config import RATPlusConfig
 from rat_jax.costs import tokens_read
 from rat_jax.generation import generate
 from rat_jax.inference import decode_step, extend, prefill
+from rat_jax.inspection import inspect
 from rat_jax.memory import memory
 from rat_jax.model import RATPlusLM
-from rat_jax.modes import Dense, Dilated, PerLayer, StreamingLLM, parse_mode, visible
+from rat_jax.modes import (
+    Dense,
+    Dilated,
+    DilatedTopK,
+    MoBA,
+    PerHead,
+    PerLayer,
+    Quest,
+    SnapKV,
+    StreamingLLM,
+    parse_mode,
+    visible,
+)
+from rat_jax.selection import Selection, select
 from rat_jax.train import init_train_state, make_optimizer, train_step
 from rat_jax.version import __version__
 
 __all__ = [
-    "Cache", "Dense", "Dilated", "PerLayer", "RATPlusConfig", "RATPlusLM", "StreamingLLM", "__version__", "attend",
-    "cache_bytes", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state", "make_optimizer",
-    "memory", "parse_mode", "prefill", "tokens_read", "train_step", "visible",
+    "Cache", "Dense", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig", "RATPlusLM",
+    "Selection", "SnapKV", "StreamingLLM", "__version__", "attend", "cache_bytes", "compress", "convert", "decode_step",
+    "evaluate", "extend", "generate", "init_train_state", "inspect", "make_optimizer", "memory", "parse_mode",
+    "prefill", "select", "tokens_read", "train_step", "visible",
 ]

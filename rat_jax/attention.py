@@ -1,7 +1,7 @@
 """Attention under a mode: the mask form for every mode, and the fast forms for whole sequences.
 
-`attend` is the operator on plain arrays; `attend_sequence` and `attend_keys` are its two halves, which the model
-uses. All give one softmax per query, float32 inside, and zeros where a query sees nothing.
+`attend` is the operator on plain arrays; `attend_layer` and `attend_keys` are its halves, which the model uses. All
+give one softmax per query, float32 inside, and zeros where a query sees nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.api import dilated_attention
-from rat_jax import layout as layouts
+from rat_jax import compression, layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.layout import Layout
-from rat_jax.modes import Mode, mode_of_layer, visible
+from rat_jax.modes import BlockMode, Mode, Run, SnapKV, mode_of_layer, visible
+from rat_jax.selection import Origin, Statistics
 
 # Below this length the scores of dense attention [T, T] are small enough to be held at once.
 _WHOLE_DENSE = 1024
@@ -23,71 +24,126 @@ _WHOLE_DENSE = 1024
 def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions | None = None,
            lengths: Lengths | None = None, segment_ids: Array | None = None, layer: int = 0,
            row_ids: Array | None = None) -> Array:
-  """Attention of q to k, v under a mode, for any model's arrays.
+  """Attention of q to k, v under a mode, for any model's arrays. Every query is a step of its own.
 
   Args:
     q: [B, T, N, H]; k, v: [B, S, K, H]; already rotated and, for RAT+, already through the memory.
-    mode: who sees whom; of a PerLayer, its mode number `layer`.
+    mode: who sees whom; of a PerLayer, its mode number `layer`; `dense_layers` are ignored.
     q_positions: int32 [B, T]; default: the last T positions of every row, so T=1 is a decode step.
     lengths: int32 [B], the keys that a row has; default S.
     segment_ids: int [B, T] for packed rows, T = S; positions restart in every document.
-    layer: the layer, for a PerLayer.
-    row_ids: int32 [B]; position-only modes have no use for it.
+    layer, row_ids: int32 [B], default 0: what random draws depend on besides seed, head, position and block.
 
   Returns:
     [B, T, N, H] in q's type.
 
   Raises:
     ValueError: shapes that do not match, `segment_ids` together with `q_positions` or `lengths`, a PerLayer without
-      such a layer.
+      such a layer, SnapKV (`compress` serves it).
+    NotImplementedError: packed rows under a mode that chooses blocks.
   """
-  del row_ids
-  if (q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]
-      or q.shape[2] % k.shape[2]):
-    raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v [B, S, K, H]"
-                     " with N a multiple of K.")
-  batch, width = k.shape[:2]
   mode = mode_of_layer(mode, layer)
+  q_at, k_at = selection.positions_of(q, k, q_positions, lengths)
+  if k.shape != v.shape:
+    raise ValueError(f"k, v have shapes {k.shape}, {v.shape}; give [B, S, K, H] each.")
+  mode.check_heads(k.shape[2])
+  if isinstance(mode, SnapKV):
+    raise ValueError("SnapKV compresses a cache after the prompt and is no attention of its own; use rat_jax.compress,"
+                     " then attend to what it kept under Dense().")
   if segment_ids is not None:
-    if q_positions is not None or lengths is not None or q.shape[1] != width:
+    if q_positions is not None or lengths is not None or q.shape[1] != k.shape[1]:
       raise ValueError("segment_ids serve whole sequences (T = S) without q_positions and lengths; mark padding by"
                        " segment id 0.")
-    return attend_sequence(q, k, v, mode, layouts.of_tokens((batch, width), segment_ids=segment_ids))
-  keys = layouts.of_tokens((batch, width), lengths=lengths)
-  if q_positions is None:
-    if q.shape[1] == width and lengths is None:
-      return attend_sequence(q, k, v, mode, keys)
-    count = layouts.as_lengths(lengths, batch, width)
-    q_positions = count[:, None] + jnp.arange(-q.shape[1], 0, dtype=jnp.int32)
-  q_positions = jnp.asarray(layouts.as_integers("q_positions", q_positions, q.shape[:2]), jnp.int32)
-  return attend_keys(q, k, v, mode, q_positions, keys.positions)[0].astype(q.dtype)
+    refuse_packed(mode)
+    return attend_sequence(q, k, v, mode, layouts.of_tokens(k.shape[:2], segment_ids=segment_ids))
+  if isinstance(mode, BlockMode):
+    statistics, own = selection.own_statistics(mode, k, q_at)
+    origin = selection.origin_of(q, layer, row_ids)
+    return attend_blocks(q, k, v, mode, q_at, k_at, statistics, own, origin, k.shape[1]).astype(q.dtype)
+  if q_positions is None and lengths is None and q.shape[1] == k.shape[1]:
+    return attend_sequence(q, k, v, mode, layouts.of_tokens(k.shape[:2]))
+  return attend_keys(q, k, v, mode, q_at, k_at)[0].astype(q.dtype)
 
 
-def attend_sequence(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout) -> Array:
+def refuse_packed(mode: Mode) -> None:
+  """Raises NotImplementedError for a mode that does not serve packed rows."""
+  if isinstance(mode, (BlockMode, SnapKV)):
+    raise NotImplementedError(f"{mode} does not serve packed rows (segment_ids): its blocks would span documents. Give"
+                              " every document its own row.")
+
+
+def attend_layer(q: Queries, k: Keys, v: Keys, run: Run, layout: Layout, prompt_lengths: Lengths | None,
+                 origin: Origin, select_k: Keys | None = None) -> Array:
+  """Attention of a whole sequence in a layer of `run`: the prompt in its form, later queries as steps of the mode.
+
+  Without `prompt_lengths` [B] every query is a step. Choices are made by the keys `select_k`, where these are not k.
+  [B, T, N, H] in q's type.
+  """
+  if isinstance(run.mode, SnapKV):
+    assert prompt_lengths is not None  # checked where it came in
+    steps = compression.attend_after_prompt(q, k, v, run.mode, layout.positions, prompt_lengths, origin,
+                                            k if select_k is None else select_k).astype(q.dtype)
+  else:
+    steps = attend_sequence(q, k, v, run.mode, layout, origin, select_k)
+  if prompt_lengths is None or run.form == run.mode:
+    return steps
+  prompt = attend_sequence(q, k, v, run.form, layout, origin, select_k)
+  return jnp.where((layout.positions < prompt_lengths[:, None])[:, :, None, None], prompt, steps)
+
+
+def attend_sequence(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout, origin: Origin | None = None,
+                    select_k: Keys | None = None) -> Array:
   """Causal attention of a whole sequence to itself, by the fastest form that serves; [B, T, N, H] in q's type."""
-  pattern = mode.pattern
+  pattern, at = mode.pattern, layout.positions
+  if isinstance(mode, BlockMode):
+    assert origin is not None
+    select_k = k if select_k is None else select_k
+    statistics, own = selection.own_statistics(mode, select_k, at)
+    return attend_blocks(q, k, v, mode, at, at, statistics, own, origin, k.shape[1], select_k).astype(q.dtype)
   if not layout.plain or pattern is None:
-    return attend_keys(q, k, v, mode, layout.positions, layout.positions,
-                       layout.documents, layout.documents)[0].astype(q.dtype)
+    return attend_keys(q, k, v, mode, at, at, layout.documents, layout.documents)[0].astype(q.dtype)
   # Right padding needs no mask of its own: it comes after every real query.
   if pattern.dilation == 1:
     return _dense(q, k, v, mode, layout)
   return dilated_attention(q, k, v, dilation=pattern.dilation, window=pattern.window, sinks=pattern.sinks)
 
 
+def attend_blocks(q: Queries, k: Keys, v: Keys, mode: BlockMode, q_positions: Positions, k_positions: Positions,
+                  statistics: Statistics, own: Statistics, origin: Origin, max_length: int,
+                  oracle_keys: Keys | None = None) -> Array:
+  """The mask form for modes that choose blocks: [B, T, N, H] float32.
+
+  Args:
+    statistics: of all blocks; own: of the queries' own blocks, up to each query.
+    max_length: above all positions.
+    oracle_keys: the keys that the oracle looks at, where they are not `k`.
+  """
+  keys = (k if oracle_keys is None else oracle_keys, k_positions)
+
+  def mask(query):
+    scores = selection.score_blocks(mode, query, statistics, keys, origin)
+    blocks, _ = selection.pick(mode, scores, query["position"], max_length)
+    return selection.to_groups(
+        selection.seen_keys(mode, blocks, scores.shape[-1], query["position"], k_positions), k.shape[2])
+
+  return softmax.attend_masked(q, k, v, {"q": q, "own": own, "position": q_positions}, mask)[0]
+
+
 def attend_keys(q: Queries, k: Keys, v: Keys, mode: Mode, q_positions: Positions, k_positions: Positions,
                 q_documents: Array | None = None, k_documents: Array | None = None) -> softmax.Part:
   """The mask form: attention of q [B, T, N, H] to any keys k, v [B, S, K, H] with a position [B or 1, S] each.
 
-  Documents, where given, see themselves alone. Returns the float32 output and its log-sum-exp, to be merged with
-  the attention to other keys. Memory grows with T and S, not with T * S.
+  Positions may differ by head: [B, K, S]. Documents, where given, see themselves alone. Returns the float32 output
+  and its log-sum-exp, to be merged with the attention to other keys. Memory grows with T and S, not with T * S.
   """
 
   def mask(query):
-    seen = visible(mode, query["position"], k_positions)
+    t = query["position"] if k_positions.ndim == 2 else query["position"][:, None]
+    seen = visible(mode, t, k_positions)
+    seen = seen[:, None] if seen.ndim == 3 else seen
     if k_documents is not None:
-      seen &= query["document"][:, :, None] == k_documents[:, None, :]
-    return seen[:, None] if seen.ndim == 3 else seen
+      seen &= (query["document"][:, :, None] == k_documents[:, None, :])[:, None]
+    return seen
 
   query = {"position": q_positions}
   if q_documents is not None:

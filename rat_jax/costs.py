@@ -5,15 +5,44 @@ from __future__ import annotations
 import numpy as np
 
 from rat_jax.config import RATPlusConfig
-from rat_jax.modes import Mode, layer_modes, visible
+from rat_jax.modes import BlockMode, Mode, SnapKV, check_modes, layer_modes, visible
+from rat_jax.modes.block_mode import block_counts
 
 
-def tokens_read(config: RATPlusConfig, mode: Mode, length: int) -> tuple[int, ...]:
-  """Keys that the query at position length-1 reads, for every layer. Raises ValueError for a length below 1."""
-  if length < 1:
-    raise ValueError(f"length={length}; use at least 1.")
+def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: int | None = None) -> tuple[int, ...]:
+  """Keys that the query at position length-1 reads, for every layer; where that depends on data or head, the most.
+
+  SnapKV needs `prompt_length`, the tokens of the prompt. Raises ValueError for numbers out of range.
+  """
+  if length < 1 or (prompt_length is not None and not 1 <= prompt_length <= length):
+    raise ValueError(f"length={length}, prompt_length={prompt_length}; use a length of at least 1 and a prompt within.")
+  check_modes(mode, None, config)
   counts: dict[Mode, int] = {}
   for one in layer_modes(mode, config.num_layers):
     if one not in counts:
-      counts[one] = int(np.sum(visible(one, np.array([length - 1]), np.arange(length))))
+      counts[one] = _count(one, length, prompt_length)
   return tuple(counts[one] for one in layer_modes(mode, config.num_layers))
+
+
+def _count(mode: Mode, length: int, prompt_length: int | None) -> int:
+  if isinstance(mode, SnapKV):
+    if prompt_length is None:
+      raise ValueError(f"mode={mode} needs prompt_length: SnapKV compresses when the prompt ends.")
+    return min(mode.capacity_at(prompt_length), prompt_length) + length - prompt_length
+  if isinstance(mode, BlockMode):
+    return _most_of_blocks(mode, length)
+  seen = np.asarray(visible(mode, np.array([length - 1]), np.arange(length)))
+  return int(seen.sum(axis=-1).max())
+
+
+def _most_of_blocks(mode: BlockMode, length: int) -> int:
+  """What the rule reads anyway, the forced blocks, and those that add most."""
+  last, blocks = length - 1, -(-length // mode.block)
+  by_rule = np.zeros(length, bool)
+  if mode.rule is not None:
+    by_rule = np.asarray(visible(mode.rule, np.array([last]), np.arange(length)))[0]
+  adds = np.bincount(np.arange(length) // mode.block, weights=~by_rule, minlength=blocks).astype(int)
+  forced = ({last // mode.block} if mode.forces_own else set()) | ({0} if mode.keep_first else set())
+  free = sorted((adds[p] for p in range(blocks) if p not in forced), reverse=True)
+  chosen = int(block_counts(mode, length)[-1]) - len(forced)
+  return int(by_rule.sum() + sum(adds[p] for p in forced) + sum(free[:max(chosen, 0)]))

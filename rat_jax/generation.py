@@ -17,18 +17,20 @@ from rat_jax.modes import Dense, Mode
 
 
 def generate(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths | None = None, *,
-             mode: Mode = Dense(), max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             eos_id: int | None = None, key: Array | None = None) -> Array:
+             mode: Mode = Dense(), prefill_mode: Mode | None = None, max_new_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, eos_id: int | None = None, key: Array | None = None, row_ids: Array | None = None
+             ) -> Array:
   """Continues every row of a batch of prompts.
 
   Args:
     tokens: int [B, T]; lengths: int [B], the real tokens of each row (default T).
-    mode: the mode of prompt and new tokens.
+    mode: the mode of the new tokens; the prompt runs in its prompt form, or under `prefill_mode`.
     max_new_tokens: how many tokens every row gets.
     temperature: 0 takes the likeliest token; above 0, logits are divided by it and sampled.
     top_p: sample among the likeliest tokens whose probability adds up to it, in (0, 1].
     eos_id: a row that has produced it is done, and gets only `eos_id` from there on.
     key: the random key for sampling; row i's draws depend on it and on i alone.
+    row_ids: int [B], what random selection of a row depends on; default 0.
 
   Returns:
     int32 [B, max_new_tokens].
@@ -46,10 +48,11 @@ def generate(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths 
   if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
     raise ValueError(f"eos_id={eos_id} is outside the vocabulary 0..{model.config.vocab_size - 1}.")
   tokens = layouts.as_tokens(tokens, model.config.vocab_size)
-  lengths = layouts.as_lengths(lengths, *tokens.shape)
+  lengths = layouts.as_lengths(lengths, tokens.shape)
   if layouts.is_concrete(lengths) and not np.all(lengths):
     raise ValueError(f"the prompt of row {np.argmin(lengths)} is empty; give every row at least one token.")
-  logits, cache = prefill(model, params, tokens, lengths, mode=mode, max_length=tokens.shape[1] + max_new_tokens)
+  logits, cache = prefill(model, params, tokens, lengths, mode=mode, prefill_mode=prefill_mode,
+                          max_length=tokens.shape[1] + max_new_tokens, row_ids=row_ids)
   key = jax.random.key(0) if key is None else key
   return _continue(max_new_tokens, temperature > 0, top_p < 1, eos_id, params, logits, cache, key,
                    jnp.float32(temperature), jnp.float32(top_p))

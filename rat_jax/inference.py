@@ -10,40 +10,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import softmax
-from rat_jax import attention, cache as caches, layout as layouts, transformer
+from rat_jax import attention, cache as caches, compression, layout as layouts, selection, transformer
 from rat_jax.axes import Array, Lengths, Logits, Params, Positions, Stream, Tokens
+from rat_jax.block_step import attend_step
 from rat_jax.cache import Cache, KVCache, Slots
 from rat_jax.layout import Layout
 from rat_jax.model import RATPlusLM
-from rat_jax.modes import Dense, Mode, layer_runs
+from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes
+from rat_jax.selection import Origin
 from rat_jax.transformer import Attended
 
 
 def prefill(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths | None = None, *, mode: Mode = Dense(),
-            max_length: int = 2048, chunk: int | None = None) -> tuple[Array, Cache]:
+            prefill_mode: Mode | None = None, max_length: int = 2048, chunk: int | None = None,
+            row_ids: Array | None = None) -> tuple[Array, Cache]:
   """Runs a prompt and makes a cache of it.
 
   Args:
     tokens: int [B, T]; lengths: int [B], the real tokens of each row (default T; 0 leaves the row empty).
-    mode: the mode of the prompt and of all that follows.
+    mode: the mode of all that follows; the prompt runs in its prompt form (Quest, DilatedTopK and SnapKV: dense).
+    prefill_mode: overrides that form.
     max_length: the most tokens that a row will ever have, prompt included.
     chunk: the prompt goes through in pieces of that many tokens, which bounds memory and changes no number.
+    row_ids: int [B], what random selection of a row depends on; default 0.
 
   Returns:
     (logits, cache): float32 [B, V] after each row's last real token, and the cache.
 
   Raises:
-    ValueError: a prompt longer than max_length, tokens outside the vocabulary, lengths outside 0..T, chunk < 1.
+    ValueError: a prompt longer than max_length, tokens outside the vocabulary, lengths outside 0..T, chunk < 1,
+      SnapKV as prefill_mode.
   """
   config = model.config
   tokens = layouts.as_tokens(tokens, config.vocab_size)
-  lengths = layouts.as_lengths(lengths, *tokens.shape)
+  lengths = layouts.as_lengths(lengths, tokens.shape)
   longest = int(np.max(np.asarray(lengths))) if layouts.is_concrete(lengths) else tokens.shape[1]
   if longest > max_length:
     raise ValueError(f"max_length={max_length} is below the prompt's {longest} tokens; raise max_length.")
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk={chunk}; use at least 1, or None for the whole prompt at once.")
-  return _prefill(config, mode, max_length, chunk, params, tokens, lengths)
+  check_modes(mode, prefill_mode, config)
+  if row_ids is not None:
+    row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
+  return _prefill(config, mode, prefill_mode, max_length, chunk, params, tokens, lengths, row_ids)
 
 
 def extend(model: RATPlusLM, params: Params, tokens: Tokens, cache: Cache, lengths: Lengths | None = None, *,
@@ -52,27 +61,32 @@ def extend(model: RATPlusLM, params: Params, tokens: Tokens, cache: Cache, lengt
 
   Args:
     tokens: int [B, T]; lengths: int [B], the real tokens of each row (default T; 0 leaves the row as it is).
-    prompt: the tokens belong to the prompt. The modes here treat prompt and later tokens alike.
+    prompt: the tokens belong to the prompt, and run in its form as if `prefill` had had them too.
 
   Returns:
     (logits, cache): float32 [B, T, V] after every token, and the new cache. The old one stays usable.
 
   Raises:
-    ValueError: a cache of another model or one that would overflow, tokens outside the vocabulary.
+    ValueError: a cache of another model or one that would overflow, tokens outside the vocabulary; with `prompt`, a
+      cache that does not hold what the prompt's form reads.
   """
-  del prompt
   _check_cache(model, cache)
+  if prompt:
+    for run in cache.layer_runs:
+      if not _serves_prompt(run, cache.max_length):
+        raise ValueError(f"the cache of {run.mode} does not hold what {run.form} reads, so the prompt cannot go on;"
+                         " give `prefill` the whole prompt (`chunk` bounds its memory).")
   tokens = layouts.as_tokens(tokens, model.config.vocab_size)
   if tokens.shape[0] != cache.lengths.shape[0]:
     raise ValueError(f"tokens has {tokens.shape[0]} rows and the cache {cache.lengths.shape[0]}; give every row of the"
                      " cache its tokens (lengths 0 leaves a row as it is).")
-  lengths = layouts.as_lengths(lengths, *tokens.shape)
-  if layouts.is_concrete(cache.lengths) and layouts.is_concrete(lengths):
+  lengths = layouts.as_lengths(lengths, tokens.shape)
+  room = cache.room()
+  if layouts.is_concrete(room) and layouts.is_concrete(lengths) and (np.asarray(lengths) > np.asarray(room)).any():
     total = np.asarray(cache.lengths) + np.asarray(lengths)
-    if (total > cache.max_length).any():
-      raise ValueError(f"the cache has max_length={cache.max_length} and rows would grow to {total.tolist()} tokens;"
-                       " make it with a larger max_length.")
-  return _extend(params, tokens, cache, lengths)
+    raise ValueError(f"the cache has max_length={cache.max_length} and rows would grow to {total.tolist()} tokens, past"
+                     f" their room for {np.asarray(room).tolist()} more; make it with a larger max_length.")
+  return _extend(prompt, params, tokens, cache, lengths)
 
 
 def decode_step(model: RATPlusLM, params: Params, next_tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -83,7 +97,7 @@ def decode_step(model: RATPlusLM, params: Params, next_tokens: Array, cache: Cac
   """
   _check_cache(model, cache)
   tokens = layouts.as_next_tokens(next_tokens, cache.lengths.shape[0], model.config.vocab_size)
-  logits, cache = _extend(params, tokens[:, None], cache, jnp.ones_like(cache.lengths))
+  logits, cache = _extend(False, params, tokens[:, None], cache, jnp.ones_like(cache.lengths))
   return logits[:, 0], cache
 
 
@@ -93,74 +107,187 @@ def _check_cache(model: RATPlusLM, cache: Cache) -> None:
                      " `prefill` of this model.")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prefill(config, mode, max_length, chunk, params, tokens, lengths):
+def _serves_prompt(run: Run, max_length: int) -> bool:
+  """Whether the cache of a run holds all that the prompt's form reads, so that a prompt can go through it in pieces."""
+  if isinstance(run.mode, SnapKV):
+    return False
+  slots, form = Slots.of(run.mode, max_length), run.form.pattern
+  if run.form == run.mode or slots == Slots(max_length):
+    return True
+  if form is None or run.mode.pattern is None:
+    return False
+  mode = run.mode.pattern
+  strided = form.dilation is None or (mode.dilation is not None and form.dilation % mode.dilation == 0)
+  return strided and form.window <= mode.window and form.sinks <= mode.sinks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _prefill(config, mode, prefill_mode, max_length, chunk, params, tokens, lengths, row_ids):
   batch, length = tokens.shape
-  cache = caches.empty_cache(config, mode, batch, max_length)
+  cache = caches.empty_cache(config, mode, batch, max_length, prefill_mode=prefill_mode, prompt_width=length,
+                             row_ids=row_ids)
+  if cache.prompt_lengths is not None:
+    cache = dataclasses.replace(cache, prompt_lengths=lengths)
   if chunk is None or chunk >= length:
-    x, cache = advance(params, tokens, cache, lengths, fresh=True)
+    x, cache = advance(params, tokens, cache, lengths, fresh=True, prompt=True)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     last = jnp.where(lengths[:, None] > 0, last, 0)  # an empty row has no last token
     return transformer.logits(config, params, last), cache
+  if all(_serves_prompt(run, max_length) for run in cache.layer_runs):
+    last, cache = _prefill_pieces(params, tokens, cache, lengths, chunk)
+  else:
+    last, whole = _prefill_pieces(params, tokens, _whole_cache(cache, length), lengths, chunk)
+    cache = _from_whole(cache, whole, length)
+  return transformer.logits(config, params, last), cache
+
+
+def _prefill_pieces(params, tokens, cache, lengths, chunk):
+  """(the stream [B, E] after each row's last token, the cache) of a prompt that goes through its cache in pieces."""
 
   def body(carry, piece):
     cache, last = carry
     start, tokens = piece
     count = jnp.clip(lengths - start, 0, chunk)
-    x, cache = advance(params, tokens, cache, count)
+    x, cache = advance(params, tokens, cache, count, prompt=True)
     ends_here = (count > 0) & (lengths <= start + chunk)
     x = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return (cache, jnp.where(ends_here[:, None], x, last)), None
 
   pieces = softmax.split(tokens, chunk)
   starts = jnp.arange(pieces.shape[0], dtype=jnp.int32) * chunk
-  (cache, last), _ = jax.lax.scan(body, (cache, jnp.zeros((batch, config.embed_dim))), (starts, pieces))
-  return transformer.logits(config, params, last), cache
+  empty = jnp.zeros((tokens.shape[0], cache.config.embed_dim))
+  (cache, last), _ = jax.lax.scan(body, (cache, empty), (starts, pieces))
+  return last, cache
 
 
-@jax.jit
-def _extend(params, tokens, cache, lengths):
-  fits = cache.lengths + lengths <= cache.max_length
-  x, cache = advance(params, tokens, cache, jnp.where(fits, lengths, 0))
+def _whole_cache(cache: Cache, length: int) -> Cache:
+  """An empty cache that keeps all of a prompt of `length`, for modes whose own cache does not."""
+  config, runs = cache.config, cache.layer_runs
+  forms = PerLayer(tuple(run.form for run in runs for _ in range(run.start, run.stop)))
+  whole = caches.empty_cache(config, Dense(), cache.lengths.shape[0], length, prefill_mode=forms, row_ids=cache.row_ids)
+  windows = [run.mode.obs_window for run in runs if isinstance(run.mode, SnapKV)]
+  if not windows:
+    return whole
+
+  def with_queries(run, kv):
+    shape = (run.stop - run.start, cache.lengths.shape[0], max(windows), config.num_heads, config.head_dim)
+    return dataclasses.replace(kv, queries=jnp.zeros(shape, config.dtype))
+
+  return dataclasses.replace(whole, runs=tuple(map(with_queries, whole.layer_runs, whole.runs)))
+
+
+def _from_whole(cache: Cache, whole: Cache, length: int) -> Cache:
+  """The cache of a mode, from a prompt's whole cache."""
+  kv = jax.tree.map(lambda *runs: jnp.concatenate(runs), *whole.runs)
+
+  def run_cache(run):
+    def layer(_, at_layer):
+      kv, index = at_layer
+      window = kv.queries[:, kv.queries.shape[1] - run.mode.obs_window:] if isinstance(run.mode, SnapKV) else None
+      return None, caches.of_prompt(run, window, jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2),
+                                    whole.lengths, cache.max_length, _origin(cache, index))
+
+    layers = (jax.tree.map(lambda x: x[run.start:run.stop], kv), jnp.arange(run.start, run.stop))
+    return jax.lax.scan(layer, None, layers)[1]
+
+  return dataclasses.replace(cache, lengths=whole.lengths, state=whole.state,
+                             runs=tuple(run_cache(run) for run in cache.layer_runs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(prompt, params, tokens, cache, lengths):
+  fits = lengths <= cache.room()
+  x, cache = advance(params, tokens, cache, jnp.where(fits, lengths, 0), prompt=prompt)
   logits = transformer.logits(cache.config, params, x)
   return jnp.where(fits[:, None, None], logits, jnp.nan), cache
 
 
-def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, fresh: bool = False
-            ) -> tuple[Stream, Cache]:
+def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, prompt: bool = False,
+            fresh: bool = False) -> tuple[Stream, Cache]:
   """The stream [B, T, E] of new tokens that follow those in the cache, and the cache with them in it.
 
   The layers read the cache as it was and the new tokens; what is new is written once, after the last layer of a
-  run, so that the compiler can do it in place. `fresh` says that the cache is empty: attention then takes the
-  fast forms for whole sequences, and every layer makes its part of the cache at once.
+  run, so that the compiler can do it in place. `prompt` runs the tokens in the prompt's form. `fresh` says that the
+  cache is empty and this the whole prompt: attention then takes the fast forms for whole sequences, and every layer
+  makes its part of the cache at once.
   """
   config = cache.config
   layout = dataclasses.replace(layouts.consecutive(cache.lengths, lengths, tokens.shape[1]), plain=fresh)
   total = cache.lengths + lengths
   x = transformer.embed(params, tokens)
   runs, states = [], []
-  for run, kv in zip(layer_runs(cache.mode, config.num_layers), cache.runs, strict=True):
-    slots = Slots.of(run.mode, cache.max_length)
-    cached = None if fresh else slots.readable(cache.lengths)
+  for run, kv in zip(cache.layer_runs, cache.runs, strict=True):
+    rule = run.form if prompt else run.mode
 
-    def layer(x, at_layer, mode=run.mode, slots=slots, cached=cached):
-      p, state, kv = at_layer
-      x, state, at = transformer.block(config, p, x, layout, state, lambda at: _attend(mode, layout, at, kv, cached))
-      return x, (state, caches.fill(slots, at.k, at.v, total) if fresh else KVCache(at.k, at.v))
+    def layer(x, at_layer, run=run, rule=rule):
+      p, state, kv, index = at_layer
+      origin = _origin(cache, index)
+
+      def attend(at):
+        if fresh:
+          return attention.attend_sequence(at.q, at.k, at.v, rule, layout, origin)
+        return _attend_cached(run, rule, layout, at, kv, cache, origin)
+
+      x, state, at = transformer.block(config, p, x, layout, state, attend)
+      if not fresh:
+        return x, (state, _new_rows(run, at, kv, layout, cache))
+      window = None
+      if isinstance(run.mode, SnapKV):
+        window = compression.last_queries(at.q, total, run.mode.obs_window)
+      return x, (state, caches.of_prompt(run, window, at.k, at.v, total, cache.max_length, origin))
 
     layers = (transformer.layers_of(params, run.start, run.stop),
-              jax.tree.map(lambda s, run=run: s[run.start:run.stop], cache.state), None if fresh else kv)
+              jax.tree.map(lambda s, run=run: s[run.start:run.stop], cache.state), None if fresh else kv,
+              jnp.arange(run.start, run.stop))
     x, (state, new) = jax.lax.scan(layer, x, layers)
-    runs.append(new if fresh else caches.append(slots, kv, new.keys, new.values, layout.positions, total))
+    runs.append(new if fresh else caches.append(cache, run, kv, new, layout.positions, total))
     states.append(state)
   state = jax.tree.map(lambda *s: jnp.concatenate(s), *states) if config.memory else None
   return x, dataclasses.replace(cache, lengths=total, runs=tuple(runs), state=state)
 
 
-def _attend(mode: Mode, layout: Layout, at: Attended, kv: KVCache | None, cached: Positions | None) -> Array:
-  """Attention of new tokens to themselves and to the rows of a cache, whose positions are `cached`; one softmax."""
-  if kv is None or cached is None:
-    return attention.attend_sequence(at.q, at.k, at.v, mode, layout)
+def _origin(cache: Cache, layer: Array) -> Origin:
+  return Origin(jnp.zeros_like(cache.lengths) if cache.row_ids is None else cache.row_ids, layer)
+
+
+def _new_rows(run: Run, at: Attended, kv: KVCache, layout: Layout, cache: Cache) -> KVCache:
+  """What a layer adds to its part `kv` of the cache."""
+  new = KVCache(at.k, at.v, queries=None if kv.queries is None else at.q)
+  if kv.statistics and isinstance(run.mode, BlockMode):
+    running = selection.continued(run.mode, kv.statistics, at.k, layout.positions, cache.lengths)
+    new = dataclasses.replace(new, statistics=running)
+  return new
+
+
+def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, origin: Origin
+                   ) -> Array:
+  """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax."""
+  positions = layout.positions
+  if isinstance(rule, BlockMode):
+    return _attend_cached_blocks(run, rule, positions, at, kv, cache, origin)
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
-  return softmax.merge([attention.attend_keys(at.q, old_k, old_v, mode, layout.positions, cached),
-                        attention.attend_keys(at.q, at.k, at.v, mode, layout.positions, layout.positions)])
+  if kv.positions is not None:  # all that was kept and generated
+    rule, cached = Dense(), kv.positions
+  else:
+    cached = Slots.of(run.mode, cache.max_length).readable(cache.lengths)
+  return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached),
+                        attention.attend_keys(at.q, at.k, at.v, rule, positions, positions)])
+
+
+def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, cache: Cache,
+                          origin: Origin) -> Array:
+  """The same for a rule that chooses blocks; the cache is full."""
+  old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
+  statistics = kv.statistics if rule == run.mode and kv.statistics else selection.block_statistics(
+      rule, old_k, cache.lengths)
+  if positions.shape[1] == 1:
+    return attend_step(at.q, at.k, at.v, rule, positions, kv, statistics, cache.lengths, origin, cache.max_length)
+  own = selection.continued(rule, statistics, at.k, positions, cache.lengths)
+  blocks = caches.BlockSlots(rule.block, statistics[0].shape[2])
+  total = cache.lengths + jnp.sum(positions >= 0, axis=1)
+  statistics = tuple(caches.write(blocks, old[None], new[None], positions, total)[0]
+                     for old, new in zip(statistics, own, strict=True))
+  cached = Slots(cache.max_length).held(cache.lengths)
+  k, v = jnp.concatenate([old_k, at.k], axis=1), jnp.concatenate([old_v, at.v], axis=1)
+  return attention.attend_blocks(at.q, k, v, rule, positions, jnp.concatenate([cached, positions], axis=1), statistics,
+                                 own, origin, cache.max_length)

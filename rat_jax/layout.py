@@ -56,7 +56,7 @@ def of_tokens(shape: tuple[int, ...], *, positions: Positions | None = None, seg
     positions = as_integers("positions", positions, shape)
   if segment_ids is not None:
     segment_ids = as_integers("segment_ids", segment_ids, shape)
-  count = as_lengths(lengths, batch, length)
+  count = as_lengths(lengths, shape)
   plain = dataclasses.replace(consecutive(jnp.zeros(batch, jnp.int32), count, length), plain=True,
                               padded=lengths is not None)
   if positions is None and segment_ids is None:
@@ -96,16 +96,17 @@ def as_next_tokens(tokens: Tokens, batch: int, vocab_size: int) -> Array:
   return jnp.asarray(tokens, jnp.int32)
 
 
-def as_lengths(lengths: Lengths | None, batch: int, width: int) -> Array:
-  """Lengths as int32 [B]; None is `width` everywhere. Raises ValueError for another shape or type and, where values
-  can be seen, for one outside 0..width."""
+def as_lengths(lengths: Lengths | None, shape: tuple[int, ...], name: str = "lengths") -> Array:
+  """Lengths of the rows of an array [B, T, ...] as int32 [B]; None is T everywhere. Raises ValueError for another
+  shape or type and, where values can be seen, for one outside 0..T."""
+  batch, width = shape[:2]
   if lengths is None:
     return jnp.full(batch, width, jnp.int32)
-  lengths = as_integers("lengths", lengths, (batch,))
+  lengths = as_integers(name, lengths, (batch,))
   if is_concrete(lengths):
     values = np.asarray(lengths)
     if ((values < 0) | (values > width)).any():
-      raise ValueError(f"lengths={values.tolist()}; every row counts the real tokens of an array of width {width}, so"
+      raise ValueError(f"{name}={values.tolist()}; every row counts the real tokens of an array of width {width}, so"
                        f" use 0..{width}.")
   return jnp.asarray(lengths, jnp.int32)
 

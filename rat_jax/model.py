@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
+import functools
+from typing import Literal
 
-from rat_jax import layout as layouts, transformer
-from rat_jax.axes import Array, Lengths, Logits, Positions, Tokens
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from rat_jax import ablation, layout as layouts, transformer
+from rat_jax.axes import Array, Lengths, Logits, Positions, SegmentIds, Tokens
 from rat_jax.config import RATPlusConfig
-from rat_jax.modes import Dense, Mode
+from rat_jax.modes import Dense, Mode, SelectingMode, SnapKV, check_modes, layer_modes, layer_runs
 
 
 class RATPlusLM(nn.Module):
@@ -20,27 +25,77 @@ class RATPlusLM(nn.Module):
   config: RATPlusConfig
 
   @nn.compact
-  def __call__(self, tokens: Tokens, *, mode: Mode = Dense(), segment_ids: Array | None = None,
-               positions: Positions | None = None, lengths: Lengths | None = None) -> Logits:
+  def __call__(self, tokens: Tokens, *, mode: Mode = Dense(), segment_ids: SegmentIds | None = None,
+               positions: Positions | None = None, lengths: Lengths | None = None,
+               prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None, row_ids: Array | None = None,
+               select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory"
+               ) -> Logits:
     """Logits of whole sequences.
 
     Args:
       tokens: int [B, T].
-      mode: who sees whom; static under `jit`.
+      mode: who sees whom; static under `jit`. Every token is a decode step of the mode, but for the prompt's.
       segment_ids: int [B, T] for packed rows: attention and memory stop where the id changes, positions restart;
         0 is padding.
       positions: int [B, T], growing by 1 inside a document; default 0..T-1 in each. Negative ones are padding.
       lengths: int [B], the real tokens of every row, which come first.
+      prompt_lengths: int [B], how many first tokens of a row are its prompt: they run as `prefill` runs them, the
+        rest as the decode steps after it. SnapKV needs it.
+      prefill_mode: overrides the mode's form of the prompt; only with `prompt_lengths`.
+      row_ids: int [B], what random selection of a row depends on; default 0.
+      select_from, attend_to: "plain" takes keys (and values) without the memory for choosing, or for attention: an
+        experiment (`rat_jax.ablation`).
 
     Returns:
       float32 [B, T, V]. Rows of padding are finite and otherwise unspecified.
 
     Raises:
-      ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length.
+      ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length, SnapKV or
+        `prefill_mode` without `prompt_lengths`, positions other than 0..T-1 under a mode that chooses by the query.
+      NotImplementedError: packed rows under such a mode.
     """
     config = self.config
     tokens = layouts.as_tokens(tokens, config.vocab_size)
+    _check_call(config, mode, prefill_mode, prompt_lengths, segment_ids, positions)
+    if _chooses(config, mode, prefill_mode):
+      positions = None  # they are 0..T-1
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
+    if prompt_lengths is not None:
+      prompt_lengths = layouts.as_lengths(prompt_lengths, tokens.shape, name="prompt_lengths")
+    if row_ids is not None:
+      row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
-    x = transformer.hidden_states(config, params, tokens, mode, layout)
+    run = transformer.hidden_states
+    if (select_from, attend_to) != ("memory", "memory"):
+      run = functools.partial(ablation.hidden_states, select_from=select_from, attend_to=attend_to)
+    x = run(config, params, tokens, mode, layout, prompt_lengths=prompt_lengths, prefill_mode=prefill_mode,
+            row_ids=row_ids)
     return transformer.logits(config, params, x)
+
+
+def _chooses(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None) -> bool:
+  return any(isinstance(m, SelectingMode) for run in layer_runs(mode, config.num_layers, prefill_mode)
+             for m in (run.mode, run.form))
+
+
+def _check_call(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, prompt_lengths: Lengths | None,
+                segment_ids: SegmentIds | None, positions: Positions | None) -> None:
+  check_modes(mode, prefill_mode, config)
+  if prompt_lengths is None:
+    if prefill_mode is not None:
+      raise ValueError(f"prefill_mode={prefill_mode} without prompt_lengths; say how many tokens of each row are its"
+                       " prompt.")
+    if any(isinstance(one, SnapKV) for one in layer_modes(mode, config.num_layers)):
+      raise ValueError(f"mode={mode} needs prompt_lengths: SnapKV compresses when the prompt ends.")
+  if prompt_lengths is not None and segment_ids is not None:
+    raise ValueError("prompt_lengths with segment_ids; a packed row has several prompts, so give each its own row.")
+  if not _chooses(config, mode, prefill_mode):
+    return
+  if segment_ids is not None:
+    raise NotImplementedError(f"{mode} does not serve packed rows (segment_ids): its blocks would span documents. Give"
+                              " every document its own row.")
+  if positions is not None:
+    expected = np.arange(np.shape(positions)[-1])
+    if not layouts.is_concrete(positions) or not np.array_equal(np.asarray(positions), np.broadcast_to(
+        expected, np.shape(positions))):
+      raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")

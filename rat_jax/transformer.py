@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.products import einsum_float32
 from rat_jax import attention, rope
-from rat_jax.axes import Array, Keys, Logits, Params, Queries, State, Stream, Tokens
+from rat_jax.axes import Array, Keys, Lengths, Logits, Params, Queries, State, Stream, Tokens
 from rat_jax.config import RATPlusConfig
 from rat_jax.layout import Layout
 from rat_jax.memory import memory
 from rat_jax.modes import Mode, layer_runs
+from rat_jax.selection import Origin
 
 
 class Projections(NamedTuple):
@@ -180,17 +181,21 @@ def layers_of(params: Params, start: int, stop: int) -> Params:
   return jax.tree.map(lambda a: a[start:stop], params["layers"])
 
 
-def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout) -> Stream:
+def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
+                  prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None,
+                  row_ids: Array | None = None) -> Stream:
   """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
   x = embed(params, tokens)
-  for run in layer_runs(mode, config.num_layers):
+  rows = jnp.zeros(tokens.shape[0], jnp.int32) if row_ids is None else row_ids
+  for run in layer_runs(mode, config.num_layers, prefill_mode):
 
-    def layer(x, p, mode=run.mode):
-      x, _, _ = block(config, p, x, layout, None,
-                      lambda at: attention.attend_sequence(at.q, at.k, at.v, mode, layout))
+    def layer(x, at_layer, run=run):
+      p, index = at_layer
+      x, _, _ = block(config, p, x, layout, None, lambda at: attention.attend_layer(
+          at.q, at.k, at.v, run, layout, prompt_lengths, Origin(rows, index)))
       return x, None
 
-    x, _ = jax.lax.scan(layer, x, layers_of(params, run.start, run.stop))
+    x, _ = jax.lax.scan(layer, x, (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)))
   return x
 
 

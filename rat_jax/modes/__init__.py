@@ -2,16 +2,27 @@
 
 from rat_jax.modes import text
 from rat_jax.modes.base import Mode, visible
+from rat_jax.modes.block_mode import BlockMode, SelectingMode
 from rat_jax.modes.dense import Dense
 from rat_jax.modes.dilated import Dilated
-from rat_jax.modes.per_layer import PerLayer, Run, layer_modes, layer_runs, mode_of_layer
+from rat_jax.modes.dilated_topk import DilatedTopK
+from rat_jax.modes.moba import MoBA
+from rat_jax.modes.per_head import PerHead
+from rat_jax.modes.per_layer import PerLayer, Run, check_modes, layer_modes, layer_runs, mode_of_layer
+from rat_jax.modes.quest import Quest
+from rat_jax.modes.snapkv import SnapKV
 from rat_jax.modes.streaming_llm import StreamingLLM
 
 MODES = {mode.name: mode for mode in (
     Dense,
     Dilated,
     StreamingLLM,
+    Quest,
+    MoBA,
+    SnapKV,
+    DilatedTopK,
     PerLayer,
+    PerHead,
 )}
 
 
@@ -23,5 +34,6 @@ def parse_mode(text_form: str) -> Mode:
   return text.parse(text_form, MODES)
 
 
-__all__ = ["MODES", "Dense", "Dilated", "Mode", "PerLayer", "Run", "StreamingLLM", "layer_modes", "layer_runs",
+__all__ = ["MODES", "BlockMode", "Dense", "Dilated", "DilatedTopK", "MoBA", "Mode", "PerHead", "PerLayer", "Quest",
+           "Run", "SelectingMode", "SnapKV", "StreamingLLM", "check_modes", "layer_modes", "layer_runs",
            "mode_of_layer", "parse_mode", "visible"]

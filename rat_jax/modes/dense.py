@@ -12,7 +12,7 @@ from rat_jax.modes.base import Mode
 from rat_jax.modes.dilated import Dilated
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mode):
   """Causal attention to all keys."""
 

@@ -16,7 +16,7 @@ from pallas_kernels.dilated_attention.reference import dilated_pattern
 from rat_jax.modes.base import Mode
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dilated(Mode):
   """Query t reads key s iff (s+1) % dilation == 0, or t - s <= window, or s < sinks.
 

@@ -8,10 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import jax
 
+from rat_jax.config import RATPlusConfig
 from rat_jax.modes.base import Mode
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PerLayer(Mode):
   """Layer i runs under modes[i]. Raises ValueError when empty, nested, or holding something that is no mode."""
 
@@ -25,16 +26,38 @@ class PerLayer(Mode):
     for i, mode in enumerate(self.modes):
       if not isinstance(mode, Mode) or isinstance(mode, PerLayer):
         raise ValueError(f"PerLayer: modes[{i}]={mode!r}; give a mode that is not itself a PerLayer.")
+      if getattr(mode, "dense_layers", ()):
+        raise ValueError(f"PerLayer: modes[{i}] has dense_layers={mode.dense_layers}; put Dense() at those layers.")  # type: ignore[attr-defined]
+
+  def of_layer(self, layer: int, num_layers: int) -> Mode:
+    if len(self.modes) != num_layers:
+      raise ValueError(f"PerLayer: modes has {len(self.modes)} entries and the model num_layers={num_layers};"
+                       " give one mode per layer.")
+    return self.modes[layer]
 
   def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
     raise ValueError("PerLayer has no rule of its own: `visible` and masks are per layer. Pass one of its modes,"
                      " `mode.modes[layer]`.")
 
 
-def mode_of_layer(mode: Mode, layer: int) -> Mode:
-  """The mode of one layer, for operators that know no model. Raises ValueError where a PerLayer has no such layer."""
+class Run(NamedTuple):
+  """Consecutive layers that one loop serves: layers start .. stop-1, of equal mode and equal form of the prompt."""
+
+  mode: Mode
+  form: Mode
+  start: int
+  stop: int
+
+
+def check_mode(mode: Mode) -> None:
+  """Raises ValueError for what is no mode."""
   if not isinstance(mode, Mode):
     raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
+
+
+def mode_of_layer(mode: Mode, layer: int) -> Mode:
+  """The mode of one layer, for operators that know no model. Raises ValueError where a PerLayer has no such layer."""
+  check_mode(mode)
   if not isinstance(mode, PerLayer):
     return mode
   if not 0 <= layer < len(mode.modes):
@@ -42,29 +65,28 @@ def mode_of_layer(mode: Mode, layer: int) -> Mode:
   return mode.modes[layer]
 
 
-class Run(NamedTuple):
-  """Consecutive layers of equal mode, which one loop serves: layers start .. stop-1."""
-
-  mode: Mode
-  start: int
-  stop: int
-
-
 def layer_modes(mode: Mode, num_layers: int) -> tuple[Mode, ...]:
   """The mode of every layer. Raises ValueError for a PerLayer of another length, and for what is no mode."""
-  if not isinstance(mode, PerLayer):
-    return (mode_of_layer(mode, 0),) * num_layers
-  if len(mode.modes) != num_layers:
-    raise ValueError(f"PerLayer: modes has {len(mode.modes)} entries and the model num_layers={num_layers};"
-                     " give one mode per layer.")
-  return mode.modes
+  check_mode(mode)
+  return tuple(mode.of_layer(i, num_layers) for i in range(num_layers))
 
 
-def layer_runs(mode: Mode, num_layers: int) -> tuple[Run, ...]:
-  """The layers cut into runs of equal mode, in order."""
+def layer_runs(mode: Mode, num_layers: int, prefill_mode: Mode | None = None) -> tuple[Run, ...]:
+  """The layers cut into runs that share a loop, in order; `prefill_mode` overrides the form of the prompt."""
+  modes = layer_modes(mode, num_layers)
+  forms = tuple(m.prompt_form for m in modes) if prefill_mode is None else layer_modes(prefill_mode, num_layers)
   runs, start = [], 0
-  for same, layers in itertools.groupby(layer_modes(mode, num_layers)):
+  for (same, form), layers in itertools.groupby(zip(modes, forms, strict=True)):
     stop = start + len(list(layers))
-    runs.append(Run(same, start, stop))
+    runs.append(Run(same, form, start, stop))
     start = stop
   return tuple(runs)
+
+
+def check_modes(mode: Mode, prefill_mode: Mode | None, config: RATPlusConfig) -> None:
+  """Raises ValueError for modes that a model, or a prompt, cannot run under."""
+  for run in layer_runs(mode, config.num_layers, prefill_mode):
+    run.mode.check_heads(config.num_kv_heads)
+    run.form.check_heads(config.num_kv_heads)
+    if run.form.after_prompt:
+      raise ValueError(f"prefill_mode={prefill_mode}: {run.form} acts when the prompt has ended; give it as mode.")

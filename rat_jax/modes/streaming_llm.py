@@ -11,7 +11,7 @@ from rat_jax.modes.base import Mode
 from rat_jax.modes.dilated import Dilated
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StreamingLLM(Mode):
   """The first `sinks` tokens, the `window` tokens before the query, and itself: Dilated(None, window, sinks)."""
 

@@ -1,7 +1,7 @@
 """Modes as text: `str(mode)` writes what `parse_mode` reads, as in "dilated:16,window=256,sinks=4".
 
 The form is name[:argument,...]; arguments are positional, then field=value; fields at their default are left
-out. A tuple is [item;item;...], and its items may be modes.
+out. A tuple is [item;item;...], and its items may be modes; a mode alone is (mode).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 def write(mode: Any) -> str:
   """The text form of a mode."""
   arguments = []
-  for field in dataclasses.fields(mode):
+  for field in sorted(dataclasses.fields(mode), key=lambda field: bool(field.kw_only)):
     value = getattr(mode, field.name)
     if field.default is dataclasses.MISSING:
       arguments.append(_write_value(value))
@@ -48,7 +48,9 @@ def parse(text: str, table: Mapping[str, type]) -> Any:
 
 def _write_value(value: Any) -> str:
   if isinstance(value, tuple):
-    return "[" + ";".join(_write_value(item) for item in value) + "]"
+    return "[" + ";".join(str(item) for item in value) + "]"
+  if dataclasses.is_dataclass(value):
+    return f"({value})"
   return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -56,6 +58,8 @@ def _read_value(text: str, whole: str, table: Mapping[str, type]) -> Any:
   text = text.strip()
   if text.startswith("[") and text.endswith("]"):
     return tuple(_read_value(item, whole, table) for item in _split(text[1:-1], ";"))
+  if text.startswith("(") and text.endswith(")"):
+    return parse(text[1:-1], table)
   if text.partition(":")[0] in table:
     return parse(text, table)
   constants = {"none": None, "true": True, "false": False}
@@ -76,7 +80,7 @@ def _split(text: str, separator: str) -> Iterable[str]:
   """`text` cut at the separators that stand outside brackets."""
   depth, start, pieces = 0, 0, []
   for i, character in enumerate(text):
-    depth += (character == "[") - (character == "]")
+    depth += (character in "[(") - (character in "])")
     if character == separator and depth == 0:
       pieces.append(text[start:i])
       start = i + 1

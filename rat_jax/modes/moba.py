@@ -1,0 +1,51 @@
+"""MoBA: blocks of keys by the mean of their keys (Lu et al., arXiv 2502.13189), in prompts and in decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from rat_jax.modes.base import Mode
+from rat_jax.modes.block_mode import BlockMode, share_of_blocks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MoBA(BlockMode):
+  """Reads the `top_k` best blocks by q . mean(keys). The defaults are those of arXiv 2605.28640.
+
+  Attributes:
+    top_k: blocks, the query's own and the first one included; a float in (0, 1] is a share of the tokens so far.
+    block: tokens in a block.
+    keep_first: the first block is always read, and counts.
+    dense_layers: layers that stay dense; negative ones count from the end.
+
+  Prompts run under the mode itself. Raises ValueError for a budget below the forced blocks or a share outside (0, 1].
+  """
+
+  name: ClassVar[str] = "moba"
+  statistic = "mean"
+  top_k: int | float
+  block: int = 64
+  keep_first: bool = True
+  dense_layers: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    self._settle_int("block", least=1, fix="use at least 1 token")
+    self._settle_bool("keep_first")
+    self._settle_budget("top_k", 1 + self.keep_first, "the own block is forced, and with keep_first the first one")
+    self._settle_options()
+
+  @classmethod
+  def upstream(cls, top_k: int, block: int = 4096) -> MoBA:
+    """MoBA as its authors run it: no first block forced, the last three layers dense.
+
+    upstream(1) reads the own block alone, as `moba_naive` does (their `moba_efficient` is dense there).
+    """
+    return cls(top_k, block, keep_first=False, dense_layers=(-3, -2, -1))
+
+  @property
+  def prompt_form(self) -> Mode:
+    return self.without_dense_layers()
+
+  def blocks_at(self, length: int) -> int:
+    return share_of_blocks(self.top_k, length, self.block) if isinstance(self.top_k, float) else self.top_k
