@@ -181,8 +181,9 @@ def empty_cache(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
     shape = (config.num_layers, batch, config.num_kv_heads, config.head_dim)
     state = (jnp.zeros(shape), jnp.zeros(shape))
   empty = tuple(_empty_run(config, run, batch, max_length, prompt_width) for run in runs)
-  return Cache(lengths, empty, state, row_ids if random else None, lengths if compressed else None, config, mode,
-               prefill_mode, max_length, prompt_width if compressed else None)
+  prompt_lengths = jnp.zeros(batch, jnp.int32) if compressed else None
+  return Cache(lengths, empty, state, row_ids if random else None, prompt_lengths, config, mode, prefill_mode,
+               max_length, prompt_width if compressed else None)
 
 
 def _empty_run(config: RATPlusConfig, run: Run, batch: int, max_length: int, prompt_width: int | None) -> KVCache:
