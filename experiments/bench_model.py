@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,8 @@ def seconds_per_step(model: RATPlusLM, params, mode: Mode) -> float:
 
 def main() -> None:
   folder = common.workdir("bench_model")
-  config = RATPlusConfig(vocab_size=256, num_layers=LAYERS.value, embed_dim=WIDTH.value, num_heads=HEADS.value,
-                         num_kv_heads=KV_HEADS.value, dtype=DTYPE.value)
+  sizes: dict[str, Any] = {"num_heads": HEADS.value, "num_kv_heads": KV_HEADS.value, "dtype": DTYPE.value}
+  config = RATPlusConfig(vocab_size=256, num_layers=LAYERS.value, embed_dim=WIDTH.value, **sizes)
   model = RATPlusLM(config)
   params = jax.jit(model.init)(jax.random.key(common.SEED.value), np.zeros((1, 8), np.int32))["params"]
   dense = seconds_per_step(model, params, rat_jax.Dense())

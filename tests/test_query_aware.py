@@ -42,7 +42,7 @@ CHOOSING = [
     SnapKV(6, obs_window=3, selector="oracle"), DilatedTopK(4, 2, selector="oracle", window=1),
     PerLayer((Quest(8, block=3), Dilated(4), SnapKV(6, obs_window=3))),
 ]
-QUICK = [CHOOSING[i] for i in (0, 5, 8, 12, 17, 21)]
+QUICK = [CHOOSING[i] for i in (0, 5, 12, 21)]
 # (mode, prefill_mode)
 OVERRIDDEN = [
     (Dense(), MoBA(3, block=4)), (Dilated(4, 1), Dense()), (Dilated(4, 1), Dilated(8)), (Quest(8, block=3), Dilated(4)),
@@ -114,7 +114,8 @@ def test_every_way_gives_the_same_logits(mode, memory, kv_heads):
 
 
 @pytest.mark.parametrize(("mode", "prefill_mode"), [
-    pytest.param(*pair, marks=() if i in (0, 1, 5) else pytest.mark.slow) for i, pair in enumerate(OVERRIDDEN)], ids=str)
+    pytest.param(*pair, marks=() if i in (1, 5) else pytest.mark.slow) for i, pair in enumerate(OVERRIDDEN)],
+    ids=str)
 def test_other_forms_of_the_prompt(mode, prefill_mode):
   check_every_way(mode, prefill_mode, True, 2)
 
@@ -125,7 +126,7 @@ def test_per_head(kv_heads):
   check_every_way(PerLayer((mode, Dense(), mode)), None, kv_heads == 2, kv_heads, chunks=(5,))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in CHOOSING[::2] if isinstance(mode, BlockMode)], ids=str)
+@pytest.mark.parametrize("mode", [mode for mode in CHOOSING[1::5] if isinstance(mode, BlockMode)], ids=str)
 def test_the_prompt_under_the_mode_itself_is_the_plain_call(mode):
   model, params, tokens = setup(True, 2)
   plain = apply(model, params, tokens, mode=mode, row_ids=ROW_IDS)
@@ -147,8 +148,7 @@ def test_prompt_chunks_of_any_size(mode, chunk):
       assert_close(a, b, WHOLE_MODEL)
 
 
-@pytest.mark.parametrize("mode", [Quest(8, block=3), MoBA(3, block=4), DilatedTopK(4, 2, score="mean"), Dilated(4, 2)],
-                         ids=str)
+@pytest.mark.parametrize("mode", [Quest(8, block=3), DilatedTopK(4, 2, score="mean")], ids=str)
 def test_a_prompt_goes_on(mode):
   model, params, tokens = setup(True, 2)
   expected = apply(model, params, tokens, mode=mode, prompt_lengths=np.full(4, 20))
@@ -170,12 +170,12 @@ def test_where_a_prompt_cannot_go_on(mode, prefill_mode, serves):
     logits, _ = rat_jax.extend(model, params, tokens[:, 9:], cache, prompt=True)
     assert_close(logits, expected[:, 9:], WHOLE_MODEL)
   else:
-    with pytest.raises(ValueError, match="does not hold what .* reads, so the prompt cannot go on"):
+    with pytest.raises(ValueError, match=r"does not hold what .* reads, so the prompt cannot go on"):
       rat_jax.extend(model, params, tokens[:, 9:], cache, prompt=True)
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [(Quest(8, block=3), "bfloat16"), (MoBA(3, block=5), "float32"),
-                                             (MoBA(3, block=5), "bfloat16")], ids=str)
+@pytest.mark.parametrize(("mode", "dtype"), [(Quest(8, block=3), "bfloat16"), (MoBA(3, block=5), "float32")],
+                         ids=str)
 def test_statistics_kept_are_those_of_the_keys(mode, dtype):
   config = RATPlusConfig(VOCAB, 2, 32, 4, num_kv_heads=2, init_std=None, dtype=dtype)
   model, tokens = RATPlusLM(config), setup(True, 2)[2]
@@ -275,7 +275,7 @@ def test_inspect_shows_every_layer_that_chooses():
   assert rat_jax.inspect(model, params, tokens, Dilated(4)) == []
 
 
-@pytest.mark.parametrize("mode", [Quest(8, block=3), SnapKV(6, obs_window=3), Dense()], ids=str)
+@pytest.mark.parametrize("mode", [Quest(8, block=3), SnapKV(6, obs_window=3)], ids=str)
 def test_the_two_by_two(mode):
   model, params, tokens = setup(True, 2)
 
@@ -288,10 +288,7 @@ def test_the_two_by_two(mode):
   neither = apply(plain, without, tokens, mode=mode, prompt_lengths=PROMPT)
   assert_close(run(select_from="memory", attend_to="memory"), both, WHOLE_MODEL)
   assert_close(run(select_from="plain", attend_to="plain"), neither, WHOLE_MODEL)
-  if mode == Dense():
-    assert_close(run(select_from="plain"), both, WHOLE_MODEL)
-  else:
-    assert np.abs(run(select_from="plain") - both).max() > 1e-3
+  assert np.abs(run(select_from="plain") - both).max() > 1e-3
   assert np.abs(run(attend_to="plain") - both).max() > 1e-3
   with pytest.raises(ValueError, match="select_from='k'"):
     run(select_from="k")
