@@ -11,7 +11,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from rat_jax import Dense, Dilated, visible
+import rat_jax
+from rat_jax import Dense, Dilated, RATPlusLM, Selection, visible
+from rat_jax.axes import Params
 from rat_jax.modes import Mode, PerLayer
 
 _COLOURS = ("#1b6ca8", "#d1495b", "#8d96a3", "#66a182")
@@ -31,6 +33,38 @@ def draw_masks(modes: Sequence[Mode], path: pathlib.Path, length: int = 96) -> N
     axis.tick_params(labelsize=7, labelbottom=True)
   for axis in axes.flat[len(modes):]:
     axis.axis("off")
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def draw_choices(model: RATPlusLM, params: Params, tokens: np.ndarray, modes: Sequence[Mode], prompt_length: int,
+                 path: pathlib.Path) -> None:
+  """What the queries after a prompt chose on a real text, tokens [1, T]: a row of squares per mode, one per layer.
+
+  Shown is the first head; a dark cell is a key that the query reads.
+  """
+  length = tokens.shape[1]
+  figure, axes = plt.subplots(len(modes), model.config.num_layers, layout="constrained", sharex=True, sharey=True,
+                              squeeze=False, figsize=(3.2 * model.config.num_layers, 3.4 * len(modes)))
+  at = np.arange(length)
+  for row, mode in zip(axes, modes, strict=True):
+    for layer, (axis, chosen) in enumerate(zip(row, rat_jax.inspect(
+        model, params, tokens, mode, prompt_lengths=np.array([prompt_length])), strict=True)):
+      if isinstance(chosen, Selection):
+        blocks = np.asarray(chosen.blocks)[0, :, 0, :, None]
+        seen = (blocks == at // mode.block).any(axis=1)  # type: ignore[attr-defined]
+      else:
+        seen = np.isin(at, np.asarray(chosen.positions)[0, 0]) | (at >= prompt_length)
+      seen = (seen & (at <= at[:, None]))[prompt_length:]
+      axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest", aspect="auto",
+                  extent=(-0.5, length - 0.5, length - 0.5, prompt_length - 0.5))
+      axis.set_title(f"{mode}\nlayer {layer}: {seen[-1].sum()} of {length} keys read at the end", fontsize=8)
+      axis.axvline(prompt_length - 0.5, color="#d1495b", linewidth=0.8)
+      axis.tick_params(labelsize=7, labelbottom=True)
+  for axis in axes[-1]:
+    axis.set_xlabel("key (the prompt ends at the red line)", fontsize=8)
+  for axis in axes[:, 0]:
+    axis.set_ylabel("query", fontsize=8)
   figure.savefig(path, dpi=130)
   plt.close(figure)
 

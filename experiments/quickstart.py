@@ -22,14 +22,14 @@ from absl import flags
 
 import rat_jax
 from experiments import common, plots
-from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM, StreamingLLM
+from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusConfig, RATPlusLM, SnapKV, StreamingLLM
 from rat_jax.data import TokenFile
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 
 DATA = flags.DEFINE_string("data", None, "Text file or folder. Default: the Python standard library's text.")
-STEPS = flags.DEFINE_integer("steps", 1100, "Batches of training, two updates each.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 1000, "Batches of training, two updates each.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences in a batch.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 256, "Tokens in a sequence.", lower_bound=8)
 LAYERS = flags.DEFINE_integer("layers", 3, "Layers.", lower_bound=1)
@@ -46,6 +46,12 @@ def modes_of(num_layers: int) -> list[Mode]:
   """The modes of the table."""
   hybrid = PerLayer(tuple(Dense() if i == 0 else Dilated(16) for i in range(num_layers)))
   return [Dense(), *(Dilated(d) for d in (4, 8, 16, 32)), Dilated(16, window=32, sinks=4), StreamingLLM(32, 4), hybrid]
+
+
+def choosing_modes() -> list[Mode]:
+  """The modes of the second table, with blocks and windows that fit into so short a sequence."""
+  return [Dense(), *(mode for share in (0.25, 0.125) for mode in (
+      Quest(share, block=4), MoBA(share, block=4), SnapKV(share, obs_window=8)))]
 
 
 def arms(config: RATPlusConfig) -> dict[str, tuple[RATPlusConfig, tuple[Mode, ...]]]:
@@ -81,10 +87,12 @@ def train_arm(name: str, config: RATPlusConfig, modes: tuple[Mode, ...], data: T
   return model, state.params, time.perf_counter() - start
 
 
-def bits_by_mode(model: RATPlusLM, params, data: TokenFile, modes: list[Mode]) -> dict[Mode, float]:
-  """Held-out bits per byte under every mode; a token is a byte."""
+def bits_by_mode(model: RATPlusLM, params, data: TokenFile, modes: list[Mode], prompt_length: int | None = None
+                 ) -> dict[Mode, float]:
+  """Held-out bits per byte under every mode, of what comes after the prompt; a token is a byte."""
   batches = data.epoch(batch_size=BATCH_SIZE.value, length=LENGTH.value, limit=EVAL_WINDOWS.value)
-  return {mode: nats / math.log(2) for mode, nats in loss_by_mode(model, params, batches, modes).items()}
+  losses = loss_by_mode(model, params, batches, modes, prompt_length)
+  return {mode: nats / math.log(2) for mode, nats in losses.items()}
 
 
 def decode_speed(model: RATPlusLM, params, mode: Mode) -> float:
@@ -113,6 +121,20 @@ def continuations(model: RATPlusLM, params, data: TokenFile, modes: list[Mode]) 
   return texts
 
 
+def table_of(config: RATPlusConfig, bits: dict[str, dict[Mode, float]], prompt_length: int | None = None
+             ) -> tuple[str, dict[str, Any]]:
+  """(a Markdown table, its figures for results.json) of bits per byte by model and mode, beside what a mode costs."""
+  modes = list(next(iter(bits.values())))
+  keys = {mode: float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value, prompt_length))) for mode in modes}
+  cache = {mode: rat_jax.cache_bytes(config, mode, 1, LENGTH.value, prompt_length) for mode in modes}
+  header = ["mode", "keys per query", "cache bytes", *(f"bits/byte: {name}" for name in bits)]
+  rows = [["per_layer: dense, then dilated:16" if isinstance(mode, PerLayer) else str(mode), f"{keys[mode]:g}",
+           f"{cache[mode]:,}", *(f"{by_mode[mode]:.3f}" for by_mode in bits.values())] for mode in modes]
+  return common.markdown_table(header, rows), {
+      "keys_per_query": {str(m): v for m, v in keys.items()}, "cache_bytes": {str(m): v for m, v in cache.items()},
+      "bits_per_byte": {name: {str(m): v for m, v in by_mode.items()} for name, by_mode in bits.items()}}
+
+
 def main() -> None:
   start = time.perf_counter()
   folder = common.workdir("quickstart")
@@ -122,19 +144,18 @@ def main() -> None:
   modes = modes_of(config.num_layers)
   print(f"{data['train'].sidecar.tokens:,} bytes to train on, {data['heldout'].sidecar.tokens:,} held out,"
         f" from {data['train'].sidecar.source}")
-  trained, bits, seconds = {}, {}, {}
+  trained, bits, choosing, seconds = {}, {}, {}, {}
+  prompt = LENGTH.value // 2
   for name, (arm_config, arm_modes) in arms(config).items():
     model, params, seconds[name] = train_arm(name, arm_config, arm_modes, data["train"], folder)
     trained[name] = (model, params)
     bits[name] = bits_by_mode(model, params, data["heldout"], modes)
+    choosing[name] = bits_by_mode(model, params, data["heldout"], choosing_modes(), prompt)
 
-  keys = {mode: float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value))) for mode in modes}
-  cache = {mode: rat_jax.cache_bytes(config, mode, 1, LENGTH.value) for mode in modes}
-  header = ["mode", "keys per query", "cache bytes", *(f"bits/byte: {name}" for name in bits)]
-  rows = [["per_layer: dense, then dilated:16" if isinstance(mode, PerLayer) else str(mode), f"{keys[mode]:g}",
-           f"{cache[mode]:,}", *(f"{bits[name][mode]:.3f}" for name in bits)] for mode in modes]
-  table = common.markdown_table(header, rows)
-  print("\n" + table + "\n")
+  table, figures = table_of(config, bits)
+  choosing_table, choosing_figures = table_of(config, choosing, prompt)
+  print(f"\nEvery byte of a sequence:\n\n{table}\n")
+  print(f"The bytes after a prompt of {prompt}, under modes that choose by the query:\n\n{choosing_table}\n")
 
   model, params = trained["RAT+"]
   speed = {str(mode): decode_speed(model, params, mode) for mode in (Dense(), Dilated(16))}
@@ -144,10 +165,13 @@ def main() -> None:
   for name, text in texts.items():
     print(f"\n--- {name}\n{text}")
 
-  (folder / "table.md").write_text(table + "\n")
+  (folder / "table.md").write_text(f"{table}\n\n{choosing_table}\n")
   (folder / "continuations.txt").write_text("\n".join(f"--- {name}\n{text}\n" for name, text in texts.items()))
   plots.draw_masks(modes, folder / "masks.png")
-  plots.draw_quality({name: {mode: (keys[mode], value) for mode, value in bits[name].items()} for name in bits},
+  sample = next(data["heldout"].epoch(batch_size=1, length=LENGTH.value, limit=2))["tokens"]
+  plots.draw_choices(model, params, sample, choosing_modes()[1:4], prompt, folder / "choices.png")
+  keys = figures["keys_per_query"]
+  plots.draw_quality({name: {mode: (keys[str(mode)], value) for mode, value in bits[name].items()} for name in bits},
                      folder / "quality.png")
   common.write_json(folder / "results.json", {
       "flags": {name: flags.FLAGS[name].value for name in ("data", "steps", "batch_size", "length", "layers", "width",
@@ -156,8 +180,7 @@ def main() -> None:
       "device": common.device(), "source": data["train"].sidecar.source,
       "parameters": {name: sum(x.size for x in jax.tree.leaves(params)) for name, (_, params) in trained.items()},
       "train_seconds": seconds, "total_seconds": time.perf_counter() - start,
-      "keys_per_query": {str(m): v for m, v in keys.items()}, "cache_bytes": {str(m): v for m, v in cache.items()},
-      "bits_per_byte": {name: {str(m): v for m, v in by_mode.items()} for name, by_mode in bits.items()},
+      **figures, "after_prompt": choosing_figures, "prompt_length": prompt,
       "decoded_tokens_per_second": speed, "continuations": texts,
   })
   print(f"\n{time.perf_counter() - start:.0f} s in all. Tables, plots, text and checkpoints are in {folder}.")

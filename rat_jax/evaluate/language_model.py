@@ -7,20 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rat_jax.axes import Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
-from rat_jax.train.loss import check_batch, cross_entropy
+from rat_jax.train.loss import IGNORED, check_batch, cross_entropy
 
 
-def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str, Any]], modes: Sequence[Mode]
-                 ) -> dict[Mode, float]:
+def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str, Any]], modes: Sequence[Mode],
+                 prompt_length: int | None = None) -> dict[Mode, float]:
   """The mean of -log p(target) in nats over all counted targets of `batches`, for every mode.
 
   Args:
     batches: dicts of "tokens", "targets" and optional "segment_ids", as `train_step` takes; of equal shape.
-    modes: position-only modes.
+    modes: the modes; SnapKV needs a `prompt_length`.
+    prompt_length: so many first tokens of every row are its prompt, and the targets after them alone count; each is
+      predicted by a decode step of the mode. Without it every token is such a step.
 
   Raises:
     ValueError: batches without a single counted target.
@@ -31,7 +34,7 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
   for batch in batches:
     check_batch(batch, model.config.vocab_size)
     for mode in sums:
-      total, targets = _loss(model, mode, params, batch)
+      total, targets = _loss(model, mode, prompt_length, params, batch)
       sums[mode] += float(total)
     count += int(targets)
   if not count:
@@ -39,7 +42,12 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
   return {mode: total / count for mode, total in sums.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _loss(model, mode, params, batch):
-  logits = model.apply({"params": params}, batch["tokens"], mode=mode, segment_ids=batch.get("segment_ids"))
-  return cross_entropy(logits, batch["targets"])
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _loss(model, mode, prompt_length, params, batch):
+  tokens, targets, prompts = batch["tokens"], batch["targets"], None
+  if prompt_length is not None:
+    prompts = jnp.full(tokens.shape[0], prompt_length, jnp.int32)
+    targets = jnp.where(jnp.arange(tokens.shape[1]) < prompt_length, IGNORED, targets)
+  logits = model.apply({"params": params}, tokens, mode=mode, segment_ids=batch.get("segment_ids"),
+                       prompt_lengths=prompts)
+  return cross_entropy(logits, targets)
