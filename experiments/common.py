@@ -34,6 +34,12 @@ def define_modes(default: Sequence[str], help_text: str) -> flags.FlagHolder[lis
   return flags.DEFINE_multi(_ModeParser(), flags.ArgumentSerializer(), "mode", list(default), help_text)
 
 
+def define_prefill_mode() -> flags.FlagHolder[Mode | None]:
+  """A flag --prefill_mode that holds a mode."""
+  return flags.DEFINE(_ModeParser(), "prefill_mode", None, "The mode of the prompt, instead of the mode's own form.",
+                      serializer=flags.ArgumentSerializer())
+
+
 def run(main) -> None:
   """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
 

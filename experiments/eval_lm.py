@@ -23,6 +23,9 @@ MODES = common.define_modes(
              "dilated:16,window=32,sinks=4", "streaming_llm:32"], "A mode; repeat the flag for several.")
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
+PROMPT_LENGTH = flags.DEFINE_integer(
+    "prompt_length", None, "So many first tokens are a prompt; what comes after is scored, as decode steps. SnapKV needs"
+    " it.", lower_bound=1)
 WINDOWS = flags.DEFINE_integer("windows", 512, "Held-out sequences that are scored.", lower_bound=1)
 
 
@@ -34,18 +37,19 @@ def main() -> None:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the checkpoint's vocab_size is"
                      f" {config.vocab_size}; they belong to different tokenizers.")
   batches = data.epoch(batch_size=BATCH_SIZE.value, length=LENGTH.value, limit=WINDOWS.value)
-  losses = loss_by_mode(RATPlusLM(config), params, batches, MODES.value)
+  losses = loss_by_mode(RATPlusLM(config), params, batches, MODES.value, PROMPT_LENGTH.value)
   unit = "byte" if data.sidecar.tokenizer == "bytes" else "token"
   rows, result = [], {}
   for mode, nats in losses.items():
-    keys = float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value)))
-    size = rat_jax.cache_bytes(config, mode, 1, LENGTH.value)
+    keys = float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value, PROMPT_LENGTH.value)))
+    size = rat_jax.cache_bytes(config, mode, 1, LENGTH.value, PROMPT_LENGTH.value)
     result[str(mode)] = {"bits_per_token": nats / math.log(2), "keys_per_query": keys, "cache_bytes": size}
     rows.append([str(mode), f"{keys:g}", f"{size:,}", f"{nats / math.log(2):.4f}"])
   table = common.markdown_table(["mode", "keys per query", "cache bytes", f"bits per {unit}"], rows)
   print(table)
   (folder / "table.md").write_text(table + "\n")
   common.write_json(folder / "results.json", {"checkpoint": CHECKPOINT.value, "notes": notes, "length": LENGTH.value,
+                                              "prompt_length": PROMPT_LENGTH.value,
                                               "windows": WINDOWS.value, "device": common.device(), "modes": result})
 
 

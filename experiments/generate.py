@@ -20,6 +20,7 @@ from rat_jax.train import Checkpoints
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
 MODES = common.define_modes(["dense"], "The mode; repeat the flag for several.")
+PREFILL_MODE = common.define_prefill_mode()
 PROMPT = flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to continue, instead of --prompt.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens (bytes) to add.", lower_bound=1)
@@ -38,8 +39,8 @@ def main() -> None:
   prompt = np.frombuffer(text, np.uint8)[None].astype(np.int32)
   for mode in MODES.value:
     start = time.perf_counter()
-    new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=mode, temperature=TEMPERATURE.value,
-                           max_new_tokens=MAX_NEW_TOKENS.value, top_p=TOP_P.value,
+    new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=mode, prefill_mode=PREFILL_MODE.value,
+                           max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value,
                            key=jax.random.key(common.SEED.value))
     continued = bytes(np.asarray(new)[0].astype(np.uint8).tolist()).decode("utf-8", "replace")
     print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text.decode('utf-8', 'replace')}"

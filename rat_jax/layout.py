@@ -113,7 +113,8 @@ def as_lengths(lengths: Lengths | None, shape: tuple[int, ...], name: str = "len
 
 def as_integers(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> Array | np.ndarray:
   """`value` (a list too) as an array. Raises ValueError unless it holds integers of that shape."""
-  value = value if isinstance(value, jax.Array) else np.asarray(value)
+  on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))  # of a list, one may be traced
+  value = jnp.asarray(value) if on_device else np.asarray(value)
   if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{name} has shape {value.shape} and type {value.dtype}; it must be integers of shape {shape}.")
   return value

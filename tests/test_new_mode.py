@@ -1,4 +1,4 @@
-"""A mode that the library does not have, added as docs/design.md says, works everywhere at once."""
+"""Modes that the library does not have, added as docs/modes.md says, work everywhere at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import rat_jax
 from conftest import WHOLE_MODEL, assert_close
 from rat_jax import Dense, PerLayer, RATPlusConfig, RATPlusLM
-from rat_jax.modes import MODES, Mode, text
+from rat_jax.modes import MODES, BlockMode, Mode, text
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vertical(Mode):
   """Every query reads the columns given, and itself."""
 
@@ -25,6 +25,40 @@ class Vertical(Mode):
 
   def sees(self, t, s):
     return (t == s) | jnp.isin(s, jnp.array(self.columns))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogBlocks(BlockMode):
+  """Reads 1 + log2 of the blocks so far, the best by their mean key."""
+
+  name: ClassVar[str] = "log_blocks"
+  statistic = "mean"
+  block: int = 64
+
+  def __post_init__(self):
+    self._settle_int("block", least=1, fix="use at least 1 token")
+    self._settle_options()
+
+  def blocks_at(self, length):
+    return 1 + (length // self.block).bit_length()
+
+
+def test_a_new_mode_that_chooses_blocks():
+  mode = LogBlocks(2)
+  assert text.parse(str(mode), MODES | {"log_blocks": LogBlocks}) == mode
+  model = RATPlusLM(RATPlusConfig(31, 2, 16, 2, init_std=0.3))
+  tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 14), 0, 31))
+  params = model.init(jax.random.key(1), tokens)["params"]
+  expected = jax.jit(functools.partial(model.apply, mode=mode))({"params": params}, tokens, prompt_lengths=[9, 5])
+  logits, cache = rat_jax.prefill(model, params, tokens[:, :9], [9, 5], mode=mode, max_length=14, chunk=4)
+  assert_close(logits, expected[np.arange(2), [8, 4]], WHOLE_MODEL)
+  for step in range(5):
+    logits, cache = rat_jax.decode_step(model, params, tokens[np.arange(2), [9 + step, 5 + step]], cache)
+    assert_close(logits, expected[np.arange(2), [9 + step, 5 + step]], WHOLE_MODEL)
+  (first, _) = rat_jax.inspect(model, params, tokens, mode)
+  for length, blocks in ((1, 1), (2, 1), (4, 2), (8, 4), (14, 4)):
+    assert (np.asarray(first.valid)[:, length - 1].sum(-1) == blocks).all()
+    assert (np.asarray(first.tokens)[:, length - 1] <= rat_jax.tokens_read(model.config, mode, length)[0]).all()
 
 
 def test_a_new_mode_runs_decodes_trains_and_reads_as_text():

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.model import RATPlusLM
@@ -26,13 +27,16 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
       predicted by a decode step of the mode. Without it every token is such a step.
 
   Raises:
-    ValueError: batches without a single counted target.
+    ValueError: batches without a single counted target, a prompt that leaves nothing to score.
   """
   sums, count = dict.fromkeys(modes, 0.0), 0
   if not sums:
     raise ValueError("modes is empty; give at least one mode.")
   for batch in batches:
     check_batch(batch, model.config.vocab_size)
+    width = np.shape(batch["tokens"])[1]
+    if prompt_length is not None and not 1 <= prompt_length < width:
+      raise ValueError(f"prompt_length={prompt_length} with sequences of {width} tokens; use 1..{width - 1}.")
     for mode in sums:
       total, targets = _loss(model, mode, prompt_length, params, batch)
       sums[mode] += float(total)

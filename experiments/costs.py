@@ -1,0 +1,41 @@
+"""What each mode reads and stores: keys per query and cache size of a preset at several lengths. Computes nothing else.
+
+Command: python -m experiments.costs --preset=ratplus-7b
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from absl import flags
+
+import rat_jax
+from experiments import common
+from rat_jax import RATPlusConfig
+
+PRESET = flags.DEFINE_string("preset", "ratplus-7b", "The model (RATPlusConfig.preset).")
+LENGTHS = flags.DEFINE_multi_integer("length", [4096, 32768, 131072], "Tokens of a row; repeat the flag for several.")
+MODES = common.define_modes(
+    ["dense", "dilated:16", "dilated:64", "dilated:16,window=256,sinks=4", "streaming_llm:1024", "quest:0.0625",
+     "moba:0.0625", "snapkv:0.0625", "dilated_topk:64,8"], "A mode; repeat the flag for several.")
+
+
+def main() -> None:
+  folder = common.workdir("costs")
+  config = RATPlusConfig.preset(PRESET.value)
+  rows, result = [], {}
+  for mode in MODES.value:
+    cells, result[str(mode)] = [], {}
+    for length in LENGTHS.value:
+      keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length=length)))
+      size = rat_jax.cache_bytes(config, mode, 1, length, prompt_length=length)
+      result[str(mode)][length] = {"keys_per_query": keys, "cache_bytes": size}
+      cells.append(f"{keys:,.0f} / {size / 2**20:,.0f} MiB")
+    rows.append([str(mode), *cells])
+  table = common.markdown_table(["mode", *(f"T = {length:,}" for length in LENGTHS.value)], rows)
+  print(f"{PRESET.value}, one row, {config.dtype}: keys that the last query reads / bytes of the cache\n\n{table}")
+  (folder / "table.md").write_text(table + "\n")
+  common.write_json(folder / "results.json", {"preset": PRESET.value, "modes": result})
+
+
+if __name__ == "__main__":
+  common.run(main)
