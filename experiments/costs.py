@@ -22,7 +22,8 @@ MODES = common.define_modes(
 def main() -> None:
   folder = common.workdir("costs")
   config = RATPlusConfig.preset(PRESET.value)
-  rows, result = [], {}
+  rows: list[list[str]] = []
+  result: dict[str, dict[int, dict[str, float]]] = {}
   for mode in MODES.value:
     cells, result[str(mode)] = [], {}
     for length in LENGTHS.value:

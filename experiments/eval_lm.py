@@ -24,8 +24,8 @@ MODES = common.define_modes(
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
 PROMPT_LENGTH = flags.DEFINE_integer(
-    "prompt_length", None, "So many first tokens are a prompt; what comes after is scored, as decode steps. SnapKV needs"
-    " it.", lower_bound=1)
+    "prompt_length", None, "So many first tokens are a prompt; what comes after is scored, as decode steps. Needed by"
+    " SnapKV.", lower_bound=1)
 WINDOWS = flags.DEFINE_integer("windows", 512, "Held-out sequences that are scored.", lower_bound=1)
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax import ablation, layout as layouts, transformer
+from rat_jax import ablation, attention, layout as layouts, transformer
 from rat_jax.axes import Array, Lengths, Logits, Positions, SegmentIds, Tokens
 from rat_jax.config import RATPlusConfig
 from rat_jax.modes import Dense, Mode, SelectingMode, SnapKV, check_modes, layer_modes, layer_runs
@@ -62,6 +62,7 @@ class RATPlusLM(nn.Module):
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     if prompt_lengths is not None:
       prompt_lengths = layouts.as_lengths(prompt_lengths, tokens.shape, name="prompt_lengths")
+      prompt_lengths = jnp.minimum(prompt_lengths, layouts.as_lengths(lengths, tokens.shape))
     if row_ids is not None:
       row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
@@ -89,12 +90,10 @@ def _check_call(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, pr
       raise ValueError(f"mode={mode} needs prompt_lengths: SnapKV compresses when the prompt ends.")
   if prompt_lengths is not None and segment_ids is not None:
     raise ValueError("prompt_lengths with segment_ids; a packed row has several prompts, so give each its own row.")
-  if not _chooses(config, mode, prefill_mode):
-    return
   if segment_ids is not None:
-    raise NotImplementedError(f"{mode} does not serve packed rows (segment_ids): its blocks would span documents. Give"
-                              " every document its own row.")
-  if positions is not None:
+    for one in layer_modes(mode, config.num_layers):
+      attention.refuse_packed(one)
+  if positions is not None and _chooses(config, mode, prefill_mode):
     expected = np.arange(np.shape(positions)[-1])
     if not layouts.is_concrete(positions) or not np.array_equal(np.asarray(positions), np.broadcast_to(
         expected, np.shape(positions))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,9 @@ import rat_jax
 from conftest import FIXTURES
 from rat_jax import MoBA, Quest, SnapKV
 
+select = jax.jit(rat_jax.select, static_argnums=2)
+attend = jax.jit(rat_jax.attend, static_argnums=3)
+compress = jax.jit(rat_jax.compress, static_argnums=3)
 SCORES, OUTPUTS = 2e-4, 2e-5  # absolute
 
 
@@ -43,12 +47,12 @@ def test_quest(case):
       if f"{key}/pages" not in data:
         continue
       mode = Quest.upstream(budget, page=page, path=path)
-      selection = rat_jax.select(q, k, mode)
+      selection = select(q, k, mode)
       pages, scores = data[f"{key}/pages"], data[f"{key}/scores"]
       assert np.asarray(selection.valid).sum(-1).tolist() == np.full(q.shape[:3], pages.shape[2])[:, :1].tolist()
       np.testing.assert_array_equal(selection.blocks[:, 0, :, :pages.shape[2]], pages)
       assert_within(selection.scores[:, 0, :, :scores.shape[2]], scores, SCORES)
-      assert_within(rat_jax.attend(q, k, v, mode), heads_last(data[f"{key}/out"]), OUTPUTS)
+      assert_within(attend(q, k, v, mode), heads_last(data[f"{key}/out"]), OUTPUTS)
       checked += 1
   assert checked >= len(data[f"{case}/budgets"])
 
@@ -60,16 +64,16 @@ def test_moba(case):
   block, gate = int(data[f"{case}/block_size"]), np.moveaxis(data[f"{case}/gate"], 1, 2)
   for top_k in data[f"{case}/topks"]:
     mode = MoBA.upstream(top_k, block=block)
-    selection = rat_jax.select(q, k, mode)
+    selection = select(q, k, mode)
     chosen = (np.asarray(selection.blocks)[..., None] == np.arange(gate.shape[-1])).any(-2)
     np.testing.assert_array_equal(chosen, np.moveaxis(data[f"{case}/top{top_k}/block_mask"], 1, 2))
     np.testing.assert_array_equal(np.isneginf(selection.scores), np.isneginf(gate))
     earlier = np.isfinite(gate)
     assert_within(np.asarray(selection.scores)[earlier], gate[earlier], SCORES)
-    assert_within(rat_jax.attend(q, k, v, mode), data[f"{case}/top{top_k}/out"], OUTPUTS)
+    assert_within(attend(q, k, v, mode), data[f"{case}/top{top_k}/out"], OUTPUTS)
     # A row is a decode step on the keys before it.
     t = q.shape[1] // 2
-    step = rat_jax.attend(q[:, t:t + 1], k[:, :t + 1], v[:, :t + 1], mode)
+    step = attend(q[:, t:t + 1], k[:, :t + 1], v[:, :t + 1], mode)
     assert_within(step[:, 0], data[f"{case}/top{top_k}/out"][:, t], OUTPUTS)
 
 
@@ -84,7 +88,7 @@ def test_snapkv(case):
   q, k, v = (heads_last(data[f"{case}/{name}"]) for name in "qkv")
   for config in map(str, data[f"{case}/configs"]):
     mode, key = snapkv_mode(config), f"{case}/{config}"
-    kept = rat_jax.compress(q[:, q.shape[1] - mode.obs_window:], k, v, mode)
+    kept = compress(q[:, q.shape[1] - mode.obs_window:], k, v, mode)
     if f"{key}/pooled" in data:
       assert_within(kept.scores, data[f"{key}/pooled"], SCORES)
     expected = data[f"{key}/kept"]
