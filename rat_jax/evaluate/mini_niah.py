@@ -1,0 +1,268 @@
+"""Mini-NIAH: RULER's eight needle tasks over a small alphabet, for models of a few million parameters.
+
+A needle is `NDL key IS value END`, a sequence `BOS context (QRY key (SEP key)* ANS value (SEP value)* EOS)+`. The
+context fills the length exactly; needles stand anywhere in it, not aligned to blocks; keys are distinct. Values of one
+key are answered in document order, several keys in the order of the query.
+
+Batches are made on the device and are a pure function of (seed, step): every row has random numbers of its own, so
+that neither the size of a batch nor the number of devices changes a row. The generator ranks by comparison rather
+than sort, and draws one array of numbers per row, which keeps it quick to compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rat_jax.axes import Array
+from rat_jax.train.loss import IGNORED
+
+PAD, BOS, EOS, NDL, IS, END, QRY, ANS, SEP = range(9)
+KEYS, VALUES, FILLERS = (16, 96), (112, 96), (208, 48)  # (first id, how many); ids 9..15 are reserved
+VOCAB_SIZE = 256
+_PARAGRAPH = 12  # tokens of the paragraph that "repeated" filler repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One of the eight tasks: symbols in a key and a value, what lies between needles, and how many of everything.
+
+  Attributes:
+    keys: different keys in the context when it is evaluated; needles-only tasks fill the context.
+    values: needles that share a key, all of which are asked for.
+    queries: keys that a question asks for.
+  """
+
+  name: str
+  key_length: int
+  value_length: int
+  filler: Literal["repeated", "markov", "needles"]
+  keys: int = 1
+  values: int = 1
+  queries: int = 1
+
+  @property
+  def needle_length(self) -> int:
+    return self.key_length + self.value_length + 3
+
+  @property
+  def query_length(self) -> int:
+    """Tokens from QRY to ANS, both included."""
+    return self.queries * (self.key_length + 1) + 1
+
+  @property
+  def answer_length(self) -> int:
+    """Tokens after ANS, EOS included."""
+    return self.queries * self.values * (self.value_length + 1)
+
+
+TASKS = {task.name: task for task in (
+    Task("single_1", 1, 2, "repeated"),
+    Task("single_2", 1, 2, "markov"),
+    Task("single_3", 1, 6, "markov"),
+    Task("multikey_1", 1, 2, "markov", keys=4),
+    Task("multikey_2", 2, 2, "needles"),
+    Task("multikey_3", 4, 6, "needles"),
+    Task("multivalue", 1, 2, "markov", values=4),
+    Task("multiquery", 1, 2, "markov", keys=4, queries=4),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """So many rows of one kind in a batch.
+
+  Attributes:
+    questions: asked one after another at the end of a row, about fresh keys as far as there are any.
+    keys: (least, most) different keys of a row, drawn uniformly; None: the task's own number. In needles-only tasks
+      `full` is the share of rows that are filled with needles, and the others draw from 1 to that many.
+    spacing: a needle and the filler after it take at least so many tokens: 2 * D leaves at most half a needle per
+      window of D.
+    near_miss: the share of needles whose key differs from the first question's in its last symbol alone.
+  """
+
+  task: Task
+  count: int
+  questions: int = 1
+  keys: tuple[int, int] | None = None
+  full: float = 1.0
+  spacing: int = 0
+  near_miss: float = 0.0
+
+
+def evaluation_rows(task: Task, count: int, **options: Any) -> tuple[Rows, ...]:
+  """A batch of one task as it is evaluated: one question, the task's own number of needles."""
+  return (Rows(task, count, **options),)
+
+
+def training_rows(counts: Mapping[str, int]) -> tuple[Rows, ...]:
+  """A training mixture: {task: rows}. Two thirds of the rows of a task hold several questions, one third a single one.
+
+  Needles vary: 1 to 8 keys among filler (4 to 16 where a question asks for four), and needles-only rows are full with
+  a probability of 0.6.
+  """
+  rows = []
+  for name, count in counts.items():
+    task = TASKS[name]
+    single = round(count / 3)
+    keys = None if task.filler == "needles" else (4, 16) if task.queries > 1 else (1, 8)
+    questions = 4 if task.values * task.queries > 1 else 8
+    rows += [Rows(task, n, q, keys, 0.6) for n, q in ((count - single, questions), (single, 1)) if n]
+  return tuple(rows)
+
+
+def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> dict[str, Array]:
+  """The batch of a step; `rows`, `length` and `seed` are static under `jit`.
+
+  Returns:
+    "tokens", "targets" int32 [B, T]: the targets are the next tokens, -100 after a row's end;
+    "answers" bool [B, T]: the targets that are symbols of an answer to a fresh question, SEP and EOS included;
+    "question", "answer" int32 [B]: the index of the last question's QRY, and of its ANS plus 1;
+    "task" int32 [B]: the task's number in TASKS.
+
+  Raises:
+    ValueError: a length without room for the questions and one needle.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  parts, first = [], 0
+  for kind in rows:
+    room = length - 1 - kind.questions * (kind.task.query_length + kind.task.answer_length)
+    least = (kind.keys[0] if kind.keys else kind.task.keys) * kind.task.values
+    if room < least * max(kind.task.needle_length, kind.spacing):
+      raise ValueError(f"length={length} leaves {room} tokens of context to {kind.task.name} with {kind.questions}"
+                       f" questions, too few for {least} needles; use a larger length or fewer questions.")
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(first, first + kind.count))
+    parts.append(jax.vmap(lambda k, kind=kind, room=room: _row(kind, length, room, k))(keys))
+    first += kind.count
+  made = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
+  tokens = made["tokens"]
+  targets = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], IGNORED)], axis=1)
+  order = list(TASKS)
+  made["task"] = jnp.asarray(np.repeat([order.index(kind.task.name) for kind in rows], [kind.count for kind in rows]),
+                             jnp.int32)
+  return made | {"targets": targets}
+
+
+def _row(kind: Rows, length: int, room: int, key: Array) -> dict[str, Array]:
+  task = kind.task
+  unit = max(task.needle_length, kind.spacing)
+  most = room // unit // task.values  # different keys that fit
+  if kind.keys is not None:
+    most = min(most, kind.keys[1])
+  elif task.filler != "needles":
+    most = min(most, task.keys)
+  needles = most * task.values
+  sizes = {"count": 2, "place": needles, "prefix": most * (task.key_length - 1), "last": KEYS[1], "offset": most,
+           "value": needles * task.value_length, "ask": most, "near": most, "filler": length + 1}
+  flat = jax.random.uniform(key, (sum(sizes.values()),))
+  cuts = np.cumsum([0, *sizes.values()])
+  u = {name: flat[start:stop] for name, start, stop in zip(sizes, cuts[:-1], cuts[1:], strict=True)}
+
+  count = _key_count(kind, most, u["count"])
+  keys = _keys(task, most, count, u, kind.near_miss)
+  values = VALUES[0] + _integers(u["value"], VALUES[1]).reshape(most, task.values, task.value_length)
+  starts = _starts(unit, room, task.values, count, u["place"].reshape(most, task.values))
+  context = _write_needles(task, _filler(task, length, u["filler"]), keys, values, starts, length)
+  tokens, answers = _write_questions(kind, context, keys, values, starts, count, u["ask"], room, length)
+  last = length - task.query_length - task.answer_length
+  return {"tokens": tokens, "answers": answers, "question": jnp.int32(last),
+          "answer": jnp.int32(last + task.query_length)}
+
+
+def _integers(uniform: Array, below: Array | int) -> Array:
+  return jnp.minimum((uniform * below).astype(jnp.int32), below - 1)
+
+
+def _ranks(x: Array, valid: Array | None = None) -> Array:
+  """How many (valid) entries of x [n] come before each one, ties by index."""
+  index = jnp.arange(x.shape[0])
+  before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (index[None] < index[:, None]))
+  return jnp.sum(before if valid is None else before & valid[None], axis=1, dtype=jnp.int32)
+
+
+def _key_count(kind: Rows, most: int, uniform: Array) -> Array:
+  """How many keys a row has."""
+  least = min(kind.keys[0] if kind.keys else 1, most)
+  drawn = least + _integers(uniform[0], most - least + 1)
+  if kind.task.filler == "needles":
+    return jnp.where(uniform[1] < kind.full, most, drawn)
+  return drawn if kind.keys is not None else jnp.int32(most)
+
+
+def _keys(task: Task, most: int, count: Array, u: dict[str, Array], near_miss: float) -> Array:
+  """Distinct keys, int32 [most, key_length]: free symbols, and a last one that no key of equal symbols before has."""
+  prefix = _integers(u["prefix"], KEYS[1]).reshape(most, task.key_length - 1)
+  if task.key_length > 1 and near_miss:
+    asked = jnp.argmin(jnp.where(jnp.arange(most) < count, u["ask"], 2.0))  # the first question's
+    prefix = jnp.where((u["near"] < near_miss)[:, None], prefix[asked], prefix)
+  same = jnp.all(prefix[:, None] == prefix[None], axis=-1)
+  earlier = jnp.sum(same & (jnp.arange(most)[None] < jnp.arange(most)[:, None]), axis=1)
+  offset = _integers(u["offset"], KEYS[1])[jnp.argmax(same, axis=1)]  # one for all keys of a prefix
+  last = _ranks(u["last"])[(offset + earlier) % KEYS[1]]
+  return KEYS[0] + jnp.concatenate([prefix, last[:, None]], axis=1)
+
+
+def _starts(unit: int, room: int, values: int, count: Array, uniform: Array) -> Array:
+  """Where needles start, int32 [keys, values], sorted along values; those of absent keys lie outside the row."""
+  valid = jnp.broadcast_to(jnp.arange(uniform.shape[0])[:, None] < count, uniform.shape)
+  free = room - count * values * unit  # filler tokens; a needle has a uniform number of them before it
+  flat, valid = uniform.reshape(-1), valid.reshape(-1)
+  starts = (_integers(flat, free + 1) + _ranks(flat, valid) * unit).reshape(uniform.shape)
+  order = jax.vmap(_ranks)(starts)
+  ordered = jnp.zeros_like(starts).at[jnp.arange(starts.shape[0])[:, None], order].set(starts)
+  return jnp.where(jnp.arange(uniform.shape[0])[:, None] < count, 1 + ordered, 1 << 20)
+
+
+def _filler(task: Task, length: int, uniform: Array) -> Array:
+  """Filler at every position, int32 [T]: a paragraph over and over, or a Markov chain of four successors each."""
+  if task.filler == "repeated":
+    return FILLERS[0] + jnp.arange(length, dtype=jnp.int32) % _PARAGRAPH
+  step = 1 + _integers(uniform, 4)
+  factor = jnp.full(length + 1, 5).at[0].set(0)
+
+  def compose(a, b):  # x -> factor * x + step, modulo the alphabet
+    return a[0] * b[0] % FILLERS[1], (b[0] * a[1] + b[1]) % FILLERS[1]
+
+  first = _integers(uniform[:1], FILLERS[1])
+  _, chain = jax.lax.associative_scan(compose, (factor, step.at[0].set(first[0])))
+  return FILLERS[0] + chain[1:].astype(jnp.int32)
+
+
+def _write_needles(task: Task, context: Array, keys: Array, values: Array, starts: Array, length: int) -> Array:
+  many, per_key = starts.shape
+  mark = lambda token: jnp.full((many, per_key, 1), token, jnp.int32)
+  key = jnp.broadcast_to(keys[:, None], (many, per_key, task.key_length))
+  needle = jnp.concatenate([mark(NDL), key, mark(IS), values, mark(END)], axis=-1)
+  at = starts[..., None] + jnp.arange(task.needle_length)
+  return context.at[jnp.minimum(at, length)].set(needle, mode="drop").at[0].set(BOS)
+
+
+def _write_questions(kind: Rows, tokens: Array, keys: Array, values: Array, starts: Array, count: Array, uniform: Array,
+                     room: int, length: int) -> tuple[Array, Array]:
+  """Tokens with the questions in their place, and which targets are fresh answers."""
+  task = kind.task
+  many = keys.shape[0]
+  present = jnp.arange(many) < count
+  rank = jnp.where(present, _ranks(uniform, present), many)
+  asked = jnp.zeros(many, jnp.int32).at[rank].set(jnp.arange(many, dtype=jnp.int32), mode="drop")  # keys in their order
+  answers = jnp.zeros(length, bool)
+  size = task.query_length + task.answer_length
+  for i in range(kind.questions):
+    turn = i * task.queries + np.arange(task.queries)
+    chosen = asked[turn % count]
+    separated = lambda parts, close: jnp.concatenate(  # symbols [n, m], SEP between them and `close` at the end
+        [parts, jnp.full((parts.shape[0], 1), SEP, jnp.int32).at[-1].set(close)], axis=1).reshape(-1)
+    query = separated(keys[chosen], ANS)
+    answer = separated(values[chosen].reshape(task.queries * task.values, -1), EOS)
+    start = 1 + room + i * size
+    tokens = jax.lax.dynamic_update_slice(
+        tokens, jnp.concatenate([jnp.full(1, QRY, jnp.int32), query, answer]), (start,))
+    fresh = turn[-1] < count
+    first = start + task.query_length - 1  # the row whose target is the first symbol of the answer
+    answers = answers.at[first:first + task.answer_length].set(fresh)
+  return tokens, answers
