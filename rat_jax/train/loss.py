@@ -24,6 +24,8 @@ def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
   for name in ("targets", "segment_ids"):
     if name in batch:
       layouts.as_integers(f"batch[{name!r}]", batch[name], shape)
+  if "weights" in batch and np.shape(batch["weights"]) != shape:
+    raise ValueError(f"batch['weights'] has shape {np.shape(batch['weights'])}; tokens have {shape}.")
   if layouts.is_concrete(batch["targets"]):
     targets = np.asarray(batch["targets"])
     counted = targets[targets != IGNORED]
@@ -32,9 +34,13 @@ def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
                        f" {IGNORED} where none counts.")
 
 
-def cross_entropy(logits: Logits, targets: Array) -> tuple[Array, Array]:
-  """(sum of -log p(target) in nats, number of targets) over the targets [B, T] that are not `IGNORED`; float32."""
+def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) -> tuple[Array, Array]:
+  """(sum of -log p(target) in nats, number of targets) over the targets [B, T] that are not `IGNORED`; float32.
+
+  With weights [B, T], both are weighted: their quotient is the weighted mean.
+  """
   counted = targets != IGNORED
   safe = jnp.where(counted, targets, 0)
   log_p = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-  return -jnp.sum(jnp.where(counted, log_p, 0.0)), jnp.sum(counted)
+  weighted = counted if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
+  return -jnp.sum(jnp.where(counted, log_p, 0.0) * weighted), jnp.sum(weighted)

@@ -53,9 +53,10 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   `jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=...), donate_argnums=0)`.
 
   Args:
-    batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T].
-    modes: one loss for each, the mean over the counted targets. (Dense(),) is plain training, a single sparse
-      mode adapts to that mode.
+    batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T] and
+      "weights" float [B, T] of the targets.
+    modes: one loss for each, the (weighted) mean over the counted targets. (Dense(),) is plain training, a single
+      sparse mode adapts to that mode.
     combine: "sequential" makes one clipped update per mode, in order; "sum" makes one on the summed loss.
     accumulation: the batch axis is cut into so many equal micro-batches; loss and gradient are means of means.
 
@@ -98,8 +99,8 @@ def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tu
   def loss_fn(params, part):
     def mean_loss(mode):
       logits: Any = model.apply({"params": params}, part["tokens"], mode=mode, segment_ids=part.get("segment_ids"))
-      total, count = cross_entropy(logits, part["targets"])
-      return total / jnp.maximum(count, 1)
+      total, count = cross_entropy(logits, part["targets"], part.get("weights"))
+      return total / jnp.where(count > 0, count, 1)
 
     losses = jnp.stack([mean_loss(mode) for mode in modes])
     return jnp.sum(losses), losses
