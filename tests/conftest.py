@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 
 import jax
@@ -13,6 +14,18 @@ from rat_jax.convert import from_ratplus_state_dict
 
 # The tests compile many small programs and run each a few times.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Every compiled program holds memory maps, of which Linux allows a process 65530; XLA aborts when they are used up.
+_TESTS_BETWEEN_CLEARINGS = 12
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _bounded_number_of_programs():
+  yield
+  if next(_tests_done) % _TESTS_BETWEEN_CLEARINGS == 0:
+    jax.clear_caches()
+
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
