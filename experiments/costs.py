@@ -27,13 +27,13 @@ def main() -> None:
   for mode in MODES.value:
     cells, result[str(mode)] = [], {}
     for length in LENGTHS.value:
-      keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length=length)))
+      keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length=length - 1)))
       size = rat_jax.cache_bytes(config, mode, 1, length, prompt_length=length)
       result[str(mode)][length] = {"keys_per_query": keys, "cache_bytes": size}
       cells.append(f"{keys:,.0f} / {size / 2**20:,.0f} MiB")
     rows.append([str(mode), *cells])
   table = common.markdown_table(["mode", *(f"T = {length:,}" for length in LENGTHS.value)], rows)
-  print(f"{PRESET.value}, one row, {config.dtype}: keys that the last query reads / bytes of the cache\n\n{table}")
+  print(f"{PRESET.value}, one row, {config.dtype}: keys that the first step after a prompt reads / bytes of the cache\n\n{table}")
   (folder / "table.md").write_text(table + "\n")
   common.write_json(folder / "results.json", {"preset": PRESET.value, "modes": result})
 

@@ -41,7 +41,7 @@ def draw_choices(model: RATPlusLM, params: Params, tokens: np.ndarray, modes: Se
                  path: pathlib.Path) -> None:
   """What the queries after a prompt chose on a real text, tokens [1, T]: a row of squares per mode, one per layer.
 
-  Shown is the first head; a dark cell is a key that the query reads.
+  Shown is the first head; a dark cell is a key that the query chose, or that the prompt's compression kept.
   """
   length = tokens.shape[1]
   figure, axes = plt.subplots(len(modes), model.config.num_layers, layout="constrained", sharex=True, sharey=True,
@@ -58,7 +58,7 @@ def draw_choices(model: RATPlusLM, params: Params, tokens: np.ndarray, modes: Se
       seen = (seen & (at <= at[:, None]))[prompt_length:]
       axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest", aspect="auto",
                   extent=(-0.5, length - 0.5, length - 0.5, prompt_length - 0.5))
-      axis.set_title(f"{mode}\nlayer {layer}: {seen[-1].sum()} of {length} keys read at the end", fontsize=8)
+      axis.set_title(f"{mode}\nlayer {layer}: {seen[-1].sum()} of {length} keys chosen at the end", fontsize=8)
       axis.axvline(prompt_length - 0.5, color="#d1495b", linewidth=0.8)
       axis.tick_params(labelsize=7, labelbottom=True)
   for axis in axes[-1]:

@@ -14,7 +14,7 @@ from pallas_kernels.dilated_attention.api import dilated_attention
 from rat_jax import compression, layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.layout import Layout
-from rat_jax.modes import BlockMode, Mode, Run, SnapKV, mode_of_layer, visible
+from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, mode_of_layer, visible
 from rat_jax.selection import Origin, Statistics
 
 # Below this length the scores of dense attention [T, T] are small enough to be held at once.
@@ -29,7 +29,8 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
   Args:
     q: [B, T, N, H]; k, v: [B, S, K, H]; already rotated and, for RAT+, already through the memory.
     mode: who sees whom; of a PerLayer, its mode number `layer`; `dense_layers` are ignored.
-    q_positions: int32 [B, T]; default: the last T positions of every row, so T=1 is a decode step.
+    q_positions: int32 [B, T]; default: the last T positions of every row, so T=1 is a decode step. For a mode that
+      chooses, one past the row's keys counts as that of its last key.
     lengths: int32 [B], the keys that a row has; default S.
     segment_ids: int [B, T] for packed rows, T = S; positions restart in every document.
     layer, row_ids: int32 [B], default 0: what random draws depend on besides seed, head, position and block.
@@ -43,6 +44,7 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
     NotImplementedError: packed rows under a mode that chooses blocks.
   """
   mode = mode_of_layer(mode, layer)
+  q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
   q_at, k_at = selection.positions_of(q, k, q_positions, lengths)
   if k.shape != v.shape:
     raise ValueError(f"k, v have shapes {k.shape}, {v.shape}; give [B, S, K, H] each.")
@@ -57,6 +59,7 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
     refuse_packed(mode)
     return attend_sequence(q, k, v, mode, layouts.of_tokens(k.shape[:2], segment_ids=segment_ids))
   if isinstance(mode, BlockMode):
+    q_at = selection.within(q_at, k_at)
     statistics, own = selection.own_statistics(mode, k, q_at)
     origin = selection.origin_of(q, layer, row_ids)
     return attend_blocks(q, k, v, mode, q_at, k_at, statistics, own, origin, k.shape[1]).astype(q.dtype)
@@ -67,7 +70,7 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
 
 def refuse_packed(mode: Mode) -> None:
   """Raises NotImplementedError for a mode that does not serve packed rows."""
-  if isinstance(mode, (BlockMode, SnapKV)):
+  if isinstance(mode, SelectingMode):
     raise NotImplementedError(f"{mode} does not serve packed rows (segment_ids): its blocks would span documents. Give"
                               " every document its own row.")
 

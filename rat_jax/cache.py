@@ -25,7 +25,8 @@ from rat_jax import compression, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries, State
 from rat_jax.compression import take_kept, take_rows
 from rat_jax.config import RATPlusConfig
-from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, layer_runs
+from rat_jax.layout import check_count
+from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, check_modes, layer_runs
 from rat_jax.selection import Origin, Statistics
 
 
@@ -165,8 +166,8 @@ def empty_cache(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
                 prompt_width: int | None = None, row_ids: Array | None = None) -> Cache:
   """A cache of no tokens. Raises ValueError for a max_length or batch below 1 and SnapKV without `prompt_width`."""
   for name, value in (("batch", batch), ("max_length", max_length)):
-    if value < 1:
-      raise ValueError(f"{name}={value}; use at least 1.")
+    check_count(name, value)
+  check_modes(mode, prefill_mode, config)
   runs = layer_runs(mode, config.num_layers, prefill_mode)
   compressed = any(isinstance(run.mode, SnapKV) for run in runs)
   if compressed and (prompt_width is None or not 1 <= prompt_width <= max_length):
@@ -206,7 +207,8 @@ def cache_bytes(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
                 ) -> int:
   """The bytes that a cache allocates, every leaf counted. Nothing is allocated to find out.
 
-  SnapKV needs `prompt_length`, the padded length of the prompt. Raises ValueError as `empty_cache`.
+  SnapKV needs `prompt_length`, the padded length of the prompt. A `prefill_mode` adds nothing, but for the rows' ids
+  (int32 [B]) where it chooses at random. Raises ValueError as `empty_cache`.
   """
   leaves = jax.tree.leaves(jax.eval_shape(
       lambda: empty_cache(config, mode, batch, max_length, prompt_width=prompt_length)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def compress(q_window: Queries, k: Keys, v: Keys, mode: Mode, *, lengths: Length
   mode = mode_of_layer(mode, layer)
   if not isinstance(mode, SnapKV):
     raise ValueError(f"compress: mode={mode}; give a SnapKV.")
+  q_window, k, v = jnp.asarray(q_window), jnp.asarray(k), jnp.asarray(v)
   selection.positions_of(q_window, k, None, lengths)
   if k.shape != v.shape or q_window.shape[1] != mode.obs_window:
     raise ValueError(f"q_window, k, v have shapes {q_window.shape}, {k.shape}, {v.shape}; give q_window [B, obs_window="
@@ -69,6 +71,7 @@ def kept_rows(mode: SnapKV, length: int) -> int:
 
 def keep(mode: SnapKV, q_window: Queries, k: Keys, lengths: Lengths, origin: Origin) -> tuple[Array, Array]:
   """(positions [B, Ksel, kept_rows], scores [B, Ksel, S - obs_window]) as in `Kept`."""
+  q_window, k = jax.lax.stop_gradient((q_window, k))
   batch, window, heads, width = q_window.shape
   length, kv = k.shape[1:3]
   earlier = max(length - window, 0)
@@ -77,7 +80,7 @@ def keep(mode: SnapKV, q_window: Queries, k: Keys, lengths: Lengths, origin: Ori
   if mode.selector == "random":
     scores = selection.draw(mode, origin, kv if mode.group == "kv" else heads, lengths[:, None], earlier)[:, 0]
   else:
-    grouped = jax.lax.stop_gradient(q_window).astype(jnp.float32).reshape(batch, window, kv, heads // kv, width)
+    grouped = q_window.astype(jnp.float32).reshape(batch, window, kv, heads // kv, width)
     at = jnp.arange(length, dtype=jnp.int32)
     weights = selection.dense_weights(grouped, k, in_window, jnp.where(at < lengths[:, None], at, -1))
     scores = jnp.sum(weights, axis=1)[..., :earlier]
@@ -86,13 +89,19 @@ def keep(mode: SnapKV, q_window: Queries, k: Keys, lengths: Lengths, origin: Ori
     scores = jnp.mean(scores, axis=2) if mode.group == "kv" else scores.reshape(batch, heads, earlier)
   scores = jnp.where(real, scores, -jnp.inf)
   rows = kept_rows(mode, length)
-  capacity = jnp.asarray(np.array([mode.capacity_at(n) for n in range(length + 1)], np.int32))[lengths]
+  capacity = jnp.asarray(_capacities(mode, length))[lengths]
   top, best = jax.lax.top_k(scores, max(rows - window, 0))
   chosen = (jnp.arange(top.shape[-1]) < (capacity - window)[:, None, None]) & (top > -jnp.inf)
   in_window = jnp.broadcast_to(in_window[:, None], (*scores.shape[:2], window))
   positions = jnp.concatenate([jnp.where(chosen, best, length), jnp.where(in_window >= 0, in_window, length)], axis=2)
   positions = jnp.sort(positions, axis=2)[..., :rows]
   return jnp.where(positions < length, positions, -1), scores
+
+
+@functools.lru_cache(maxsize=64)
+def _capacities(mode: SnapKV, length: int) -> np.ndarray:
+  """int32 [length + 1]: the capacity of a prompt of 0..length tokens."""
+  return np.array([mode.capacity_at(n) for n in range(length + 1)], np.int32)
 
 
 def take_kept(rows: Array, positions: Array) -> Array:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from rat_jax.config import RATPlusConfig
+from rat_jax.layout import check_count
 from rat_jax.modes import BlockMode, Mode, SnapKV, check_modes, layer_modes, visible
-from rat_jax.modes.block_mode import block_counts
 
 
 def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: int | None = None) -> tuple[int, ...]:
   """Keys that the query at position length-1 reads, for every layer; where that depends on data or head, the most.
 
-  SnapKV needs `prompt_length`, the tokens of the prompt. Raises ValueError for numbers out of range.
+  The first `prompt_length` tokens are the prompt, whose queries read in the prompt's form; without it the query is a
+  decode step. SnapKV needs it. Raises ValueError for numbers out of range.
   """
-  if length < 1 or (prompt_length is not None and not 1 <= prompt_length <= length):
-    raise ValueError(f"length={length}, prompt_length={prompt_length}; use a length of at least 1 and a prompt within.")
+  check_count("length", length)
+  if prompt_length is not None:
+    check_count("prompt_length", prompt_length, least=0)
   check_modes(mode, None, config)
   counts: dict[Mode, int] = {}
   for one in layer_modes(mode, config.num_layers):
@@ -25,6 +27,8 @@ def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: i
 
 
 def _count(mode: Mode, length: int, prompt_length: int | None) -> int:
+  if prompt_length is not None and length <= prompt_length and mode.prompt_form != mode:
+    return _count(mode.prompt_form, length, prompt_length)
   if isinstance(mode, SnapKV):
     if prompt_length is None:
       raise ValueError(f"mode={mode} needs prompt_length: SnapKV compresses when the prompt ends.")
@@ -44,5 +48,5 @@ def _most_of_blocks(mode: BlockMode, length: int) -> int:
   adds = np.bincount(np.arange(length) // mode.block, weights=~by_rule, minlength=blocks).astype(int)
   forced = ({last // mode.block} if mode.forces_own else set()) | ({0} if mode.keep_first else set())
   free = sorted((adds[p] for p in range(blocks) if p not in forced), reverse=True)
-  chosen = int(block_counts(mode, length)[-1]) - len(forced)
+  chosen = max(mode.blocks_at(length), mode.forced_at(length)) - len(forced)
   return int(by_rule.sum() + sum(adds[p] for p in forced) + sum(free[:max(chosen, 0)]))

@@ -38,8 +38,7 @@ def generate(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths 
   Raises:
     ValueError: a temperature above 0 without a key, an empty prompt, and what `prefill` refuses.
   """
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens}; use at least 1.")
+  layouts.check_count("max_new_tokens", max_new_tokens)
   if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
     raise ValueError(f"temperature={temperature}, top_p={top_p}; use a finite temperature of 0 or more and top_p in"
                      " (0, 1].")

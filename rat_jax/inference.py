@@ -44,11 +44,12 @@ def prefill(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths |
   config = model.config
   tokens = layouts.as_tokens(tokens, config.vocab_size)
   lengths = layouts.as_lengths(lengths, tokens.shape)
+  layouts.check_count("max_length", max_length)
   longest = int(np.max(np.asarray(lengths))) if layouts.is_concrete(lengths) else tokens.shape[1]
   if longest > max_length:
     raise ValueError(f"max_length={max_length} is below the prompt's {longest} tokens; raise max_length.")
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"chunk={chunk}; use at least 1, or None for the whole prompt at once.")
+  if chunk is not None:
+    layouts.check_count("chunk", chunk)
   check_modes(mode, prefill_mode, config)
   if row_ids is not None:
     row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)

@@ -22,14 +22,14 @@ def inspect(model: RATPlusLM, params: Params, tokens: Tokens, mode: Mode, **argu
   """One Selection for every layer that chooses blocks, and for SnapKV what `compress` returns, in order of layers.
 
   Args:
-    mode, arguments: as of `model.apply`. Rows of a dense prompt have no valid entry; where the mode itself chooses
-      nothing and `prefill_mode` does, the prompt's choices are returned.
+    mode, arguments: as of `model.apply`. Rows of the prompt have no valid entry where it runs in another form; where
+      the mode itself chooses nothing and `prefill_mode` does, the prompt's choices are returned.
 
   Raises:
     ValueError, NotImplementedError: as `model.apply`, and ValueError for the ablation's arguments.
   """
-  if arguments.keys() & {"select_from", "attend_to"}:
-    raise ValueError("inspect takes no select_from and attend_to; it shows the model as it is.")
+  if {arguments.get(name, "memory") for name in ("select_from", "attend_to")} != {"memory"}:
+    raise ValueError("inspect takes no select_from and attend_to but \"memory\"; it shows the model as it is.")
   jax.eval_shape(lambda p: model.apply({"params": p}, tokens, mode=mode, **arguments), params)  # checks them all
   prefill_mode = arguments.get("prefill_mode")
   rest = {name: None if value is None else jnp.asarray(value) for name, value in arguments.items()
@@ -42,6 +42,7 @@ def inspect(model: RATPlusLM, params: Params, tokens: Tokens, mode: Mode, **argu
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _inspect(config, mode, prefill_mode, params, tokens, lengths=None, prompt_lengths=None, row_ids=None):
   layout = layouts.of_tokens(tokens.shape, lengths=lengths)
+  prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
   rows = jnp.zeros(tokens.shape[0], jnp.int32) if row_ids is None else row_ids
   x, found = transformer.embed(params, tokens), []
   for run in layer_runs(mode, config.num_layers, prefill_mode):
@@ -87,8 +88,10 @@ def _keys_read(mode: Mode, at: Attended, t: Array, origin: Origin) -> Array:
 def _without(chosen: Selection, rows: Array, tokens: Array) -> Selection:
   """The selection with no valid entry in `rows` [B, T], which read `tokens` keys."""
   rows, heads = rows[:, :, None], chosen.tokens.shape[2]
-  if tokens.shape[2] not in (1, heads):  # one per query head and one per key/value head: the largest of each
-    tokens = jnp.max(tokens, axis=2, keepdims=True)
+  if tokens.shape[2] < heads:  # one for each key/value head, or for all
+    tokens = jnp.repeat(tokens, heads // tokens.shape[2], axis=2)
+  elif tokens.shape[2] > heads:  # one for each query head; of a group the most
+    tokens = jnp.max(tokens.reshape(*tokens.shape[:2], heads, -1), axis=3)
   valid = chosen.valid & ~rows[..., None]
   return Selection(jnp.where(valid, chosen.blocks, chosen.scores.shape[-1]), valid,
                    jnp.where(rows[..., None], -jnp.inf, chosen.scores), jnp.where(rows, tokens, chosen.tokens))

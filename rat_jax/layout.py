@@ -111,6 +111,19 @@ def as_lengths(lengths: Lengths | None, shape: tuple[int, ...], name: str = "len
   return jnp.asarray(lengths, jnp.int32)
 
 
+def prompts_within(prompt_lengths: Lengths | None, lengths: Lengths | None, shape: tuple[int, ...]) -> Array | None:
+  """The rows' prompt lengths as int32 [B], none beyond its row's real tokens; None stays. Raises as `as_lengths`."""
+  if prompt_lengths is None:
+    return None
+  return jnp.minimum(as_lengths(prompt_lengths, shape, name="prompt_lengths"), as_lengths(lengths, shape))
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+  """Raises ValueError for what is no integer of at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+    raise ValueError(f"{name}={value!r}; use an integer of at least {least}.")
+
+
 def as_integers(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> Array | np.ndarray:
   """`value` (a list too) as an array. Raises ValueError unless it holds integers of that shape."""
   on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))  # of a list, one may be traced

@@ -56,13 +56,13 @@ class RATPlusLM(nn.Module):
     """
     config = self.config
     tokens = layouts.as_tokens(tokens, config.vocab_size)
-    _check_call(config, mode, prefill_mode, prompt_lengths, segment_ids, positions)
+    if positions is not None:
+      positions = layouts.as_integers("positions", positions, tokens.shape)
+    _check_call(config, mode, prefill_mode, prompt_lengths, segment_ids, positions, tokens.shape)
     if _chooses(config, mode, prefill_mode):
       positions = None  # they are 0..T-1
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
-    if prompt_lengths is not None:
-      prompt_lengths = layouts.as_lengths(prompt_lengths, tokens.shape, name="prompt_lengths")
-      prompt_lengths = jnp.minimum(prompt_lengths, layouts.as_lengths(lengths, tokens.shape))
+    prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
     if row_ids is not None:
       row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
@@ -80,7 +80,7 @@ def _chooses(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None) -> bo
 
 
 def _check_call(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, prompt_lengths: Lengths | None,
-                segment_ids: SegmentIds | None, positions: Positions | None) -> None:
+                segment_ids: SegmentIds | None, positions: Positions | None, shape: tuple[int, ...]) -> None:
   check_modes(mode, prefill_mode, config)
   if prompt_lengths is None:
     if prefill_mode is not None:
@@ -93,8 +93,6 @@ def _check_call(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, pr
   if segment_ids is not None:
     for one in layer_modes(mode, config.num_layers):
       attention.refuse_packed(one)
-  if positions is not None and _chooses(config, mode, prefill_mode):
-    expected = np.arange(np.shape(positions)[-1])
-    if not layouts.is_concrete(positions) or not np.array_equal(np.asarray(positions), np.broadcast_to(
-        expected, np.shape(positions))):
-      raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")
+  if positions is not None and _chooses(config, mode, prefill_mode) and not (
+      layouts.is_concrete(positions) and (np.asarray(positions) == np.arange(shape[1])).all()):
+    raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")

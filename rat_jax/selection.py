@@ -78,7 +78,8 @@ def select(q: Queries, k: Keys, mode: Mode, *, q_positions: Positions | None = N
   Args:
     q: [B, T, N, H]; k: [B, S, K, H]; already rotated and, for RAT+, already through the memory.
     mode: of a PerLayer, its mode number `layer`; `dense_layers` are ignored.
-    q_positions: int32 [B, T]; default: the last T positions of every row.
+    q_positions: int32 [B, T]; default: the last T positions of every row. One past the row's keys counts as that of
+      its last key.
     lengths: int32 [B], the keys that a row has; default S.
     layer, row_ids: int32 [B], default 0: what random draws depend on besides seed, head, position and block.
 
@@ -88,21 +89,30 @@ def select(q: Queries, k: Keys, mode: Mode, *, q_positions: Positions | None = N
   mode = mode_of_layer(mode, layer)
   if not isinstance(mode, BlockMode):
     raise ValueError(f"select: mode={mode} chooses no blocks; give Quest, MoBA or DilatedTopK (SnapKV: `compress`).")
+  q, k = jnp.asarray(q), jnp.asarray(k)
   q_positions, k_positions = positions_of(q, k, q_positions, lengths)
+  q_positions = within(q_positions, k_positions)
   return select_rows(mode, q, k, q_positions, k_positions, origin_of(q, layer, row_ids))
 
 
 def positions_of(q: Queries, k: Keys, q_positions: Positions | None, lengths: Lengths | None
                  ) -> tuple[Positions, Positions]:
   """Positions of queries [B, T] and keys [B, S] of an operator's arrays. Raises ValueError for misshapen arguments."""
-  if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+  fits = q.ndim == k.ndim == 4 and 0 not in (*q.shape, *k.shape) and q.shape[0] == k.shape[0] and (
+      q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0)
+  if not fits:
     raise ValueError(f"q, k have shapes {q.shape}, {k.shape}; give q [B, T, N, H] and k [B, S, K, H] with N a multiple"
-                     " of K.")
+                     " of K, and at least one of everything.")
   count = layouts.as_lengths(lengths, k.shape)
   if q_positions is None:
     q_positions = count[:, None] + jnp.arange(-q.shape[1], 0, dtype=jnp.int32)
   q_positions = jnp.asarray(layouts.as_integers("q_positions", q_positions, q.shape[:2]), jnp.int32)
   return q_positions, layouts.consecutive(jnp.zeros_like(count), count, k.shape[1]).positions
+
+
+def within(q_positions: Positions, k_positions: Positions) -> Positions:
+  """Positions of queries that choose, none past the last key of its row: beyond it there are no blocks."""
+  return jnp.minimum(q_positions, jnp.max(k_positions, axis=1, keepdims=True))
 
 
 def origin_of(q: Queries, layer: Array | int, row_ids: Array | None) -> Origin:
@@ -195,7 +205,8 @@ def score_blocks(mode: BlockMode, query: dict[str, Any], statistics: Statistics,
     statistics: of the complete blocks.
     keys: all keys and their positions, which the oracle looks at.
   """
-  q, t = jax.lax.stop_gradient(query["q"]).astype(jnp.float32), query["position"]
+  query, statistics, keys = jax.lax.stop_gradient((query, statistics, keys))
+  q, t = query["q"].astype(jnp.float32), query["position"]
   kv, count = statistics[0].shape[1:3]
   batch, length, heads, width = q.shape
   grouped = q.reshape(batch, length, kv, heads // kv, width)
@@ -225,7 +236,7 @@ def pick(mode: BlockMode, scores: Array, positions: Positions, max_length: int) 
   if mode.keep_first:
     forced |= index == 0
   priority = jnp.where(forced & (scores > -jnp.inf), jnp.inf, scores)
-  top, blocks = jax.lax.top_k(priority, min(count, int(most[-1])))
+  top, blocks = jax.lax.top_k(priority, min(count, int(most.max())))
   allowed = jnp.asarray(most)[jnp.clip(positions, 0, max_length - 1)][:, :, None, None]
   valid = (jnp.arange(blocks.shape[-1]) < allowed) & (top > -jnp.inf)
   blocks = jnp.sort(jnp.where(valid, blocks, count), axis=-1)

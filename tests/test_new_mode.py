@@ -29,7 +29,7 @@ class Vertical(Mode):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogBlocks(BlockMode):
-  """Reads 1 + log2 of the blocks so far, the best by their mean key."""
+  """Reads 1 block, and one more with every doubling of the length, the best by their mean key."""
 
   name: ClassVar[str] = "log_blocks"
   statistic = "mean"

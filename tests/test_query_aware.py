@@ -269,6 +269,13 @@ def test_inspect_shows_every_layer_that_chooses():
     assert (np.asarray(quest.tokens)[3, t] == reads[0]).all()  # the row without a prompt
   (kept, *_) = rat_jax.inspect(model, params, tokens, SnapKV(6, obs_window=3), prompt_lengths=PROMPT)
   np.testing.assert_array_equal((np.asarray(kept.positions) >= 0).sum(-1), np.tile(np.minimum(PROMPT, 6)[:, None], 4))
+  lengths = np.array([5, 24, 1, 0])
+  (clipped, *_) = rat_jax.inspect(model, params, tokens, SnapKV(6, obs_window=3), prompt_lengths=PROMPT,
+                                  lengths=lengths)
+  np.testing.assert_array_equal(clipped.positions[0, 0], [0, 1, 2, 3, 4, -1])
+  (moba, *_) = rat_jax.inspect(model, params, tokens, MoBA(3, 4), prompt_lengths=PROMPT,
+                               prefill_mode=PerHead((Dense(), StreamingLLM(1, 0))))
+  np.testing.assert_array_equal(moba.tokens[1, 15], [16, 16, 2, 2])
   (moba, *_) = rat_jax.inspect(model, params, tokens, Dense(), prefill_mode=MoBA(3, 4), prompt_lengths=PROMPT)
   assert np.asarray(moba.valid)[prompt].any(-1).all()
   assert not np.asarray(moba.valid)[~prompt].any()
@@ -319,6 +326,9 @@ def test_bad_calls():
       (lambda: run(prefill_mode=MoBA(2)), "without prompt_lengths"),
       (lambda: run(mode=Dense(), prefill_mode=SnapKV(6, obs_window=3), prompt_lengths=PROMPT), "give it as mode"),
       (lambda: run(mode=MoBA(2), positions=np.arange(LENGTH)[None] + np.ones((4, 1), int)), "leave positions out"),
+      (lambda: run(mode=MoBA(2), positions=np.arange(3)), r"positions has shape \(3,\)"),
+      (lambda: rat_jax.cache_bytes(model.config, PerHead((Dense(),) * 3), 1, 20), "num_kv_heads=2"),
+      (lambda: rat_jax.prefill(model, params, tokens, chunk=2.5), "chunk=2.5"),
       (lambda: run(prompt_lengths=PROMPT, segment_ids=np.ones_like(tokens)), "several prompts"),
       (lambda: run(prompt_lengths=PROMPT + 20), "prompt_lengths="),
       (lambda: run(mode=PerHead((Dense(),) * 3)), "num_kv_heads=2"),

@@ -227,6 +227,8 @@ def test_budgets_of_equal_value_are_different_modes():
   assert np.abs(np.asarray(local) - np.asarray(everything)).max() > 0.1
   assert Quest(np.float32(0.1)) == Quest(0.1)
   assert Quest(256, dense_layers=[1, 0, 1]) == Quest(256, dense_layers=(0, 1))
+  assert Quest(256, dense_layers=iter((1, 0))) == Quest(256, dense_layers=(0, 1))
+  assert MoBA(2, group=np.str_("kv")) == MoBA(2, group="kv")
   assert type(Quest(np.float64(0.5)).budget) is float
 
 
@@ -271,6 +273,13 @@ def test_text_round_trip(mode):
     (lambda: DilatedTopK(4, 1, score="max"), "score='max'"),
     (lambda: Dense() | DilatedTopK(4, 1), "its own rule"),
     (lambda: SnapKV(10, obs_window=4) | Quest(256), "give a position-only mode"),
+    (lambda: Dilated(4) | (StreamingLLM(8) | Quest(256)), "it has also=streaming_llm:8 already"),
+    (lambda: Quest(256, dense_layers=None), "dense_layers=None; give a tuple"),
+    (lambda: MoBA(Fraction(1, 4)), r"top_k=Fraction\(1, 4\); use an integer"),
+    (lambda: MoBA(2, group=np.arange(2)), "is unknown; use one of"),
+    (lambda: PerLayer(Dense()), "modes=.*give a tuple with one mode for each layer"),
+    (lambda: PerHead(Dense()), "give a tuple with one mode for each key/value head"),
+    (lambda: visible("dense", np.arange(2), np.arange(2)), "is no mode"),
     (lambda: SnapKV(64), "capacity=64; use at least 65"),
     (lambda: SnapKV(100, kernel=4), "kernel=4; use an odd number"),
     (lambda: SnapKV(100, pool="min"), "pool='min'"),
@@ -291,6 +300,9 @@ def test_bad_calls():
       (lambda: rat_jax.select(q, k, Dense()), "chooses no blocks"),
       (lambda: rat_jax.select(q[:, :, :3], k, MoBA(2, 4)), "N a multiple of K"),
       (lambda: rat_jax.select(q, k, MoBA(2, 4), lengths=[13]), r"use 0\.\.12"),
+      (lambda: rat_jax.select(q, k, MoBA(2, 4), layer=-1), "layer=-1"),
+      (lambda: rat_jax.attend(q, k[:, :0], v[:, :0], Dense()), "at least one of everything"),
+      (lambda: rat_jax.tokens_read(RATPlusConfig(8, 1, 8, 1), Dense(), 20.5), "length=20.5"),
       (lambda: rat_jax.attend(q, k, v, SnapKV(5, obs_window=2)), "use rat_jax.compress"),
       (lambda: rat_jax.attend(q, k, v, PerHead((Dense(),) * 3)), "modes has 3 entries and there are num_kv_heads=2"),
       (lambda: rat_jax.compress(q[:, 9:], k, v, SnapKV(5, obs_window=2)), "obs_window=2, N, H"),
@@ -300,3 +312,31 @@ def test_bad_calls():
       call()
   with pytest.raises(NotImplementedError, match="packed rows"):
     rat_jax.attend(q, k, v, MoBA(2, 4), segment_ids=np.ones((1, 12), int))
+
+
+def test_padding_decides_nothing_whatever_the_positions():
+  q, k, v = draw(1, 12, 2, 2)
+  lengths, at = np.array([5]), np.array([[7, 4, 2]])
+  for mode in (MoBA(2, 3, keep_first=False), Quest.upstream(9, page=3, path="eval"), DilatedTopK(3, 1, 2)):
+    out = attend(q[:, :3], k, v, mode, lengths=lengths, q_positions=at)
+    loud = [np.where(np.arange(12)[:, None, None] < 5, x, 50 * x) for x in (k, v)]
+    np.testing.assert_array_equal(attend(q[:, :3], *loud, mode, lengths=lengths, q_positions=at), out)
+    blocks = np.asarray(select(q[:, :3], k, mode, lengths=lengths, q_positions=at).blocks)
+    assert (blocks[blocks < 4] <= 1).all()
+
+
+def test_scores_are_not_differentiated():
+  q, k, _ = draw(1, 12, 2, 2)
+  for gradient in jax.grad(lambda q, k: jax.numpy.where(np.tri(12, 4, -8)[None, :, None], select(
+      q, k, MoBA(2, 3)).scores, 0.0).sum(), (0, 1))(q, k):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_last_query_of_a_prompt_reads_in_its_form():
+  config = RATPlusConfig(8, 1, 16, 2)
+  assert rat_jax.tokens_read(config, Quest(8, 4), 24, 24) == (24,)
+  assert rat_jax.tokens_read(config, Quest(8, 4), 24, 23) == rat_jax.tokens_read(config, Quest(8, 4), 24) == (8,)
+  assert rat_jax.tokens_read(config, MoBA(2, 4), 24, 24) == (8,)
+  assert rat_jax.tokens_read(config, SnapKV(6, 3), 24, 24) == (24,)
+  assert rat_jax.tokens_read(config, SnapKV(6, 3), 24, 23) == (7,)
+  assert rat_jax.tokens_read(config, SnapKV(6, 3), 24, 0) == (24,)

@@ -88,15 +88,16 @@ class Mode:
 
   def _settle_choice(self, field: str, choices: tuple[str, ...]) -> None:
     value = getattr(self, field)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
       raise ValueError(f"{type(self).__name__}: {field}={value!r} is unknown; use one of {choices}.")
+    object.__setattr__(self, field, str(value))
 
   def _settle_budget(self, field: str, least: int, why: str) -> None:
     """An integer of at least `least`, or a share in (0, 1]; stored as a Python int or float."""
     value = getattr(self, field)
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
       self._settle_int(field, least=least, fix=f"use at least {least} ({why}), or a share such as 0.25")
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) <= 1:
+    elif isinstance(value, (float, np.floating)) and 0 < float(value) <= 1:
       object.__setattr__(self, field, float(str(value)))  # of a numpy scalar, the decimal that it shows
     else:
       raise ValueError(f"{type(self).__name__}: {field}={value!r}; use an integer of at least {least} ({why}) or a"
@@ -117,6 +118,8 @@ def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
   Raises:
     ValueError: a PerLayer (ask one of its modes), and modes that choose by the query.
   """
+  if not isinstance(mode, Mode):
+    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
   t = jnp.asarray(q_pos, jnp.int32)[..., :, None]
   s = jnp.asarray(k_pos, jnp.int32)[..., None, :]
   causal, rule = (s >= 0) & (s <= t), mode.sees(t, s)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import numbers
 import typing
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
@@ -45,10 +46,9 @@ class SelectingMode(Mode):
     self._settle_choice("group", ("head", "kv"))
     self._settle_choice("selector", ("score", "random", "oracle"))
     self._settle_int("seed", least=0, fix="use an integer of at least 0")
-    layers = self.dense_layers
-    if isinstance(layers, (str, numbers.Number)) or not all(
-        isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in layers):
-      raise ValueError(f"{type(self).__name__}: dense_layers={layers!r}; give a tuple of layer numbers.")
+    layers = tuple(self.dense_layers) if isinstance(self.dense_layers, Iterable) else (None,)
+    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in layers):
+      raise ValueError(f"{type(self).__name__}: dense_layers={self.dense_layers!r}; give a tuple of layer numbers.")
     object.__setattr__(self, "dense_layers", tuple(sorted({int(i) for i in layers})))
 
   @property
@@ -67,7 +67,8 @@ class SelectingMode(Mode):
     return dataclasses.replace(self, dense_layers=()) if self.dense_layers else self  # type: ignore[call-arg]
 
   def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
-    raise ValueError(f"{type(self).__name__} reads what the query chooses, so `visible` cannot say; use `select`.")
+    raise ValueError(f"{type(self).__name__} reads what the query chooses, so `visible` cannot say; use `select`,"
+                     " or for SnapKV `compress`.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +89,8 @@ class BlockMode(SelectingMode):
 
   def __ror__(self, other: Mode) -> Mode:
     """`StreamingLLM(64) | Quest(1024)`: the union of a position-only mode and a selection, in one softmax."""
+    if self.also is not None:
+      raise ValueError(f"{other} | {self}: it has also={self.also} already; join the two rules in one mode.")
     return dataclasses.replace(self, also=other)
 
   def _settle_options(self) -> None:
@@ -107,10 +110,17 @@ class BlockMode(SelectingMode):
     return int(self.forces_own) + int(self.keep_first and not (in_first and self.forces_own))
 
 
-def share_of_blocks(share: float, length: int, block: int) -> int:
-  """ceil(share * length / block), exactly: the share is the decimal fraction that it is written as."""
-  exact = Fraction(str(share))
+def blocks_of(budget: int | float, length: int, block: int) -> int:
+  """A number of blocks as it is; a share as ceil(share * length / block), exactly: it is the decimal that it shows."""
+  if not isinstance(budget, float):
+    return budget
+  exact = _exact(budget)
   return -(-exact.numerator * length // (exact.denominator * block))
+
+
+@functools.lru_cache(maxsize=256)
+def _exact(share: float) -> Fraction:
+  return Fraction(str(share))
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from rat_jax.modes.base import Mode
-from rat_jax.modes.block_mode import BlockMode, share_of_blocks
+from rat_jax.modes.block_mode import BlockMode, blocks_of
 from rat_jax.modes.dilated import Dilated
 
 _STATISTICS = {"representative": "last", "minmax": "minmax", "mean": "mean"}
@@ -61,4 +61,4 @@ class DilatedTopK(BlockMode):
     return Dilated(self.dilation, self.window, self.sinks)
 
   def blocks_at(self, length: int) -> int:
-    return share_of_blocks(self.top_k, length, self.block) if isinstance(self.top_k, float) else self.top_k
+    return blocks_of(self.top_k, length, self.block)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from rat_jax.modes.base import Mode
-from rat_jax.modes.block_mode import BlockMode, share_of_blocks
+from rat_jax.modes.block_mode import BlockMode, blocks_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,4 +48,4 @@ class MoBA(BlockMode):
     return self.without_dense_layers()
 
   def blocks_at(self, length: int) -> int:
-    return share_of_blocks(self.top_k, length, self.block) if isinstance(self.top_k, float) else self.top_k
+    return blocks_of(self.top_k, length, self.block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
@@ -24,6 +25,8 @@ class PerHead(Mode):
   modes: tuple[Mode, ...]
 
   def __post_init__(self):
+    if not isinstance(self.modes, Iterable):
+      raise ValueError(f"PerHead: modes={self.modes!r}; give a tuple with one mode for each key/value head.")
     object.__setattr__(self, "modes", tuple(self.modes))
     if not self.modes:
       raise ValueError("PerHead: modes=() is empty; give one mode for each key/value head.")

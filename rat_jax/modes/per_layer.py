@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -20,6 +22,8 @@ class PerLayer(Mode):
   modes: tuple[Mode, ...]
 
   def __post_init__(self):
+    if not isinstance(self.modes, Iterable):
+      raise ValueError(f"PerLayer: modes={self.modes!r}; give a tuple with one mode for each layer.")
     object.__setattr__(self, "modes", tuple(self.modes))
     if not self.modes:
       raise ValueError("PerLayer: modes=() is empty; give one mode per layer.")
@@ -58,9 +62,11 @@ def check_mode(mode: Mode) -> None:
 def mode_of_layer(mode: Mode, layer: int) -> Mode:
   """The mode of one layer, for operators that know no model. Raises ValueError where a PerLayer has no such layer."""
   check_mode(mode)
+  if not isinstance(layer, numbers.Integral) or layer < 0:
+    raise ValueError(f"layer={layer!r}; give the layer's number, 0 or more.")
   if not isinstance(mode, PerLayer):
     return mode
-  if not 0 <= layer < len(mode.modes):
+  if layer >= len(mode.modes):
     raise ValueError(f"layer={layer}; this PerLayer has layers 0..{len(mode.modes) - 1}.")
   return mode.modes[layer]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from rat_jax.modes.block_mode import BlockMode, share_of_blocks
+from rat_jax.modes.block_mode import BlockMode, blocks_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Quest(BlockMode):
 
   def blocks_at(self, length: int) -> int:
     if isinstance(self.budget, float):
-      return share_of_blocks(self.budget, length, self.block)
+      return blocks_of(self.budget, length, self.block)
     if self.rounding == "eval":
       return max(3, min(length, self.budget) // self.block)
     return self.budget // self.block if self.rounding == "kernel" else -(-self.budget // self.block)

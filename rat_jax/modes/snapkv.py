@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
 from typing import ClassVar, Literal
 
-from rat_jax.modes.block_mode import SelectingMode
+from rat_jax.modes.block_mode import SelectingMode, blocks_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,5 +48,4 @@ class SnapKV(SelectingMode):
     """The tokens that are kept of a prompt, as far as it has so many."""
     if not isinstance(self.capacity, float):
       return self.capacity
-    share = Fraction(str(self.capacity)) * prompt_length
-    return max(-(-share.numerator // share.denominator), self.obs_window + 1)
+    return max(blocks_of(self.capacity, prompt_length, 1), self.obs_window + 1)
