@@ -33,7 +33,8 @@ def main() -> None:
       cells.append(f"{keys:,.0f} / {size / 2**20:,.0f} MiB")
     rows.append([str(mode), *cells])
   table = common.markdown_table(["mode", *(f"T = {length:,}" for length in LENGTHS.value)], rows)
-  print(f"{PRESET.value}, one row, {config.dtype}: keys that the first step after a prompt reads / bytes of the cache\n\n{table}")
+  print(f"{PRESET.value}, one row, {config.dtype}: keys that the first step after a prompt reads / cache bytes\n")
+  print(table)
   (folder / "table.md").write_text(table + "\n")
   common.write_json(folder / "results.json", {"preset": PRESET.value, "modes": result})
 
