@@ -138,7 +138,7 @@ def _prefill(config, mode, prefill_mode, max_length, chunk, params, tokens, leng
     last, cache = _prefill_pieces(params, tokens, cache, lengths, chunk)
   else:
     last, whole = _prefill_pieces(params, tokens, _whole_cache(cache, length), lengths, chunk)
-    cache = _from_whole(cache, whole, length)
+    cache = _from_whole(cache, whole)
   return transformer.logits(config, params, last), cache
 
 
@@ -177,7 +177,7 @@ def _whole_cache(cache: Cache, length: int) -> Cache:
   return dataclasses.replace(whole, runs=tuple(map(with_queries, whole.layer_runs, whole.runs)))
 
 
-def _from_whole(cache: Cache, whole: Cache, length: int) -> Cache:
+def _from_whole(cache: Cache, whole: Cache) -> Cache:
   """The cache of a mode, from a prompt's whole cache."""
   kv = jax.tree.map(lambda *runs: jnp.concatenate(runs), *whole.runs)
 
