@@ -48,29 +48,31 @@ DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of the table: a mode, which may depend on the task, and how the prompt is processed.
+  """A row of the table.
 
   Attributes:
-    mode_of: the mode for a task; raises ValueError where no such mode can be built.
-    prefill_mode: of the prompt; None is the mode's own form.
+    build: (mode, prefill_mode) for a task, None for the mode's own form; ValueError where no such mode can be built.
     at_answer: the prompt ends at the answer (p = index of ANS + 1) rather than at the question (p = index of QRY).
   """
 
   label: str
-  mode_of: Callable[[Task], Mode]
-  prefill_mode: Mode | None = None
+  build: Callable[[Task], tuple[Mode, Mode | None]]
   at_answer: bool = False
 
 
 def table_rows(length: int) -> list[Row]:
   """The rows of the main table."""
-  rows = [Row("dense", lambda task: Dense())]
+  rows = [Row("dense", lambda task: (Dense(), None))]
 
   def fixed(label: str, build: Callable[[], Mode], prefill_mode: Mode | None = None) -> None:
-    rows.append(Row(label, lambda task: build(), prefill_mode))
+    rows.append(Row(label, lambda task: (build(), prefill_mode)))
+
+  def paper(label: str, build: Callable[[], Mode]) -> None:
+    rows.append(Row(label, lambda task: (Dense(), build()), at_answer=True))
 
   def aware(label: str, budget: int, **options: Any) -> None:
-    rows.append(Row(label, lambda task: SnapKV(budget, obs_window=task.query_length, **options), at_answer=True))
+    rows.append(Row(label, lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
+                    at_answer=True))
 
   for block, shares in ((16, (4, 8, 16, 32)), (8, (4, 8, 16, 32))):
     for n in shares:
@@ -81,7 +83,7 @@ def table_rows(length: int) -> list[Row]:
     moba = functools.partial(MoBA, length // n // block, block=block, keep_first=False)
     fixed(f"MoBA {block}, 1/{n} (decode)", moba, Dense())
     fixed(f"MoBA {block}, 1/{n} (everywhere)", moba)
-    rows.append(_paper_moba(f"MoBA {block}, 1/{n} (paper: prompt)", moba))
+    paper(f"MoBA {block}, 1/{n} (paper: prompt)", moba)
   for n in (4, 8, 16, 32):
     aware(f"SnapKV aware, 1/{n}", length // n)
     fixed(f"SnapKV blind, 1/{n}", functools.partial(SnapKV, length // n, obs_window=8))
@@ -99,43 +101,31 @@ def table_rows(length: int) -> list[Row]:
   return rows
 
 
-def _paper_moba(label: str, moba: Callable[[], Mode]) -> Row:
-  try:
-    return Row(label, lambda task: Dense(), moba(), at_answer=True)
-  except ValueError as error:
-    message = str(error)
-
-    def refuse(task):
-      raise ValueError(message)
-
-    return Row(label, refuse, at_answer=True)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, params, batch, prompt_lengths, row_ids):
   return jax.vmap(lambda p: answered(model, p, batch, mode=mode, prefill_mode=prefill_mode,
                                      prompt_lengths=prompt_lengths, row_ids=row_ids))(params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sequences(task: Task, length: int, first):
-  """Sequences first .. first + batch_size of a task; a row depends on its own number alone."""
-  many = mini_niah.evaluation_rows(task, COUNT.value)
-  made = mini_niah.batch(many, length, DATA_SEED, 0)
-  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, BATCH_SIZE.value), made)
+@functools.lru_cache(maxsize=len(TASKS))
+def sequences(task: Task, length: int, count: int) -> dict[str, jax.Array]:
+  """The sequences of a task, the same for every row of the table and every checkpoint."""
+  rows = mini_niah.evaluation_rows(task, count)
+  return jax.jit(lambda: mini_niah.batch(rows, length, DATA_SEED, 0))()
 
 
 def cell(model: RATPlusLM, params, row: Row, task: Task) -> dict[str, Any]:
   """One cell: which sequences every seed answers, as percentages; ValueError where the mode cannot be."""
-  mode, right = row.mode_of(task), []
+  (mode, prefill_mode), right = row.build(task), []
   if COUNT.value % BATCH_SIZE.value:
     raise ValueError(f"--count={COUNT.value} is no multiple of --batch_size={BATCH_SIZE.value}.")
   at_answer = row.at_answer or PROMPT_END.value == "answer"
   for first in range(0, COUNT.value, BATCH_SIZE.value):
-    made = _sequences(task, LENGTH.value, first)
+    made = jax.tree.map(lambda x, first=first: x[first:first + BATCH_SIZE.value],
+                        sequences(task, LENGTH.value, COUNT.value))
     prompts = made["answer"] if at_answer else made["question"]
     ids = jnp.arange(first, first + BATCH_SIZE.value, dtype=jnp.int32)
-    right.append(np.asarray(_right(model, mode, row.prefill_mode, params, made, prompts, ids)))
+    right.append(np.asarray(_right(model, mode, prefill_mode, params, made, prompts, ids)))
   by_seed = np.concatenate(right, axis=1)
   prompt = int(prompts[0])
   return {"accuracy": (100 * by_seed.mean(axis=1)).tolist(), "count": COUNT.value,
@@ -145,13 +135,13 @@ def cell(model: RATPlusLM, params, row: Row, task: Task) -> dict[str, Any]:
 
 def free_running(model: RATPlusLM, params, row: Row, task: Task) -> float:
   """The share of sequences on which free-running greedy decoding and the teacher-forced pass agree (first seed)."""
-  mode, one = row.mode_of(task), jax.tree.map(lambda x: x[0], params)
-  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], _sequences(task, LENGTH.value, 0))
+  (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
+  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(task, LENGTH.value, COUNT.value))
   at_answer = row.at_answer or PROMPT_END.value == "answer"
   answer = int(made["answer"][0])
   start = answer if at_answer else int(made["question"][0])
   ids = jnp.arange(len(made["tokens"]), dtype=jnp.int32)
-  logits, cache = rat_jax.prefill(model, one, made["tokens"][:, :start], mode=mode, prefill_mode=row.prefill_mode,
+  logits, cache = rat_jax.prefill(model, one, made["tokens"][:, :start], mode=mode, prefill_mode=prefill_mode,
                                   max_length=LENGTH.value, row_ids=ids)
   if start < answer:
     every, cache = rat_jax.extend(model, one, made["tokens"][:, start:answer], cache)
@@ -162,7 +152,7 @@ def free_running(model: RATPlusLM, params, row: Row, task: Task) -> float:
     right &= np.asarray(token == made["tokens"][:, at])
     if at + 1 < LENGTH.value:
       logits, cache = rat_jax.decode_step(model, one, token, cache)
-  forced = answered(model, one, made, mode=mode, prefill_mode=row.prefill_mode,
+  forced = answered(model, one, made, mode=mode, prefill_mode=prefill_mode,
                     prompt_lengths=made["answer" if at_answer else "question"], row_ids=ids)
   return float(np.mean(np.asarray(forced) == right))
 

@@ -18,8 +18,8 @@ from rat_jax.selection import Origin
 
 
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  select_from: str, attend_to: str, prompt_lengths: Lengths | None = None,
-                  prefill_mode: Mode | None = None, row_ids: Array | None = None) -> Stream:
+                  select_from: str, attend_to: str, row_ids: Array, prompt_lengths: Lengths | None = None,
+                  prefill_mode: Mode | None = None) -> Stream:
   """As `transformer.hidden_states`. Prompts in a dense or position-only form attend as `attend_to` says too.
 
   Raises ValueError for a choice that is neither "memory" nor "plain", and a model without a memory.
@@ -30,7 +30,7 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
   if not config.memory:
     raise ValueError(f"select_from={select_from!r}, attend_to={attend_to!r} with memory=False: there is no memory to"
                      " leave out.")
-  x, rows = transformer.embed(params, tokens), jnp.zeros(tokens.shape[0], jnp.int32) if row_ids is None else row_ids
+  x = transformer.embed(params, tokens)
   for run in layer_runs(mode, config.num_layers, prefill_mode):
 
     def layer(x, at_layer, run=run):
@@ -39,7 +39,7 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
       kinds = {"memory": transformer.remember(config, projections, layout, None)[0],
                "plain": transformer.remember(config, projections._replace(gate_logits=None), layout, None)[0]}
       at = kinds[attend_to]
-      y = attention.attend_layer(at.q, at.k, at.v, run, layout, prompt_lengths, Origin(rows, index),
+      y = attention.attend_layer(at.q, at.k, at.v, run, layout, prompt_lengths, Origin(row_ids, index),
                                  select_k=kinds[select_from].k)
       x = transformer.attention_branch(config, p, x, y, projections.output_gate)
       return transformer.mlp_branch(config, p, x), None
@@ -47,4 +47,3 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
     x, _ = jax.lax.scan(layer, x, (transformer.layers_of(params, run.start, run.stop),
                                    jnp.arange(run.start, run.stop)))
   return x
-

@@ -25,7 +25,7 @@ from rat_jax import compression, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries, State
 from rat_jax.compression import take_kept, take_rows
 from rat_jax.config import RATPlusConfig
-from rat_jax.layout import check_count
+from rat_jax.layout import as_row_ids, check_count
 from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, check_modes, layer_runs
 from rat_jax.selection import Origin, Statistics
 
@@ -175,7 +175,7 @@ def empty_cache(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
                      " length of the prompt, from 1 to max_length.")
   random = any(isinstance(m, SelectingMode) and m.selector == "random" for run in runs for m in (run.mode, run.form))
   if random:
-    row_ids = jnp.zeros(batch, jnp.int32) if row_ids is None else row_ids
+    row_ids = as_row_ids(row_ids, batch)
   lengths = jnp.zeros(batch, jnp.int32)
   state = None
   if config.memory:
@@ -231,8 +231,8 @@ def of_prompt(run: Run, q_window: Queries | None, k: Keys, v: Keys, lengths: Len
   slots = Slots.of(run.mode, max_length)
   kv = KVCache(fill(slots, k, lengths), fill(slots, v, lengths))
   if isinstance(run.mode, BlockMode) and run.mode.statistic != "last":
-    at_token = selection.running(run.mode, k, jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2]))
     blocks = BlockSlots(run.mode.block, -(-max_length // run.mode.block))
+    at_token = selection.running(run.mode, k)
     kv = dataclasses.replace(kv, statistics=tuple(fill(blocks, x, lengths) for x in at_token))
   return kv
 

@@ -51,8 +51,7 @@ def prefill(model: RATPlusLM, params: Params, tokens: Tokens, lengths: Lengths |
   if chunk is not None:
     layouts.check_count("chunk", chunk)
   check_modes(mode, prefill_mode, config)
-  if row_ids is not None:
-    row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
+  row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
   return _prefill(config, mode, prefill_mode, max_length, chunk, params, tokens, lengths, row_ids)
 
 

@@ -43,7 +43,7 @@ def inspect(model: RATPlusLM, params: Params, tokens: Tokens, mode: Mode, **argu
 def _inspect(config, mode, prefill_mode, params, tokens, lengths=None, prompt_lengths=None, row_ids=None):
   layout = layouts.of_tokens(tokens.shape, lengths=lengths)
   prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
-  rows = jnp.zeros(tokens.shape[0], jnp.int32) if row_ids is None else row_ids
+  rows = layouts.as_row_ids(row_ids, tokens.shape[0])
   x, found = transformer.embed(params, tokens), []
   for run in layer_runs(mode, config.num_layers, prefill_mode):
     for i in range(run.start, run.stop):

@@ -80,7 +80,7 @@ def is_concrete(x: object) -> bool:
 def as_tokens(tokens: Tokens, vocab_size: int) -> Array:
   """Tokens as int32 [B, T]. Raises ValueError for another shape or type and, where values can be seen, for what is
   outside the vocabulary."""
-  tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+  tokens = _as_array(tokens)
   if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens has shape {tokens.shape} and type {tokens.dtype}; give integers [B, T], T is at least 1.")
   _check_vocabulary("tokens", tokens, vocab_size)
@@ -111,6 +111,13 @@ def as_lengths(lengths: Lengths | None, shape: tuple[int, ...], name: str = "len
   return jnp.asarray(lengths, jnp.int32)
 
 
+def as_row_ids(row_ids: Array | np.ndarray | None, batch: int) -> Array:
+  """The numbers of rows, for random draws, as int32 [B]; None is zeros. Raises ValueError as `as_integers`."""
+  if row_ids is None:
+    return jnp.zeros(batch, jnp.int32)
+  return jnp.asarray(as_integers("row_ids", row_ids, (batch,)), jnp.int32)
+
+
 def prompts_within(prompt_lengths: Lengths | None, lengths: Lengths | None, shape: tuple[int, ...]) -> Array | None:
   """The rows' prompt lengths as int32 [B], none beyond its row's real tokens; None stays. Raises as `as_lengths`."""
   if prompt_lengths is None:
@@ -126,11 +133,16 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 def as_integers(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> Array | np.ndarray:
   """`value` (a list too) as an array. Raises ValueError unless it holds integers of that shape."""
-  on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))  # of a list, one may be traced
-  value = jnp.asarray(value) if on_device else np.asarray(value)
+  value = _as_array(value)
   if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{name} has shape {value.shape} and type {value.dtype}; it must be integers of shape {shape}.")
   return value
+
+
+def _as_array(value: object) -> Array | np.ndarray:
+  """An array on the host, unless something of the value (a list too) is on a device or traced."""
+  on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+  return jnp.asarray(value) if on_device else np.asarray(value)
 
 
 def _check_vocabulary(name: str, tokens: Tokens, vocab_size: int) -> None:

@@ -6,7 +6,6 @@ import functools
 from typing import Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from rat_jax import ablation, attention, layout as layouts, transformer
@@ -63,8 +62,7 @@ class RATPlusLM(nn.Module):
       positions = None  # they are 0..T-1
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
-    if row_ids is not None:
-      row_ids = jnp.asarray(layouts.as_integers("row_ids", row_ids, tokens.shape[:1]), jnp.int32)
+    row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
     run = transformer.hidden_states
     if (select_from, attend_to) != ("memory", "memory"):

@@ -117,9 +117,7 @@ def within(q_positions: Positions, k_positions: Positions) -> Positions:
 
 def origin_of(q: Queries, layer: Array | int, row_ids: Array | None) -> Origin:
   """The origin of random draws of a batch like q's; row_ids default to zeros."""
-  if row_ids is None:
-    return Origin(jnp.zeros(q.shape[0], jnp.int32), layer)
-  return Origin(jnp.asarray(layouts.as_integers("row_ids", row_ids, q.shape[:1]), jnp.int32), layer)
+  return Origin(layouts.as_row_ids(row_ids, q.shape[0]), layer)
 
 
 def select_rows(mode: BlockMode, q: Queries, k: Keys, q_positions: Positions, k_positions: Positions, origin: Origin
@@ -139,14 +137,17 @@ def select_rows(mode: BlockMode, q: Queries, k: Keys, q_positions: Positions, k_
   return jax.tree.map(lambda x: softmax.join(x, length), softmax.map_chunks(rows, query))
 
 
-def running(mode: BlockMode, k: Keys, positions: Positions, before: Statistics | None = None) -> Statistics:
+def running(mode: BlockMode, k: Keys, positions: Positions | None = None, before: Statistics | None = None
+            ) -> Statistics:
   """The statistics of every token's own block up to that token: [B, T, K, H] each.
 
   Args:
-    k: [B, T, K, H], at consecutive `positions` [B, T].
+    k: [B, T, K, H], at consecutive `positions` [B, T]; default 0..T-1.
     before: [B, K, H] each, the statistics so far of the block that the first token is in, if it is not its first.
   """
   statistic = STATISTICS[mode.statistic]
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
   values, restart = statistic.lift(k), (positions % mode.block == 0)[:, :, None, None]
   if mode.statistic == "last":
     return values
@@ -173,8 +174,7 @@ def block_statistics(mode: BlockMode, k: Keys, lengths: Lengths | None = None,
     at_token: `running` of these keys, where it is known.
   """
   batch, length = k.shape[:2]
-  if at_token is None:
-    at_token = running(mode, k, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
+  at_token = running(mode, k) if at_token is None else at_token
   ends = jnp.arange(1, -(-length // mode.block) + 1, dtype=jnp.int32) * mode.block
   count = jnp.full((batch, 1), length, jnp.int32) if lengths is None else lengths[:, None]
   at = jnp.maximum(jnp.minimum(ends, count) - 1, 0)[:, :, None, None]
@@ -183,9 +183,8 @@ def block_statistics(mode: BlockMode, k: Keys, lengths: Lengths | None = None,
 
 def own_statistics(mode: BlockMode, k: Keys, q_positions: Positions) -> tuple[Statistics, Statistics]:
   """(of all blocks [B, K, P, H] each, of the queries' own blocks up to the query [B, T, K, H] each); keys at 0..S-1."""
-  batch, length = k.shape[:2]
-  at_token = running(mode, k, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
-  at = jnp.clip(q_positions, 0, length - 1)[:, :, None, None]
+  at_token = running(mode, k)
+  at = jnp.clip(q_positions, 0, k.shape[1] - 1)[:, :, None, None]
   return block_statistics(mode, k, at_token=at_token), tuple(jnp.take_along_axis(x, at, axis=1) for x in at_token)
 
 

@@ -182,17 +182,15 @@ def layers_of(params: Params, start: int, stop: int) -> Params:
 
 
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None,
-                  row_ids: Array | None = None) -> Stream:
+                  row_ids: Array, prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None) -> Stream:
   """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
   x = embed(params, tokens)
-  rows = jnp.zeros(tokens.shape[0], jnp.int32) if row_ids is None else row_ids
   for run in layer_runs(mode, config.num_layers, prefill_mode):
 
     def layer(x, at_layer, run=run):
       p, index = at_layer
       x, _, _ = block(config, p, x, layout, None, lambda at: attention.attend_layer(
-          at.q, at.k, at.v, run, layout, prompt_lengths, Origin(rows, index)))
+          at.q, at.k, at.v, run, layout, prompt_lengths, Origin(row_ids, index)))
       return x, None
 
     x, _ = jax.lax.scan(layer, x, (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)))

@@ -15,17 +15,16 @@ import jax.numpy as jnp
 from pallas_kernels import softmax
 
 Array = jax.Array
-_CHUNK = 512  # queries that are in flight at a time
 
 
 def dilated_attention(q: Array, k: Array, v: Array, dilation: int | None, window: int, sinks: int) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
   length = q.shape[1]
   window, sinks = min(window, length - 1), min(sinks, length)
-  block = max(1, min(window, _CHUNK))
+  block = max(1, min(window, softmax.CHUNK))
   back = -(-window // block)  # blocks before a query's own that its window reaches into
   # A chunk's window reaches into the chunk before it and no further.
-  chunk = max(softmax.chunk_size(length, max(_CHUNK, back * block), block), back * block)
+  chunk = max(softmax.chunk_size(length, max(softmax.CHUNK, back * block), block), back * block)
   positions = jnp.arange(length, dtype=jnp.int32)[None]
   local = {name: softmax.split(a, chunk) for name, a in (("q", q), ("k", k), ("v", v))}
   local |= {"before_" + name: _tails(local[name], back * block) for name in ("k", "v")}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -86,6 +87,15 @@ class Mode:
       raise ValueError(f"{type(self).__name__}: {field}={value!r}; use True or False.")
     object.__setattr__(self, field, bool(value))
 
+  def _settle_modes(self, unit: str) -> None:
+    """Checks that the field `modes` holds something, and stores it as a tuple; each is one of `unit`."""
+    modes: Any = self.modes  # type: ignore[attr-defined]
+    if not isinstance(modes, Iterable):
+      raise ValueError(f"{type(self).__name__}: modes={modes!r}; give a tuple with one mode for each {unit}.")
+    object.__setattr__(self, "modes", tuple(modes))
+    if not self.modes:  # type: ignore[attr-defined]
+      raise ValueError(f"{type(self).__name__}: modes=() is empty; give one mode for each {unit}.")
+
   def _settle_choice(self, field: str, choices: tuple[str, ...]) -> None:
     value = getattr(self, field)
     if not isinstance(value, str) or value not in choices:
@@ -104,6 +114,12 @@ class Mode:
                        " share in (0, 1].")
 
 
+def check_mode(mode: Mode) -> None:
+  """Raises ValueError for what is no mode."""
+  if not isinstance(mode, Mode):
+    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
+
+
 def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
   """Who sees whom: the definition that every mask, cache and kernel is tested against.
 
@@ -118,8 +134,7 @@ def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
   Raises:
     ValueError: a PerLayer (ask one of its modes), and modes that choose by the query.
   """
-  if not isinstance(mode, Mode):
-    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
+  check_mode(mode)
   t = jnp.asarray(q_pos, jnp.int32)[..., :, None]
   s = jnp.asarray(k_pos, jnp.int32)[..., None, :]
   causal, rule = (s >= 0) & (s <= t), mode.sees(t, s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
@@ -25,11 +24,7 @@ class PerHead(Mode):
   modes: tuple[Mode, ...]
 
   def __post_init__(self):
-    if not isinstance(self.modes, Iterable):
-      raise ValueError(f"PerHead: modes={self.modes!r}; give a tuple with one mode for each key/value head.")
-    object.__setattr__(self, "modes", tuple(self.modes))
-    if not self.modes:
-      raise ValueError("PerHead: modes=() is empty; give one mode for each key/value head.")
+    self._settle_modes("key/value head")
     for i, mode in enumerate(self.modes):
       if not isinstance(mode, Mode) or isinstance(mode, (SelectingMode, PerLayer, PerHead)):
         raise ValueError(f"PerHead: modes[{i}]={mode!r}; give a position-only mode such as Dilated(16).")

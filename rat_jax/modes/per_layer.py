@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import numbers
-from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import jax
 
 from rat_jax.config import RATPlusConfig
-from rat_jax.modes.base import Mode
+from rat_jax.modes.base import Mode, check_mode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +21,7 @@ class PerLayer(Mode):
   modes: tuple[Mode, ...]
 
   def __post_init__(self):
-    if not isinstance(self.modes, Iterable):
-      raise ValueError(f"PerLayer: modes={self.modes!r}; give a tuple with one mode for each layer.")
-    object.__setattr__(self, "modes", tuple(self.modes))
-    if not self.modes:
-      raise ValueError("PerLayer: modes=() is empty; give one mode per layer.")
+    self._settle_modes("layer")
     for i, mode in enumerate(self.modes):
       if not isinstance(mode, Mode) or isinstance(mode, PerLayer):
         raise ValueError(f"PerLayer: modes[{i}]={mode!r}; give a mode that is not itself a PerLayer.")
@@ -51,12 +46,6 @@ class Run(NamedTuple):
   form: Mode
   start: int
   stop: int
-
-
-def check_mode(mode: Mode) -> None:
-  """Raises ValueError for what is no mode."""
-  if not isinstance(mode, Mode):
-    raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
 
 
 def mode_of_layer(mode: Mode, layer: int) -> Mode:
