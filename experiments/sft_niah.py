@@ -26,7 +26,7 @@ import rat_jax
 from experiments import common
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
-from rat_jax.evaluate.mini_niah import TASKS
+from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, Optimizer, TrainState
@@ -34,6 +34,8 @@ from rat_jax.train import Checkpoints, Optimizer, TrainState
 ARMS = ("ratplus", "attention", "sparse_branch", "ratplus_dense", "ratplus_mixed")
 MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
            "multivalue": 14, "multiquery": 9}  # rows of 64
+
+_COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
 
 ARM = flags.DEFINE_enum("arm", "ratplus", ARMS, "RAT+ with ARL; attention; attention with ARL's sparse branch; RAT+"
                         " trained dense only; RAT+ with ARL over several dilations.")
@@ -119,11 +121,10 @@ def update(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...], stat
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def dense_accuracy(model: RATPlusLM, length: int, params, step) -> jax.Array:
   """The share of single questions that are answered right: [seeds, tasks]."""
-  def of_task(task):
-    made = mini_niah.batch(mini_niah.evaluation_rows(task, 32), length, 1_000_003, step)
-    return jax.vmap(lambda p: jnp.mean(answered(model, p, made)))(params)
-
-  return jnp.stack([of_task(task) for task in TASKS.values()], axis=1)
+  rows = tuple(Rows(task, _COUNT) for task in TASKS.values())
+  made = mini_niah.batch(rows, length, _ACCURACY_SEED, step)
+  right = jax.vmap(lambda p: answered(model, p, made))(params)
+  return jnp.mean(right.reshape(-1, len(TASKS), _COUNT), axis=2)
 
 
 def main() -> None:

@@ -17,13 +17,17 @@ def einsum_float32(subscripts: str, a: Array, b: Array) -> Array:
   The gradient's products run in the arrays' own type, again with float32 sums: left to itself, the float32 cotangent
   would widen them, at a fraction of the speed.
   """
+  return _product(subscripts, a, b)
+
+
+def _product(subscripts, a, b):
   if jax.default_backend() == "cpu":  # XLA's CPU products cannot widen; the products of bfloat16 are exact in float32
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _forward(subscripts, a, b):
-  return einsum_float32(subscripts, a, b), (a, b)
+  return _product(subscripts, a, b), (a, b)
 
 
 def _backward(subscripts, operands, cotangent):

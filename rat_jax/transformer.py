@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_scan import api as gated_scan
 from pallas_kernels.products import einsum_float32
 from rat_jax import attention, rope
 from rat_jax.axes import Array, Keys, Lengths, Logits, Params, Queries, State, Stream, Tokens
@@ -22,6 +23,14 @@ from rat_jax.layout import Layout
 from rat_jax.memory import memory
 from rat_jax.modes import Mode, layer_runs
 from rat_jax.selection import Origin
+
+
+# What a layer keeps for its gradient: matrix products with parameters and the memory's states. The rest is cheaper to
+# make again, attention included, than to write to a buffer of all layers and to read from there.
+_KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(gated_scan.STATES))
+_UNROLLED = 4  # layers that are compiled one by one, at most
 
 
 class Projections(NamedTuple):
@@ -193,7 +202,10 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
           at.q, at.k, at.v, run, layout, prompt_lengths, Origin(row_ids, index)))
       return x, None
 
-    x, _ = jax.lax.scan(layer, x, (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)))
+    # Without a loop no buffers of all layers are written and read, a quarter of a small model's training step on a GPU.
+    unroll = run.stop - run.start <= _UNROLLED and jax.default_backend() != "cpu"
+    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT, prevent_cse=False), x,
+                        (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)), unroll=unroll)
   return x
 
 

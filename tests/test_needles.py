@@ -81,6 +81,11 @@ def test_every_answer_is_in_its_context(task):
     np.testing.assert_array_equal(np.flatnonzero(made["answers"][row]), np.arange(answer - 1, length - 1))
     np.testing.assert_array_equal(made["targets"][row, :-1], made["tokens"][row, 1:])
     assert made["targets"][row, -1] == -100
+    at = made["golden"][row, answer - 1:]  # SEP and EOS stand nowhere
+    spoken = [s for value in values for s in value]
+    assert made["tokens"][row, at[at >= 0]].tolist() == spoken
+    assert {needle[2] for needle in needles if needle[0] in keys} == {
+        p - task.key_length - 2 for p in at[at >= 0][::task.value_length].tolist()}
   if task.filler != "needles" and task.keys == 1:
     assert 0.4 < np.mean(depths) < 0.6
     assert 0.2 < np.std(depths) < 0.37  # of a uniform depth: 0.29

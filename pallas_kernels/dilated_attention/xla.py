@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import softmax
 
 Array = jax.Array
+_SCORES = 1 << 19  # scores of a head that are in flight at a time, with queries enough to fill a device
 
 
 def dilated_attention(q: Array, k: Array, v: Array, dilation: int | None, window: int, sinks: int) -> Array:
@@ -23,8 +24,10 @@ def dilated_attention(q: Array, k: Array, v: Array, dilation: int | None, window
   window, sinks = min(window, length - 1), min(sinks, length)
   block = max(1, min(window, softmax.CHUNK))
   back = -(-window // block)  # blocks before a query's own that its window reaches into
+  keys = sinks + (length // dilation if dilation else 0) + (back + 1) * block
   # A chunk's window reaches into the chunk before it and no further.
-  chunk = max(softmax.chunk_size(length, max(softmax.CHUNK, back * block), block), back * block)
+  target = max(softmax.CHUNK, _SCORES // keys, back * block)
+  chunk = max(softmax.chunk_size(length, target, block), back * block)
   positions = jnp.arange(length, dtype=jnp.int32)[None]
   local = {name: softmax.split(a, chunk) for name, a in (("q", q), ("k", k), ("v", v))}
   local |= {"before_" + name: _tails(local[name], back * block) for name in ("k", "v")}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
 from pallas_kernels.gated_scan import xla
 from pallas_kernels.gated_scan.reference import coefficients
 
 Array = jax.Array
+STATES = "gated_scan_states"  # the name, for `jax.checkpoint` policies, of what the gradient needs of the scan
 _AVAILABLE = {"xla": xla}
 
 
@@ -73,7 +75,7 @@ def _scan(gate_logits, inputs, state, reset):
 
 def _forward(gate_logits, inputs, state, reset):
   decay, write = coefficients(gate_logits, reset)
-  states = tuple(xla.scan_states(decay, write, x, h) for x, h in zip(inputs, state, strict=True))
+  states = tuple(checkpoint_name(h, STATES) for h in xla.scan_states(decay, write, inputs, state))
   outputs = tuple(h.astype(x.dtype) for h, x in zip(states, inputs, strict=True))
   return (outputs, tuple(h[:, -1] for h in states)), (gate_logits, inputs, state, reset, states)
 
@@ -85,9 +87,9 @@ def _backward(residuals, cotangents):
   slope = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
   d_logits = jnp.zeros_like(logits)
   d_inputs, d_state = [], []
-  for x, first, h, d_output, d_last in zip(inputs, state, states, *cotangents, strict=True):
-    direct = d_output.astype(jnp.float32).at[:, -1].add(d_last)
-    d_h = xla.scan_cotangents(decay, direct)
+  direct = tuple(d_output.astype(jnp.float32).at[:, -1].add(d_last)
+                 for d_output, d_last in zip(*cotangents, strict=True))
+  for x, first, h, d_h in zip(inputs, state, states, xla.scan_cotangents(decay, direct), strict=True):
     # After a reset the gate no longer multiplies the past, so the past is no part of its gradient either.
     past = jnp.concatenate([first[:, None], h[:, :-1]], axis=1)
     past = jnp.where(decay == 0, 0.0, past)

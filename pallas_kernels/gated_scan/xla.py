@@ -8,28 +8,29 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def linear_scan(decay: Array, drive: Array, *, reverse: bool = False) -> Array:
-  """h_t = decay_t * h_(t-1) + drive_t from h_(-1) = 0, along axis 1, in log2(T) parallel steps.
+def linear_scan(decay: Array, drives: tuple[Array, ...], *, reverse: bool = False) -> tuple[Array, ...]:
+  """h_t = decay_t * h_(t-1) + drive_t from h_(-1) = 0 for every drive, along axis 1, in log2(T) parallel steps.
 
-  Pairs (decay, drive) compose associatively; nothing is ever divided by a decay. Where a decay is 0 the past is
+  Pairs (decay, drives) compose associatively; nothing is ever divided by a decay. Where a decay is 0 the past is
   dropped rather than multiplied, so what is not finite in one document does not reach the next.
   """
 
   def combine(earlier, later):
-    (decay_1, drive_1), (decay_2, drive_2) = earlier, later
-    return decay_1 * decay_2, jnp.where(decay_2 == 0, 0.0, decay_2 * drive_1) + drive_2
+    (decay_1, drives_1), (decay_2, drives_2) = earlier, later
+    return decay_1 * decay_2, tuple(jnp.where(decay_2 == 0, 0.0, decay_2 * a) + b
+                                    for a, b in zip(drives_1, drives_2, strict=True))
 
-  return jax.lax.associative_scan(combine, (decay, drive), axis=1, reverse=reverse)[1]
-
-
-def scan_states(decay: Array, write: Array, x: Array, state: Array) -> Array:
-  """All states h [B, T, ...] in float32, from the state [B, ...] before the first token."""
-  drive = write * x.astype(jnp.float32)
-  drive = drive.at[:, 0].add(jnp.where(decay[:, 0] == 0, 0.0, decay[:, 0] * state))
-  return linear_scan(decay, drive)
+  return jax.lax.associative_scan(combine, (decay, drives), axis=1, reverse=reverse)[1]
 
 
-def scan_cotangents(decay: Array, d_states: Array) -> Array:
+def scan_states(decay: Array, write: Array, inputs: tuple[Array, ...], state: tuple[Array, ...]) -> tuple[Array, ...]:
+  """All states h [B, T, ...] of every input in float32, from the states [B, ...] before the first token."""
+  drives = tuple((write * x.astype(jnp.float32)).at[:, 0].add(jnp.where(decay[:, 0] == 0, 0.0, decay[:, 0] * h))
+                 for x, h in zip(inputs, state, strict=True))
+  return linear_scan(decay, drives)
+
+
+def scan_cotangents(decay: Array, d_states: tuple[Array, ...]) -> tuple[Array, ...]:
   """dL/dh_t given the direct cotangents of h_t: the reversed scan dh_t = d_t + decay_(t+1) * dh_(t+1)."""
   next_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
   return linear_scan(next_decay, d_states, reverse=True)

@@ -12,6 +12,7 @@ than sort, and draws one array of numbers per row, which keeps it quick to compi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -122,6 +123,7 @@ def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> 
   Returns:
     "tokens", "targets" int32 [B, T]: the targets are the next tokens, -100 after a row's end;
     "answers" bool [B, T]: the targets that are symbols of an answer to a fresh question, SEP and EOS included;
+    "golden" int32 [B, T]: where in the context the target stands, if it is a symbol of an asked value; -1 elsewhere;
     "question", "answer" int32 [B]: the index of the last question's QRY, and of its ANS plus 1;
     "task" int32 [B]: the task's number in TASKS.
 
@@ -129,6 +131,10 @@ def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> 
     ValueError: a length without room for the questions and one needle.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(sum(kind.count for kind in rows)))
+  uniform = jax.vmap(lambda k: jax.random.uniform(k, (2 * length + KEYS[1] + 3,)))(keys)  # enough for every task
+  repeated = np.repeat([kind.task.filler == "repeated" for kind in rows], [kind.count for kind in rows])
+  filler = jnp.where(repeated[:, None], FILLERS[0] + jnp.arange(length) % _PARAGRAPH, _markov(uniform[:, :length]))
   parts, first = [], 0
   for kind in rows:
     room = length - 1 - kind.questions * (kind.task.query_length + kind.task.answer_length)
@@ -136,8 +142,8 @@ def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> 
     if room < least * max(kind.task.needle_length, kind.spacing):
       raise ValueError(f"length={length} leaves {room} tokens of context to {kind.task.name} with {kind.questions}"
                        f" questions, too few for {least} needles; use a larger length or fewer questions.")
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(first, first + kind.count))
-    parts.append(jax.vmap(lambda k, kind=kind, room=room: _row(kind, length, room, k))(keys))
+    of_kind = slice(first, first + kind.count)
+    parts.append(jax.vmap(functools.partial(_row, kind, room))(filler[of_kind], uniform[of_kind, length:]))
     first += kind.count
   made = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
   tokens = made["tokens"]
@@ -148,8 +154,19 @@ def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> 
   return made | {"targets": targets}
 
 
-def _row(kind: Rows, length: int, room: int, key: Array) -> dict[str, Array]:
-  task = kind.task
+def _markov(uniform: Array) -> Array:
+  """Filler of uniform numbers [B, T]: a Markov chain of four successors each, x -> 5 x + (1, 2, 3 or 4), modulo 48.
+
+  In closed form, x_t = 5^t (x_0 + sum of 5^-s step_s): the powers of 5 modulo 48 repeat after four.
+  """
+  power, inverse = np.resize([1, 5, 25, 29], uniform.shape[1]), np.resize([1, 29, 25, 5], uniform.shape[1])
+  start = _integers(uniform[:, :1], FILLERS[1])
+  steps = jnp.concatenate([start, (1 + _integers(uniform[:, 1:], 4)) * inverse[1:]], axis=1)
+  return FILLERS[0] + (power * (jnp.cumsum(steps, axis=1) % FILLERS[1])) % FILLERS[1]
+
+
+def _row(kind: Rows, room: int, filler: Array, uniform: Array) -> dict[str, Array]:
+  task, length = kind.task, filler.shape[0]
   unit = max(task.needle_length, kind.spacing)
   most = room // unit // task.values  # different keys that fit
   if kind.keys is not None:
@@ -158,19 +175,19 @@ def _row(kind: Rows, length: int, room: int, key: Array) -> dict[str, Array]:
     most = min(most, task.keys)
   needles = most * task.values
   sizes = {"count": 2, "place": needles, "prefix": most * (task.key_length - 1), "last": KEYS[1], "offset": most,
-           "value": needles * task.value_length, "ask": most, "near": most, "filler": length + 1}
-  flat = jax.random.uniform(key, (sum(sizes.values()),))
+           "value": needles * task.value_length, "ask": most, "near": most}
   cuts = np.cumsum([0, *sizes.values()])
-  u = {name: flat[start:stop] for name, start, stop in zip(sizes, cuts[:-1], cuts[1:], strict=True)}
+  assert cuts[-1] <= uniform.shape[0]
+  u = {name: uniform[start:stop] for name, start, stop in zip(sizes, cuts[:-1], cuts[1:], strict=True)}
 
   count = _key_count(kind, most, u["count"])
   keys = _keys(task, most, count, u, kind.near_miss)
   values = VALUES[0] + _integers(u["value"], VALUES[1]).reshape(most, task.values, task.value_length)
   starts = _starts(unit, room, task.values, count, u["place"].reshape(most, task.values))
-  context = _write_needles(task, _filler(task, length, u["filler"]), keys, values, starts, length)
-  tokens, answers = _write_questions(kind, context, keys, values, starts, count, u["ask"], room, length)
+  context = _write_needles(task, filler.astype(jnp.int32), keys, values, starts)
+  tokens, answers, golden = _write_questions(kind, context, keys, values, starts, count, u["ask"], room)
   last = length - task.query_length - task.answer_length
-  return {"tokens": tokens, "answers": answers, "question": jnp.int32(last),
+  return {"tokens": tokens, "answers": answers, "golden": golden, "question": jnp.int32(last),
           "answer": jnp.int32(last + task.query_length)}
 
 
@@ -218,51 +235,41 @@ def _starts(unit: int, room: int, values: int, count: Array, uniform: Array) -> 
   return jnp.where(jnp.arange(uniform.shape[0])[:, None] < count, 1 + ordered, 1 << 20)
 
 
-def _filler(task: Task, length: int, uniform: Array) -> Array:
-  """Filler at every position, int32 [T]: a paragraph over and over, or a Markov chain of four successors each."""
-  if task.filler == "repeated":
-    return FILLERS[0] + jnp.arange(length, dtype=jnp.int32) % _PARAGRAPH
-  step = 1 + _integers(uniform, 4)
-  factor = jnp.full(length + 1, 5).at[0].set(0)
-
-  def compose(a, b):  # x -> factor * x + step, modulo the alphabet
-    return a[0] * b[0] % FILLERS[1], (b[0] * a[1] + b[1]) % FILLERS[1]
-
-  first = _integers(uniform[:1], FILLERS[1])
-  _, chain = jax.lax.associative_scan(compose, (factor, step.at[0].set(first[0])))
-  return FILLERS[0] + chain[1:].astype(jnp.int32)
-
-
-def _write_needles(task: Task, context: Array, keys: Array, values: Array, starts: Array, length: int) -> Array:
+def _write_needles(task: Task, context: Array, keys: Array, values: Array, starts: Array) -> Array:
   many, per_key = starts.shape
   mark = lambda token: jnp.full((many, per_key, 1), token, jnp.int32)
   key = jnp.broadcast_to(keys[:, None], (many, per_key, task.key_length))
   needle = jnp.concatenate([mark(NDL), key, mark(IS), values, mark(END)], axis=-1)
   at = starts[..., None] + jnp.arange(task.needle_length)
-  return context.at[jnp.minimum(at, length)].set(needle, mode="drop").at[0].set(BOS)
+  return context.at[jnp.minimum(at, context.shape[0])].set(needle, mode="drop").at[0].set(BOS)
 
 
-def _write_questions(kind: Rows, tokens: Array, keys: Array, values: Array, starts: Array, count: Array, uniform: Array,
-                     room: int, length: int) -> tuple[Array, Array]:
-  """Tokens with the questions in their place, and which targets are fresh answers."""
+def _write_questions(kind: Rows, context: Array, keys: Array, values: Array, starts: Array, count: Array,
+                     uniform: Array, room: int) -> tuple[Array, Array, Array]:
+  """Tokens with the questions in their place; which targets are fresh answers; where in the context each one stands."""
   task = kind.task
   many = keys.shape[0]
   present = jnp.arange(many) < count
   rank = jnp.where(present, _ranks(uniform, present), many)
   asked = jnp.zeros(many, jnp.int32).at[rank].set(jnp.arange(many, dtype=jnp.int32), mode="drop")  # keys in their order
-  answers = jnp.zeros(length, bool)
-  size = task.query_length + task.answer_length
-  for i in range(kind.questions):
-    turn = i * task.queries + np.arange(task.queries)
-    chosen = asked[turn % count]
-    separated = lambda parts, close: jnp.concatenate(  # symbols [n, m], SEP between them and `close` at the end
-        [parts, jnp.full((parts.shape[0], 1), SEP, jnp.int32).at[-1].set(close)], axis=1).reshape(-1)
-    query = separated(keys[chosen], ANS)
-    answer = separated(values[chosen].reshape(task.queries * task.values, -1), EOS)
-    start = 1 + room + i * size
-    tokens = jax.lax.dynamic_update_slice(
-        tokens, jnp.concatenate([jnp.full(1, QRY, jnp.int32), query, answer]), (start,))
-    fresh = turn[-1] < count
-    first = start + task.query_length - 1  # the row whose target is the first symbol of the answer
-    answers = answers.at[first:first + task.answer_length].set(fresh)
-  return tokens, answers
+  turn = np.arange(kind.questions * task.queries).reshape(kind.questions, task.queries)
+  chosen = asked[turn % count]
+
+  def lines(symbols, between, close):  # [questions, n, m] -> [questions, n * (m + 1)]
+    ends = jnp.full((*symbols.shape[:2], 1), between, jnp.int32).at[:, -1].set(close)
+    return jnp.concatenate([symbols, ends], axis=2).reshape(symbols.shape[0], -1)
+
+  def of_answers(x):  # [questions, queries, values, m] -> [questions, queries * values, m]
+    return x.reshape(kind.questions, -1, task.value_length)
+
+  def of_targets(of_answer, fill):  # the row before a symbol has it as its target
+    at_question = jnp.full((kind.questions, task.query_length), fill, of_answer.dtype)
+    at_tokens = jnp.concatenate([at_question, of_answer], axis=1).reshape(-1)
+    return jnp.full(context.shape[0], fill, of_answer.dtype).at[room:-1].set(at_tokens)
+
+  where = starts[chosen][..., None] + task.key_length + 2 + jnp.arange(task.value_length)
+  query, answer = lines(keys[chosen], SEP, ANS), lines(of_answers(values[chosen]), SEP, EOS)
+  first = jnp.full((kind.questions, 1), QRY, jnp.int32)
+  tokens = jnp.concatenate([context[:room + 1], jnp.concatenate([first, query, answer], axis=1).reshape(-1)])
+  fresh = jnp.broadcast_to((turn[:, -1] < count)[:, None], answer.shape)
+  return tokens, of_targets(fresh, False), of_targets(lines(of_answers(where), -1, -1), -1)
