@@ -24,7 +24,6 @@ from rat_jax.memory import memory
 from rat_jax.modes import Mode, layer_runs
 from rat_jax.selection import Origin
 
-
 # What a layer keeps for its gradient: matrix products with parameters and the memory's states. The rest is cheaper to
 # make again, attention included, than to write to a buffer of all layers and to read from there.
 _KEPT = jax.checkpoint_policies.save_from_both_policies(
