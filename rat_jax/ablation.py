@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax import attention, transformer
-from rat_jax.axes import Array, Lengths, Params, Stream, Tokens
+from rat_jax.axes import Array, Params, Stream, Tokens
 from rat_jax.config import RATPlusConfig
-from rat_jax.layout import Layout
+from rat_jax.layout import Layout, Prompts
 from rat_jax.modes import Mode, layer_runs
 from rat_jax.selection import Origin
 
 
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  select_from: str, attend_to: str, row_ids: Array, prompt_lengths: Lengths | None = None,
+                  select_from: str, attend_to: str, row_ids: Array, prompts: Prompts | None = None,
                   prefill_mode: Mode | None = None) -> Stream:
   """As `transformer.hidden_states`. Prompts in a dense or position-only form attend as `attend_to` says too.
 
@@ -39,7 +39,7 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
       kinds = {"memory": transformer.remember(config, projections, layout, None)[0],
                "plain": transformer.remember(config, projections._replace(gate_logits=None), layout, None)[0]}
       at = kinds[attend_to]
-      y = attention.attend_layer(at.q, at.k, at.v, run, layout, prompt_lengths, Origin(row_ids, index),
+      y = attention.attend_layer(at.q, at.k, at.v, run, layout, prompts, Origin(row_ids, index),
                                  select_k=kinds[select_from].k)
       x = transformer.attention_branch(config, p, x, y, projections.output_gate)
       return transformer.mlp_branch(config, p, x), None

@@ -13,7 +13,7 @@ from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.api import dilated_attention
 from rat_jax import compression, layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
-from rat_jax.layout import Layout
+from rat_jax.layout import Layout, Prompts
 from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, mode_of_layer, visible
 from rat_jax.selection import Origin, Statistics
 
@@ -75,23 +75,35 @@ def refuse_packed(mode: Mode) -> None:
                               " every document its own row.")
 
 
-def attend_layer(q: Queries, k: Keys, v: Keys, run: Run, layout: Layout, prompt_lengths: Lengths | None,
+def attend_layer(q: Queries, k: Keys, v: Keys, run: Run, layout: Layout, prompts: Prompts | None,
                  origin: Origin, select_k: Keys | None = None) -> Array:
   """Attention of a whole sequence in a layer of `run`: the prompt in its form, later queries as steps of the mode.
 
-  Without `prompt_lengths` [B] every query is a step. Choices are made by the keys `select_k`, where these are not k.
+  Without prompts every query is a step. Choices are made by the keys `select_k`, where these are not k.
   [B, T, N, H] in q's type.
   """
-  if isinstance(run.mode, SnapKV):
-    assert prompt_lengths is not None  # checked where it came in
-    steps = compression.attend_after_prompt(q, k, v, run.mode, layout.positions, prompt_lengths, origin,
-                                            k if select_k is None else select_k).astype(q.dtype)
-  else:
-    steps = attend_sequence(q, k, v, run.mode, layout, origin, select_k)
-  if prompt_lengths is None or run.form == run.mode:
-    return steps
+  if prompts is None or run.form == run.mode:
+    return attend_sequence(q, k, v, run.mode, layout, origin, select_k)
+  first = prompts.shortest if layout.plain else 0  # no row before it is a step
   prompt = attend_sequence(q, k, v, run.form, layout, origin, select_k)
-  return jnp.where((layout.positions < prompt_lengths[:, None])[:, :, None, None], prompt, steps)
+  steps = _attend_steps(q, k, v, run.mode, layout, prompts.lengths, first, origin, k if select_k is None else select_k)
+  in_prompt = layout.positions[:, first:] < prompts.lengths[:, None]
+  steps = jnp.where(in_prompt[:, :, None, None], prompt[:, first:], steps.astype(q.dtype))
+  return jnp.concatenate([prompt[:, :first], steps], axis=1)
+
+
+def _attend_steps(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout, prompt_lengths: Lengths, first: int,
+                  origin: Origin, select_k: Keys) -> Array:
+  """Steps after a prompt, of the queries from row `first` on; rows of the prompt among them are arbitrary."""
+  at = layout.positions
+  if isinstance(mode, SnapKV):
+    return compression.attend_after_prompt(q, k, v, mode, at, prompt_lengths, first, origin, select_k)
+  if first == 0:
+    return attend_sequence(q, k, v, mode, layout, origin, select_k)
+  if isinstance(mode, BlockMode):
+    statistics, own = selection.own_statistics(mode, select_k, at[:, first:])
+    return attend_blocks(q[:, first:], k, v, mode, at[:, first:], at, statistics, own, origin, k.shape[1], select_k)
+  return attend_keys(q[:, first:], k, v, mode, at[:, first:], at)[0]
 
 
 def attend_sequence(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout, origin: Origin | None = None,

@@ -124,8 +124,8 @@ def last_queries(q: Queries, lengths: Lengths, window: int) -> Queries:
 
 
 def attend_after_prompt(q: Queries, k: Keys, v: Keys, mode: SnapKV, positions: Positions, prompt_lengths: Lengths,
-                        origin: Origin, select_k: Keys) -> Array:
-  """What queries after the prompt read: its kept tokens, and all after it. Whole sequences; [B, T, N, H] float32."""
+                        first: int, origin: Origin, select_k: Keys) -> Array:
+  """What the queries from row `first` on read after the prompt: its kept tokens, and all after it; float32."""
   window = last_queries(q, prompt_lengths, mode.obs_window)
   kept, _ = keep(mode, window, select_k, prompt_lengths, origin)
   batch, length = k.shape[:2]
@@ -138,7 +138,7 @@ def attend_after_prompt(q: Queries, k: Keys, v: Keys, mode: SnapKV, positions: P
     causal = (positions >= 0)[:, None] & (positions[:, None] <= query["position"][:, :, None])
     return selection.to_groups(causal[:, :, None] & readable[:, None], k.shape[2])
 
-  return softmax.attend_masked(q, k, v, {"position": positions}, mask)[0]
+  return softmax.attend_masked(q[:, first:], k, v, {"position": positions[:, first:]}, mask)[0]
 
 
 def _pool(mode: SnapKV, scores: Array) -> Array:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax import attention, compression, layout as layouts, selection, transformer
-from rat_jax.axes import Array, Lengths, Params, Tokens
+from rat_jax.axes import Array, Params, Tokens
 from rat_jax.compression import Kept
-from rat_jax.layout import Layout
+from rat_jax.layout import Layout, Prompts
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import BlockMode, Mode, Run, SnapKV, layer_runs, visible
 from rat_jax.selection import Origin, Selection
@@ -42,7 +42,7 @@ def inspect(model: RATPlusLM, params: Params, tokens: Tokens, mode: Mode, **argu
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _inspect(config, mode, prefill_mode, params, tokens, lengths=None, prompt_lengths=None, row_ids=None):
   layout = layouts.of_tokens(tokens.shape, lengths=lengths)
-  prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
+  prompts = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
   rows = layouts.as_row_ids(row_ids, tokens.shape[0])
   x, found = transformer.embed(params, tokens), []
   for run in layer_runs(mode, config.num_layers, prefill_mode):
@@ -50,27 +50,27 @@ def _inspect(config, mode, prefill_mode, params, tokens, lengths=None, prompt_le
       origin = Origin(rows, i)
 
       def attend(at, run=run, origin=origin):
-        found.extend(_choices(run, at, layout, prompt_lengths, origin))
-        return attention.attend_layer(at.q, at.k, at.v, run, layout, prompt_lengths, origin)
+        found.extend(_choices(run, at, layout, prompts, origin))
+        return attention.attend_layer(at.q, at.k, at.v, run, layout, prompts, origin)
 
       p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
       x, _, _ = transformer.block(config, p, x, layout, None, attend)
   return found
 
 
-def _choices(run: Run, at: Attended, layout: Layout, prompt_lengths: Lengths | None, origin: Origin
+def _choices(run: Run, at: Attended, layout: Layout, prompts: Prompts | None, origin: Origin
              ) -> list[Selection | Kept]:
   t = layout.positions
   if isinstance(run.mode, SnapKV):
-    assert prompt_lengths is not None
-    window = compression.last_queries(at.q, prompt_lengths, run.mode.obs_window)
-    return [compression.compress(window, at.k, at.v, run.mode, lengths=prompt_lengths, layer=int(origin.layer),
+    assert prompts is not None
+    window = compression.last_queries(at.q, prompts.lengths, run.mode.obs_window)
+    return [compression.compress(window, at.k, at.v, run.mode, lengths=prompts.lengths, layer=int(origin.layer),
                                  row_ids=origin.row_ids)]
-  in_prompt = jnp.zeros_like(t, bool) if prompt_lengths is None else t < prompt_lengths[:, None]
+  in_prompt = jnp.zeros_like(t, bool) if prompts is None else t < prompts.lengths[:, None]
   if isinstance(run.mode, BlockMode):
     chosen = selection.select_rows(run.mode, at.q, at.k, t, t, origin)
     return [chosen if run.form == run.mode else _without(chosen, in_prompt, _keys_read(run.form, at, t, origin))]
-  if isinstance(run.form, BlockMode) and prompt_lengths is not None:
+  if isinstance(run.form, BlockMode) and prompts is not None:
     chosen = selection.select_rows(run.form, at.q, at.k, t, t, origin)
     return [_without(chosen, ~in_prompt, _keys_read(run.mode, at, t, origin))]
   return []

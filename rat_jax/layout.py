@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,11 +119,21 @@ def as_row_ids(row_ids: Array | np.ndarray | None, batch: int) -> Array:
   return jnp.asarray(as_integers("row_ids", row_ids, (batch,)), jnp.int32)
 
 
-def prompts_within(prompt_lengths: Lengths | None, lengths: Lengths | None, shape: tuple[int, ...]) -> Array | None:
-  """The rows' prompt lengths as int32 [B], none beyond its row's real tokens; None stays. Raises as `as_lengths`."""
+class Prompts(NamedTuple):
+  """How many first tokens of every row are its prompt: int32 [B], and as far as is known when compiling the fewest."""
+
+  lengths: Array
+  shortest: int
+
+
+def prompts_within(prompt_lengths: Lengths | None, lengths: Lengths | None, shape: tuple[int, ...]) -> Prompts | None:
+  """The rows' prompts, none beyond its row's real tokens; None stays. Raises as `as_lengths`."""
   if prompt_lengths is None:
     return None
-  return jnp.minimum(as_lengths(prompt_lengths, shape, name="prompt_lengths"), as_lengths(lengths, shape))
+  count = jnp.minimum(as_lengths(prompt_lengths, shape, name="prompt_lengths"), as_lengths(lengths, shape))
+  known = is_concrete(prompt_lengths) and (lengths is None or is_concrete(lengths))
+  shortest = int(np.min(np.minimum(prompt_lengths, shape[1] if lengths is None else lengths))) if known else 0
+  return Prompts(count, shortest)
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -39,7 +39,8 @@ class RATPlusLM(nn.Module):
       positions: int [B, T], growing by 1 inside a document; default 0..T-1 in each. Negative ones are padding.
       lengths: int [B], the real tokens of every row, which come first.
       prompt_lengths: int [B], how many first tokens of a row are its prompt: they run as `prefill` runs them, the
-        rest as the decode steps after it. SnapKV needs it.
+        rest as the decode steps after it. SnapKV needs it. What is known when this is compiled (numbers, not an
+        argument of the compiled function) is not computed twice: steps start at the shortest prompt.
       prefill_mode: overrides the mode's form of the prompt; only with `prompt_lengths`.
       row_ids: int [B], what random selection of a row depends on; default 0.
       select_from, attend_to: "plain" takes keys (and values) without the memory for choosing, or for attention: an
@@ -61,13 +62,13 @@ class RATPlusLM(nn.Module):
     if _chooses(config, mode, prefill_mode):
       positions = None  # they are 0..T-1
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
-    prompt_lengths = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
+    prompts = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
     row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
     params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
     run = transformer.hidden_states
     if (select_from, attend_to) != ("memory", "memory"):
       run = functools.partial(ablation.hidden_states, select_from=select_from, attend_to=attend_to)
-    x = run(config, params, tokens, mode, layout, prompt_lengths=prompt_lengths, prefill_mode=prefill_mode,
+    x = run(config, params, tokens, mode, layout, prompts=prompts, prefill_mode=prefill_mode,
             row_ids=row_ids)
     return transformer.logits(config, params, x)
 

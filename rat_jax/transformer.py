@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from pallas_kernels.gated_scan import api as gated_scan
 from pallas_kernels.products import einsum_float32
 from rat_jax import attention, rope
-from rat_jax.axes import Array, Keys, Lengths, Logits, Params, Queries, State, Stream, Tokens
+from rat_jax.axes import Array, Keys, Logits, Params, Queries, State, Stream, Tokens
 from rat_jax.config import RATPlusConfig
-from rat_jax.layout import Layout
+from rat_jax.layout import Layout, Prompts
 from rat_jax.memory import memory
 from rat_jax.modes import Mode, layer_runs
 from rat_jax.selection import Origin
@@ -190,7 +190,7 @@ def layers_of(params: Params, start: int, stop: int) -> Params:
 
 
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  row_ids: Array, prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None) -> Stream:
+                  row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None) -> Stream:
   """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
   x = embed(params, tokens)
   for run in layer_runs(mode, config.num_layers, prefill_mode):
@@ -198,7 +198,7 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
     def layer(x, at_layer, run=run):
       p, index = at_layer
       x, _, _ = block(config, p, x, layout, None, lambda at: attention.attend_layer(
-          at.q, at.k, at.v, run, layout, prompt_lengths, Origin(row_ids, index)))
+          at.q, at.k, at.v, run, layout, prompts, Origin(row_ids, index)))
       return x, None
 
     # Without a loop no buffers of all layers are written and read, a quarter of a small model's training step on a GPU.

@@ -120,6 +120,19 @@ def test_other_forms_of_the_prompt(mode, prefill_mode):
   check_every_way(mode, prefill_mode, True, 2)
 
 
+@pytest.mark.parametrize(("mode", "prefill_mode"), [
+    pytest.param(mode, prefill_mode, marks=() if i % 6 == 0 else pytest.mark.slow)
+    for i, (mode, prefill_mode) in enumerate([*((mode, None) for mode in CHOOSING), *OVERRIDDEN])], ids=str)
+def test_prompts_known_when_compiling_save_work_and_change_no_number(mode, prefill_mode):
+  model, params, tokens = setup(True, 2)
+  prompts, lengths = np.array([9, 16, 7, 8]), np.array([24, 20, 6, 24])  # of the third row not even the prompt is there
+  run = functools.partial(apply, model, params, tokens, mode=mode, prefill_mode=prefill_mode, row_ids=ROW_IDS)
+  known = jax.jit(lambda p: model.apply({"params": p}, tokens, mode=mode, prefill_mode=prefill_mode, row_ids=ROW_IDS,
+                                        prompt_lengths=prompts, lengths=lengths))(params)
+  for b, n in enumerate(lengths):
+    assert_close(known[b, :n], run(prompt_lengths=prompts, lengths=lengths)[b, :n], WHOLE_MODEL)
+
+
 @pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_per_head(kv_heads):
   mode = PerHead(tuple([Dilated(4), StreamingLLM(3), Dense(), Dilated(3, 1)][:kv_heads]))

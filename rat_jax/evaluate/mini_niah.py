@@ -162,7 +162,7 @@ def _markov(uniform: Array) -> Array:
   power, inverse = np.resize([1, 5, 25, 29], uniform.shape[1]), np.resize([1, 29, 25, 5], uniform.shape[1])
   start = _integers(uniform[:, :1], FILLERS[1])
   steps = jnp.concatenate([start, (1 + _integers(uniform[:, 1:], 4)) * inverse[1:]], axis=1)
-  return FILLERS[0] + (power * (jnp.cumsum(steps, axis=1) % FILLERS[1])) % FILLERS[1]
+  return FILLERS[0] + (jnp.asarray(power) * (jnp.cumsum(steps, axis=1) % FILLERS[1])) % FILLERS[1]
 
 
 def _row(kind: Rows, room: int, filler: Array, uniform: Array) -> dict[str, Array]:
