@@ -1,29 +1,33 @@
-"""Trains small models on mini-NIAH from scratch: several seeds in one program, short sequences first.
+"""Trains small models on mini-NIAH: several seeds in one program, short sequences first.
 
 Claim: attention and RAT+ both learn to find needles; what differs is what sparse inference leaves of it
-(experiments.eval_niah).  Expected: every task above 95% under Dense on every seed, after about 10000 batches.
-Cost: RAT+ 8 minutes, attention 4 minutes for three seeds on one H100.
+(experiments.eval_niah).  Expected: every task above 95% under Dense on every seed.
+Cost on one H100, three seeds: RAT+ 8 minutes, attention 6 minutes.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
-Resumes from the newest checkpoints in --workdir; stops by batches, or by --stop_at.
+Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32 --steps=1000
+Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common
+from experiments import common, niah
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
@@ -31,20 +35,24 @@ from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, Optimizer, TrainState
 
-ARMS = ("ratplus", "attention", "sparse_branch", "ratplus_dense", "ratplus_mixed")
+# Batches by arm: attention and RAT+ without ARL make one update of a batch, the others two.
+STEPS_OF = {"ratplus": 10000, "attention": 20000, "sparse_branch": 10000, "ratplus_dense": 20000,
+            "ratplus_mixed": 10000}
 MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
            "multivalue": 14, "multiquery": 9}  # rows of 64
-
 _COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
 
-ARM = flags.DEFINE_enum("arm", "ratplus", ARMS, "RAT+ with ARL; attention; attention with ARL's sparse branch; RAT+"
-                        " trained dense only; RAT+ with ARL over several dilations.")
+ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse branch;"
+                        " RAT+ trained dense only; RAT+ with ARL over several dilations.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Models that are trained side by side.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 10000, "Batches in all.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Batches in all. Default: 10000, 20000 where a batch is one update.",
+                             lower_bound=1)
 STAGES = flags.DEFINE_list("stages", ["256x64", "512x48", "1024x32"], "Length x rows of every stage.")
 SHARES = flags.DEFINE_list("shares", ["0.35", "0.55"], "The share of the steps by which each stage but the last ends.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
+INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, instead of fresh parameters.")
+MODES = common.define_modes([], "One update of every batch, repeat it for several. Default: the arm's own.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0)
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
 LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.")
@@ -66,14 +74,13 @@ def configuration(arm: str) -> RATPlusConfig:
                        init_std=None, **choices)
 
 
-def modes_at(arm: str, step: int) -> tuple[Mode, ...]:
-  """The modes of a batch, one update each."""
+def mode_sets(arm: str) -> list[tuple[Mode, ...]]:
+  """What a batch may be trained under, one update each; a batch draws one of these sets."""
+  if MODES.value:
+    return [tuple(MODES.value)]
   if arm in ("attention", "ratplus_dense"):
-    return (Dense(),)
-  dilation = DILATION.value
-  if arm == "ratplus_mixed":
-    dilation = int(np.random.default_rng([common.SEED.value, step]).choice([8, 16, 32]))
-  return (Dilated(dilation), Dense())
+    return [(Dense(),)]
+  return [(Dilated(d), Dense()) for d in ((8, 16, 32) if arm == "ratplus_mixed" else (DILATION.value,))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Stage:
   until: int  # the batch by which it ends
 
   @property
-  def mixture(self) -> tuple[mini_niah.Rows, ...]:
+  def mixture(self) -> tuple[Rows, ...]:
     """The mixture scaled to the stage's rows, by largest remainders."""
     exact = {name: n * self.rows / 64 for name, n in MIXTURE.items()}
     counts = {name: int(x) for name, x in exact.items()}
@@ -92,106 +99,144 @@ class Stage:
     return mini_niah.training_rows({name: n for name, n in counts.items() if n})
 
 
-def stages() -> list[Stage]:
+def stages(steps: int) -> list[Stage]:
   if len(SHARES.value) != len(STAGES.value) - 1:
     raise ValueError(f"--shares={SHARES.value} for --stages={STAGES.value}; give one share less than stages.")
-  ends = [round(float(share) * STEPS.value) for share in SHARES.value] + [STEPS.value]
+  ends = [round(float(share) * steps) for share in SHARES.value] + [steps]
   sizes = [text.split("x") for text in STAGES.value]
   return [Stage(int(length), int(rows), end) for (length, rows), end in zip(sizes, ends, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def make_batches(stage: Stage, seeds: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-  """The batches of a step, one per seed: [seeds, B, T]; answers weigh as much as they are rare."""
+class Programs:
+  """The compiled programs of a run, each over all seeds, spread over the devices."""
 
-  def one(seed):
-    made = mini_niah.batch(stage.mixture, stage.length, seed, step)
-    answers, counted = made["answers"], made["targets"] != -100
-    weights = answers / jnp.maximum(jnp.sum(answers), 1) + LM_WEIGHT.value * counted / jnp.sum(counted)
-    return {"tokens": made["tokens"], "targets": made["targets"], "weights": weights}
+  def __init__(self, model: RATPlusLM, optimizer: Optimizer, plan: list[Stage], sets: list[tuple[Mode, ...]],
+               state: TrainState, seeds: jax.Array):
+    def of_stage(stage):
+      batches = self._compile(functools.partial(_batch, stage), seeds)
+      return batches, self._compile(functools.partial(_accuracy, model, sets[0][-1], stage.length), state.params)
 
-  return jax.vmap(one)(seeds)
+    def of_update(stage, modes):
+      batch = jax.eval_shape(jax.vmap(lambda seed: _batch(stage, seed, 0)), seeds)
+      step = lambda s, b, _: rat_jax.train_step(model, optimizer, s, b, modes=modes)
+      return self._compile(step, state, batch, donate=True)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      steps = {(stage, modes): pool.submit(of_update, stage, modes) for stage in plan for modes in sets}
+      others = {stage: pool.submit(of_stage, stage) for stage in plan}
+      self._update = {key: future.result() for key, future in steps.items()}
+      self._others = {stage: future.result() for stage, future in others.items()}
+
+  @staticmethod
+  def _compile(f: Callable, *of_seeds: Any, donate: bool = False) -> Any:
+    """f(*of_seeds, number) of one seed -> the program of all seeds; `number` is shared."""
+    axis = PartitionSpec("seeds")
+    mapped = jax.shard_map(lambda *a: jax.vmap(lambda *b: f(*b, a[-1]))(*a[:-1]), mesh=niah.mesh(), check_vma=False,
+                           in_specs=(axis,) * len(of_seeds) + (PartitionSpec(),), out_specs=axis)
+    spread = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=niah.over_seeds()), of_seeds)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(niah.mesh(), PartitionSpec()))
+    return jax.jit(mapped, donate_argnums=(0,) if donate else ()).lower(*spread, number).compile()
+
+  def train(self, stage: Stage, modes: tuple[Mode, ...], state: TrainState, seeds: jax.Array, step: int
+            ) -> tuple[TrainState, dict[str, jax.Array]]:
+    batches = self._others[stage][0](seeds, np.int32(step))
+    return self._update[stage, modes](state, batches, np.int32(step))
+
+  def accuracy(self, stage: Stage, params: Any, step: int) -> np.ndarray:
+    """The share of single questions answered right under the last mode: [seeds, tasks]."""
+    return np.asarray(self._others[stage][1](params, np.int32(step)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def update(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...], state: TrainState, batches):
-  return jax.vmap(lambda s, b: rat_jax.train_step(model, optimizer, s, b, modes=modes))(state, batches)
+def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
+  """The batch [B, T] of a step and a seed; answers weigh as much as they are rare."""
+  made = mini_niah.batch(stage.mixture, stage.length, seed, step)
+  answers, counted = made["answers"], made["targets"] != -100
+  weights = answers / jnp.maximum(jnp.sum(answers), 1) + LM_WEIGHT.value * counted / jnp.sum(counted)
+  return {"tokens": made["tokens"], "targets": made["targets"], "weights": weights}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def dense_accuracy(model: RATPlusLM, length: int, params, step) -> jax.Array:
-  """The share of single questions that are answered right: [seeds, tasks]."""
-  rows = tuple(Rows(task, _COUNT) for task in TASKS.values())
-  made = mini_niah.batch(rows, length, _ACCURACY_SEED, step)
-  right = jax.vmap(lambda p: answered(model, p, made))(params)
-  return jnp.mean(right.reshape(-1, len(TASKS), _COUNT), axis=2)
+def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.Array) -> jax.Array:
+  made = mini_niah.batch(tuple(Rows(task, _COUNT) for task in TASKS.values()), length, _ACCURACY_SEED, step)
+  return jnp.mean(answered(model, params, made, mode=mode).reshape(len(TASKS), _COUNT), axis=1)
 
 
 def main() -> None:
-  folder = common.workdir(f"niah/{ARM.value}")
-  config, seeds = configuration(ARM.value), jnp.arange(SEEDS.value) + common.SEED.value * 1000
-  model = RATPlusLM(config)
-  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=STEPS.value, min_learning_rate=0.0,
-                                     warmup_steps=min(WARMUP.value, STEPS.value))
-  plan = stages()
+  folder, arm, steps = common.workdir(f"niah/{ARM.value}"), ARM.value, STEPS.value or STEPS_OF[ARM.value]
+  if SEEDS.value % jax.device_count():
+    raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
+                     " devices (CUDA_VISIBLE_DEVICES).")
+  config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
+  seeds = jax.device_put(jnp.arange(SEEDS.value) + common.SEED.value * 1000, niah.over_seeds())
+  model, plan, sets = RATPlusLM(config), stages(steps), mode_sets(arm)
+  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=steps, min_learning_rate=0.0,
+                                     warmup_steps=min(WARMUP.value, steps))
   run = Checkpoints(folder / "run")
-  notes: dict[str, Any] = {"arm": ARM.value, "stages": STAGES.value, "steps": STEPS.value, "seeds": SEEDS.value,
+  notes: dict[str, Any] = {"arm": arm, "stages": STAGES.value, "steps": steps, "seeds": SEEDS.value,
+                           "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
                            "stage": 0, "done": False}
-  state, notes = start(model, optimizer, config, seeds, run, notes)
+  state, notes = start(model, optimizer, params, seeds, run, notes)
   step, at, done = int(state.step[0]), notes["stage"], notes["done"]
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
-  print(f"{ARM.value}: {SEEDS.value} seeds of {size:,} parameters, {STEPS.value} batches, on {common.device()}")
-  with tqdm(total=STEPS.value, initial=step, desc=ARM.value, unit="batch", disable=None) as bar:
+  print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
+        f" {common.device()}", flush=True)
+  programs = Programs(model, optimizer, plan, sets, state, seeds)
+  with tqdm(total=steps, initial=step, desc=arm, unit="batch", disable=None) as bar:
     clock = time.perf_counter()
-    while step < STEPS.value and not done:
-      batches = make_batches(plan[at], seeds, step)
-      state, metrics = update(model, optimizer, modes_at(ARM.value, step), state, batches)
+    while step < steps and not done:
+      modes = sets[np.random.default_rng([common.SEED.value, step]).integers(len(sets))]
+      state, metrics = programs.train(plan[at], modes, state, seeds, step)
       step += 1
       bar.update()
-      if step % LOG_EVERY.value and step < STEPS.value:
+      if step % LOG_EVERY.value and step < steps:
         continue
-      accuracy = np.asarray(dense_accuracy(model, plan[at].length, state.params, step))
-      line = {"step": step, "length": plan[at].length, "loss": np.asarray(metrics["loss"]).tolist(),
-              "accuracy": {name: accuracy[:, i].tolist() for i, name in enumerate(TASKS)},
-              "seconds_per_batch": (time.perf_counter() - clock) / LOG_EVERY.value}
-      with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-      worst = accuracy.min(axis=0)
-      text = " ".join(f"{name}={100 * x:.0f}" for name, x in zip(TASKS, worst, strict=True))
-      bar.set_postfix_str(f"T={plan[at].length}, worst seed: {text}")
-      if bar.disable:
-        print(f"{step}/{STEPS.value} T={plan[at].length} {line['seconds_per_batch']:.3f} s a batch, worst seed: {text}",
-              flush=True)
-      last = at == len(plan) - 1
-      passed = min(x for name, x in zip(TASKS, worst, strict=True) if name != "multivalue") >= LEAVE_AT.value
+      loss = np.asarray(metrics["loss"])  # waits for the device
+      spent, accuracy = time.perf_counter() - clock, programs.accuracy(plan[at], state.params, step)
+      report(folder, bar, step, plan[at], loss, accuracy, spent / (step % LOG_EVERY.value or LOG_EVERY.value))
+      worst, last = dict(zip(TASKS, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
+      done = last and STOP_AT.value is not None and min(worst.values()) >= STOP_AT.value
+      passed = min(x for name, x in worst.items() if name != "multivalue") >= LEAVE_AT.value
       if not last and (passed or step >= plan[at].until):
         at += 1
-      done = last and STOP_AT.value is not None and worst.min() >= STOP_AT.value
-      if done or step == STEPS.value or step % SAVE_EVERY.value == 0:
+      if done or step == steps or step % SAVE_EVERY.value == 0:
         run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
       clock = time.perf_counter()
   for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
     shutil.rmtree(folder / f"seed-{i}", ignore_errors=True)
     one = jax.tree.map(lambda x, i=i: x[i], state)
-    Checkpoints(folder / f"seed-{i}").save(one, config, {"arm": ARM.value, "seed": i})
+    Checkpoints(folder / f"seed-{i}").save(one, config, {"arm": arm, "seed": int(seeds[i]), "updates": step * len(sets[0])})
   print(f"checkpoints: {folder}/seed-*")
 
 
-def start(model: RATPlusLM, optimizer: Optimizer, config: RATPlusConfig, seeds: jax.Array, run: Checkpoints,
+def report(folder, bar, step: int, stage: Stage, loss: np.ndarray, accuracy: np.ndarray, seconds: float) -> None:
+  """A JSON line of every seed, and the worst seed to the terminal."""
+  line = {"step": step, "length": stage.length, "loss": loss.tolist(), "seconds_per_batch": seconds,
+          "accuracy": {name: accuracy[:, i].tolist() for i, name in enumerate(TASKS)}}
+  with (folder / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(line) + "\n")
+  text = " ".join(f"{name}={100 * x:.0f}" for name, x in zip(TASKS, accuracy.min(axis=0), strict=True))
+  bar.set_postfix_str(f"T={stage.length}, worst seed: {text}")
+  if bar.disable:
+    print(f"{step} T={stage.length} {seconds:.3f} s a batch, worst seed: {text}", flush=True)
+
+
+def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array, run: Checkpoints,
           notes: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-  """The states of all seeds, stacked: fresh ones, or those of the run's newest checkpoint."""
+  """The states of all seeds, stacked: those of the run's newest checkpoint, else of `params`, else fresh ones."""
   tokens = np.zeros((1, 8), np.int32)
-  fresh = jax.jit(jax.vmap(lambda seed: rat_jax.init_train_state(
-      model, model.init(jax.random.key(seed), tokens)["params"], optimizer)))(seeds)
-  if not run.steps():
-    return fresh, notes
-  state, found = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), config)
-  for name in ("arm", "stages", "steps", "seeds"):
-    if found[name] != notes[name]:
-      raise ValueError(f"the checkpoint in {run.folder} is of a run with {name}={found[name]!r}, this one has"
-                       f" {notes[name]!r}; use another --workdir.")
-  print(f"resuming from step {int(state.step)}")
-  return dataclasses.replace(state, step=jnp.full_like(fresh.step, state.step)), found
+  if params is None:
+    params = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), tokens)["params"]))(seeds)
+  if jax.tree.leaves(params)[0].shape[0] != len(seeds):
+    raise ValueError(f"--init={notes['init']} holds {jax.tree.leaves(params)[0].shape[0]} seeds; use --seeds of so many.")
+  fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
+  if run.steps():
+    state, found = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)
+    for name in notes.keys() - {"stage", "done"}:
+      if found.get(name) != notes[name]:
+        raise ValueError(f"the checkpoint in {run.folder} is of a run with {name}={found.get(name)!r}, this one has"
+                         f" {notes[name]!r}; use another --workdir.")
+    print(f"resuming from step {int(state.step)}")
+    fresh, notes = dataclasses.replace(state, step=jnp.full_like(fresh.step, state.step)), found
+  return jax.device_put(fresh, niah.over_seeds()), notes
 
 
 if __name__ == "__main__":
