@@ -2,19 +2,20 @@
 
 Claim: the same sparse methods at the same budgets lose far less on a backbone with the memory than on one without.
 Expected: both at 99 or more under Dense; RAT+ ahead under Quest, MoBA and question-aware SnapKV, most at 1/16 on
-multikey_2, multikey_3 and multivalue.  Cost: about 10 minutes for two arms of three seeds on one H100.
+multikey_2, multikey_3 and multivalue.  Cost: about 5 minutes an arm of three seeds on one H100.
 Command: python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import concurrent.futures
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,13 +25,13 @@ from absl import flags
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common
-from rat_jax import Dense, Dilated, DilatedTopK, MoBA, Quest, RATPlusConfig, RATPlusLM, SnapKV, StreamingLLM
+from experiments import common, niah, niah_table
+from experiments.niah_table import Row
+from rat_jax import RATPlusLM
 from rat_jax.evaluate import mini_niah
-from rat_jax.evaluate.mini_niah import TASKS, Task
+from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
 from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
-from rat_jax.train import Checkpoints
 
 CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* checkpoints; repeat it for several.",
                                         required=True)
@@ -41,179 +42,150 @@ ONLY = flags.DEFINE_list("only", [], "Rows of the table to compute, by their sta
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
 PROMPT_END = flags.DEFINE_enum("prompt_end", "main", ["main", "answer"], "main: the prompt ends at the question (MoBA"
                                " in the paper's form and aware SnapKV: at the answer); answer: there for all.")
-FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences of a task that are also decoded greedily, for every"
-                                    " eighth row of the table.", lower_bound=0)
+FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences that are also decoded greedily, in one task of every"
+                                    " fourth row of the table.", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 8, "Rows that are compiled at a time.", lower_bound=1)
 DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
+_DEVICE = threading.Lock()  # programs compile side by side and run one by one
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A row of the table.
-
-  Attributes:
-    build: (mode, prefill_mode) for a task, None for the mode's own form; ValueError where no such mode can be built.
-    at_answer: the prompt ends at the answer (p = index of ANS + 1) rather than at the question (p = index of QRY).
-  """
-
-  label: str
-  build: Callable[[Task], tuple[Mode, Mode | None]]
-  at_answer: bool = False
+@functools.cache
+def sequences(length: int, count: int) -> dict[str, dict[str, jax.Array]]:
+  """The sequences of every task, the same for all rows of the table and all checkpoints."""
+  rows = tuple(Rows(task, count) for task in TASKS.values())
+  made = jax.jit(lambda: mini_niah.batch(rows, length, DATA_SEED, 0))()
+  return {name: jax.tree.map(lambda x, i=i: x[i * count:(i + 1) * count], made) for i, name in enumerate(TASKS)}
 
 
-def table_rows(length: int) -> list[Row]:
-  """The rows of the main table."""
-  rows = [Row("dense", lambda task: (Dense(), None))]
-
-  def fixed(label: str, build: Callable[[], Mode], prefill_mode: Mode | None = None) -> None:
-    rows.append(Row(label, lambda task: (build(), prefill_mode)))
-
-  def paper(label: str, build: Callable[[], Mode]) -> None:
-    rows.append(Row(label, lambda task: (Dense(), build()), at_answer=True))
-
-  def aware(label: str, budget: int, **options: Any) -> None:
-    rows.append(Row(label, lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
-                    at_answer=True))
-
-  for block, shares in ((16, (4, 8, 16, 32)), (8, (4, 8, 16, 32))):
-    for n in shares:
-      for first in (False, True):
-        fixed(f"Quest {block}, 1/{n}{', first' if first else ''}",
-              functools.partial(Quest, length // n, block=block, keep_first=first))
-  for block, n in [*((16, n) for n in (4, 8, 16, 32)), (32, 4), (32, 16)]:
-    moba = functools.partial(MoBA, length // n // block, block=block, keep_first=False)
-    fixed(f"MoBA {block}, 1/{n} (decode)", moba, Dense())
-    fixed(f"MoBA {block}, 1/{n} (everywhere)", moba)
-    paper(f"MoBA {block}, 1/{n} (paper: prompt)", moba)
-  for n in (4, 8, 16, 32):
-    aware(f"SnapKV aware, 1/{n}", length // n)
-    fixed(f"SnapKV blind, 1/{n}", functools.partial(SnapKV, length // n, obs_window=8))
-  for n in (4, 16):
-    fixed(f"Quest 16, 1/{n}, random", functools.partial(Quest, length // n, block=16, keep_first=False,
-                                                         selector="random"))
-    fixed(f"Quest 16, 1/{n}, oracle", functools.partial(Quest, length // n, block=16, keep_first=False,
-                                                         selector="oracle"))
-    aware(f"SnapKV aware, 1/{n}, random", length // n, selector="random")
-  for top_k in (4, 8):
-    fixed(f"DilatedTopK 16, {top_k}", functools.partial(DilatedTopK, 16, top_k))
-  for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
-    fixed(f"{mode} (everywhere)", functools.partial(dataclasses.replace, mode))
-  fixed("dilated:16 (question rows)", lambda: Dilated(16), Dense())
-  return rows
+def prompt_length(row: Row, task: Task) -> int:
+  at_answer = row.at_answer or PROMPT_END.value == "answer"
+  return LENGTH.value - task.answer_length - (0 if at_answer else task.query_length)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, params, batch, prompt_lengths, row_ids):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, prompts: tuple[int, ...], params, batch, row_ids):
   return jax.vmap(lambda p: answered(model, p, batch, mode=mode, prefill_mode=prefill_mode,
-                                     prompt_lengths=prompt_lengths, row_ids=row_ids))(params)
+                                     prompt_lengths=np.array(prompts), row_ids=row_ids))(params)
 
 
-@functools.lru_cache(maxsize=len(TASKS))
-def sequences(task: Task, length: int, count: int) -> dict[str, jax.Array]:
-  """The sequences of a task, the same for every row of the table and every checkpoint."""
-  rows = mini_niah.evaluation_rows(task, count)
-  return jax.jit(lambda: mini_niah.batch(rows, length, DATA_SEED, 0))()
+def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], mode: Mode, prefill_mode: Mode | None
+                ) -> dict[str, np.ndarray]:
+  """Which sequences of each task every seed answers under one mode: {task: bool [seeds, count]}."""
+  room = max(1, BATCH_SIZE.value // len(tasks))
+  every = max(n for n in range(1, room + 1) if COUNT.value % n == 0)  # sequences of each task in a batch
+  made = sequences(LENGTH.value, COUNT.value)
+  prompts = tuple(prompt_length(row, task) for task in tasks for _ in range(every))
+  program, right = None, []
+  for first in range(0, COUNT.value, every):
+    with _DEVICE:
+      parts = [jax.tree.map(lambda x, first=first: x[first:first + every], made[task.name]) for task in tasks]
+      batch = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+      ids = jnp.tile(jnp.arange(first, first + every, dtype=jnp.int32), len(tasks))
+    if program is None:
+      program = _right.lower(model, mode, prefill_mode, prompts, params, batch, ids).compile()
+    with _DEVICE:
+      right.append(np.asarray(program(params, batch, ids)))
+  by_task = np.concatenate([x.reshape(len(x), len(tasks), every) for x in right], axis=2)
+  return {task.name: by_task[:, i] for i, task in enumerate(tasks)}
 
 
-def cell(model: RATPlusLM, params, row: Row, task: Task) -> dict[str, Any]:
-  """One cell: which sequences every seed answers, as percentages; ValueError where the mode cannot be."""
-  (mode, prefill_mode), right = row.build(task), []
-  if COUNT.value % BATCH_SIZE.value:
-    raise ValueError(f"--count={COUNT.value} is no multiple of --batch_size={BATCH_SIZE.value}.")
-  at_answer = row.at_answer or PROMPT_END.value == "answer"
-  for first in range(0, COUNT.value, BATCH_SIZE.value):
-    made = jax.tree.map(lambda x, first=first: x[first:first + BATCH_SIZE.value],
-                        sequences(task, LENGTH.value, COUNT.value))
-    prompts = made["answer"] if at_answer else made["question"]
-    ids = jnp.arange(first, first + BATCH_SIZE.value, dtype=jnp.int32)
-    right.append(np.asarray(_right(model, mode, prefill_mode, params, made, prompts, ids)))
-  by_seed = np.concatenate(right, axis=1)
-  prompt = int(prompts[0])
-  return {"accuracy": (100 * by_seed.mean(axis=1)).tolist(), "count": COUNT.value,
-          "error_over_examples": (100 * by_seed.std(axis=1) / math.sqrt(COUNT.value)).tolist(),
-          "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, mode, LENGTH.value, prompt)))}
+def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: Sequence[Task] = ()
+          ) -> dict[str, dict[str, Any]]:
+  """The cells of a row: {task: what every seed scored}; {"blank": why} where no such mode can be."""
+  groups: dict[tuple[Mode, Mode | None], list[Task]] = {}
+  found: dict[str, dict[str, Any]] = {}
+  for task in tasks:
+    try:
+      groups.setdefault(row.build(task), []).append(task)
+    except ValueError as error:
+      found[task.name] = {"blank": str(error)}
+  for (mode, prefill_mode), of_mode in groups.items():
+    for name, right in which_right(model, params, row, of_mode, mode, prefill_mode).items():
+      found[name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": COUNT.value,
+                     "error_over_examples": (100 * right.std(axis=1) / math.sqrt(COUNT.value)).tolist(),
+                     "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, mode, LENGTH.value,
+                                                                      prompt_length(row, TASKS[name])))),
+                     "right": [np.packbits(one).tobytes().hex() for one in right]}
+  for task in free:
+    if "blank" not in found[task.name]:
+      found[task.name]["free_running_agrees"] = free_running(model, params, row, task, found[task.name]["right"][0])
+  return found
 
 
-def free_running(model: RATPlusLM, params, row: Row, task: Task) -> float:
-  """The share of sequences on which free-running greedy decoding and the teacher-forced pass agree (first seed)."""
+def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, forced: str) -> float:
+  """The share of sequences on which greedy decoding and the teacher-forced pass agree (first seed)."""
   (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
-  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(task, LENGTH.value, COUNT.value))
-  at_answer = row.at_answer or PROMPT_END.value == "answer"
-  answer = int(made["answer"][0])
-  start = answer if at_answer else int(made["question"][0])
-  ids = jnp.arange(len(made["tokens"]), dtype=jnp.int32)
+  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(LENGTH.value, COUNT.value)[task.name])
+  start, answer = prompt_length(row, task), LENGTH.value - task.answer_length
+  ids, right = jnp.arange(len(made["tokens"]), dtype=jnp.int32), np.ones(len(made["tokens"]), bool)
   logits, cache = rat_jax.prefill(model, one, made["tokens"][:, :start], mode=mode, prefill_mode=prefill_mode,
                                   max_length=LENGTH.value, row_ids=ids)
   if start < answer:
     every, cache = rat_jax.extend(model, one, made["tokens"][:, start:answer], cache)
     logits = every[:, -1]
-  right = np.ones(len(ids), bool)
   for at in range(answer, LENGTH.value):
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     right &= np.asarray(token == made["tokens"][:, at])
     if at + 1 < LENGTH.value:
       logits, cache = rat_jax.decode_step(model, one, token, cache)
-  forced = answered(model, one, made, mode=mode, prefill_mode=prefill_mode,
-                    prompt_lengths=made["answer" if at_answer else "question"], row_ids=ids)
-  return float(np.mean(np.asarray(forced) == right))
+  expected = np.unpackbits(np.frombuffer(bytes.fromhex(forced), np.uint8))[:len(right)]
+  return float(np.mean(expected == right))
 
 
-def load(folder: str) -> tuple[RATPlusConfig, Any]:
-  """(config, the parameters of all seeds, stacked) of a folder of seed-*."""
-  paths = sorted(pathlib.Path(folder).glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-  if not paths:
-    raise FileNotFoundError(f"{folder} holds no seed-* checkpoints; experiments.sft_niah makes them.")
-  configs, params, _ = zip(*(Checkpoints(path).load_params() for path in paths), strict=True)
-  if configs[0].vocab_size != mini_niah.VOCAB_SIZE:
-    raise ValueError(f"{folder} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
-  return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+def key_of(checkpoint: str, row: Row, task: str) -> str:
+  return f"{checkpoint}|{PROMPT_END.value}|{LENGTH.value}|{COUNT.value}|{row.label}|{task}"
 
 
 def main() -> None:
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
   results = json.loads(path.read_text()) if path.exists() else {}
-  rows = [row for row in table_rows(LENGTH.value) if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
   unknown = set(TASK_NAMES.value) - TASKS.keys()
   if unknown:
     raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
-  tasks = [TASKS[name] for name in TASK_NAMES.value]
-  for checkpoint in CHECKPOINTS.value:
-    config, params = load(checkpoint)
+  rows = [row for row in niah_table.main_rows(LENGTH.value)
+          if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+  loaded = {checkpoint: niah.load(checkpoint) for checkpoint in CHECKPOINTS.value}
+  for checkpoint, (config, params) in loaded.items():
     model = RATPlusLM(config)
-    for i, row in enumerate(tqdm(rows, desc=checkpoint, unit="row", disable=None)):
-      for task in tasks:
-        key = f"{checkpoint}|{PROMPT_END.value}|{LENGTH.value}|{COUNT.value}|{row.label}|{task.name}"
-        if key in results:
-          continue
-        try:
-          results[key] = cell(model, params, row, task)
-          if FREE_RUNNING.value and i % 8 == 0:
-            results[key]["free_running_agrees"] = free_running(model, params, row, task)
-        except ValueError as error:
-          results[key] = {"blank": str(error)}
-      common.write_json(path, results)
-  table = summary(results, rows, tasks)
-  print(f"exact match in percent, mean over {len(tasks)} tasks +- standard error over seeds, {common.device()}\n")
-  print(table)
+
+    def compute(i, row, checkpoint=checkpoint, model=model, params=params, results=results):
+      tasks = [TASKS[name] for name in TASK_NAMES.value if key_of(checkpoint, row, name) not in results]
+      free = [task for task in tasks if FREE_RUNNING.value and i % 4 == 0 and i // 4 % len(TASKS) == list(
+          TASKS).index(task.name)]
+      return row, cells(model, params, row, tasks, free) if tasks else {}
+
+    with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
+      futures = [pool.submit(compute, i, row) for i, row in enumerate(rows)]
+      try:
+        for future in tqdm(concurrent.futures.as_completed(futures), total=len(rows), desc=checkpoint, unit="row",
+                           disable=None):
+          row, found = future.result()
+          results |= {key_of(checkpoint, row, name): one for name, one in found.items()}
+          common.write_json(path, results)
+      finally:
+        pool.shutdown(cancel_futures=True)
+  table = summary(results, rows)
+  print(f"exact match in percent, mean over {len(TASK_NAMES.value)} tasks +- standard error over seeds,"
+        f" {common.device()}\n\n{table}")
   (folder / "table.md").write_text(table + "\n")
 
 
-def summary(results: dict[str, Any], rows: list[Row], tasks: list[Task]) -> str:
+def summary(results: dict[str, Any], rows: list[Row]) -> str:
   """The Markdown table: one line per row and checkpoint, the mean over tasks and every task."""
   lines = []
   for row in rows:
     for checkpoint in CHECKPOINTS.value:
-      start = f"{checkpoint}|{PROMPT_END.value}|{LENGTH.value}|{COUNT.value}|{row.label}|"
-      cells = [results[start + task.name] for task in tasks]
-      if any("blank" in one for one in cells):
-        lines.append([row.label, pathlib.Path(checkpoint).name, "", *("" for _ in tasks)])
+      found = [results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value]
+      if any("blank" in one for one in found):
+        lines.append([row.label, pathlib.Path(checkpoint).name, "", *("" for _ in found)])
         continue
-      values = np.array([one["accuracy"] for one in cells])  # [tasks, seeds]
+      values = np.array([one["accuracy"] for one in found])  # [tasks, seeds]
       seeds = values.mean(axis=0)
       error = seeds.std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else float("nan")
       lines.append([row.label, pathlib.Path(checkpoint).name, f"{seeds.mean():.1f} +- {error:.1f}",
                     *(f"{mean:.1f}" for mean in values.mean(axis=1))])
-  return common.markdown_table(["mode", "checkpoint", "mean", *(task.name for task in tasks)], lines)
+  return common.markdown_table(["mode", "checkpoint", "mean", *TASK_NAMES.value], lines)
 
 
 if __name__ == "__main__":

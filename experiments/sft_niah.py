@@ -42,13 +42,14 @@ MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multik
            "multivalue": 14, "multiquery": 9}  # rows of 64
 _COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
 
-ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse branch;"
-                        " RAT+ trained dense only; RAT+ with ARL over several dilations.")
+ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse"
+                        " branch; RAT+ trained dense only; RAT+ with ARL over several dilations.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Models that are trained side by side.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Batches in all. Default: 10000, 20000 where a batch is one update.",
                              lower_bound=1)
+TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks of the mixture.")
 STAGES = flags.DEFINE_list("stages", ["256x64", "512x48", "1024x32"], "Length x rows of every stage.")
-SHARES = flags.DEFINE_list("shares", ["0.35", "0.55"], "The share of the steps by which each stage but the last ends.")
+SHARES = flags.DEFINE_list("shares", ["0.5", "0.65"], "The share of the steps by which each stage but the last ends.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, instead of fresh parameters.")
@@ -92,7 +93,8 @@ class Stage:
   @property
   def mixture(self) -> tuple[Rows, ...]:
     """The mixture scaled to the stage's rows, by largest remainders."""
-    exact = {name: n * self.rows / 64 for name, n in MIXTURE.items()}
+    chosen = {name: MIXTURE[name] for name in TASK_NAMES.value}
+    exact = {name: n * self.rows / sum(chosen.values()) for name, n in chosen.items()}
     counts = {name: int(x) for name, x in exact.items()}
     for name in sorted(exact, key=lambda name: counts[name] - exact[name])[:self.rows - sum(counts.values())]:
       counts[name] += 1
@@ -100,6 +102,9 @@ class Stage:
 
 
 def stages(steps: int) -> list[Stage]:
+  unknown = set(TASK_NAMES.value) - TASKS.keys()
+  if unknown:
+    raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
   if len(SHARES.value) != len(STAGES.value) - 1:
     raise ValueError(f"--shares={SHARES.value} for --stages={STAGES.value}; give one share less than stages.")
   ends = [round(float(share) * steps) for share in SHARES.value] + [steps]
@@ -156,8 +161,8 @@ def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int) -> dict[str, ja
 
 
 def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.Array) -> jax.Array:
-  made = mini_niah.batch(tuple(Rows(task, _COUNT) for task in TASKS.values()), length, _ACCURACY_SEED, step)
-  return jnp.mean(answered(model, params, made, mode=mode).reshape(len(TASKS), _COUNT), axis=1)
+  made = mini_niah.batch(tuple(Rows(TASKS[name], _COUNT) for name in TASK_NAMES.value), length, _ACCURACY_SEED, step)
+  return jnp.mean(answered(model, params, made, mode=mode).reshape(-1, _COUNT), axis=1)
 
 
 def main() -> None:
@@ -171,9 +176,9 @@ def main() -> None:
   optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(WARMUP.value, steps))
   run = Checkpoints(folder / "run")
-  notes: dict[str, Any] = {"arm": arm, "stages": STAGES.value, "steps": steps, "seeds": SEEDS.value,
-                           "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
-                           "stage": 0, "done": False}
+  notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "stages": STAGES.value, "steps": steps,
+                           "seeds": SEEDS.value, "modes": [[str(mode) for mode in modes] for modes in sets],
+                           "init": INIT.value, "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, run, notes)
   step, at, done = int(state.step[0]), notes["stage"], notes["done"]
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
@@ -192,9 +197,9 @@ def main() -> None:
       loss = np.asarray(metrics["loss"])  # waits for the device
       spent, accuracy = time.perf_counter() - clock, programs.accuracy(plan[at], state.params, step)
       report(folder, bar, step, plan[at], loss, accuracy, spent / (step % LOG_EVERY.value or LOG_EVERY.value))
-      worst, last = dict(zip(TASKS, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
+      worst, last = dict(zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
       done = last and STOP_AT.value is not None and min(worst.values()) >= STOP_AT.value
-      passed = min(x for name, x in worst.items() if name != "multivalue") >= LEAVE_AT.value
+      passed = min(x for name, x in worst.items() if name != "multivalue" or len(worst) == 1) >= LEAVE_AT.value
       if not last and (passed or step >= plan[at].until):
         at += 1
       if done or step == steps or step % SAVE_EVERY.value == 0:
@@ -203,17 +208,18 @@ def main() -> None:
   for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
     shutil.rmtree(folder / f"seed-{i}", ignore_errors=True)
     one = jax.tree.map(lambda x, i=i: x[i], state)
-    Checkpoints(folder / f"seed-{i}").save(one, config, {"arm": arm, "seed": int(seeds[i]), "updates": step * len(sets[0])})
+    about = {"arm": arm, "seed": int(seeds[i]), "updates": step * len(sets[0])}
+    Checkpoints(folder / f"seed-{i}").save(one, config, about)
   print(f"checkpoints: {folder}/seed-*")
 
 
 def report(folder, bar, step: int, stage: Stage, loss: np.ndarray, accuracy: np.ndarray, seconds: float) -> None:
   """A JSON line of every seed, and the worst seed to the terminal."""
   line = {"step": step, "length": stage.length, "loss": loss.tolist(), "seconds_per_batch": seconds,
-          "accuracy": {name: accuracy[:, i].tolist() for i, name in enumerate(TASKS)}}
+          "accuracy": {name: accuracy[:, i].tolist() for i, name in enumerate(TASK_NAMES.value)}}
   with (folder / "metrics.jsonl").open("a") as file:
     file.write(json.dumps(line) + "\n")
-  text = " ".join(f"{name}={100 * x:.0f}" for name, x in zip(TASKS, accuracy.min(axis=0), strict=True))
+  text = " ".join(f"{name}={100 * x:.0f}" for name, x in zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True))
   bar.set_postfix_str(f"T={stage.length}, worst seed: {text}")
   if bar.disable:
     print(f"{step} T={stage.length} {seconds:.3f} s a batch, worst seed: {text}", flush=True)
@@ -225,17 +231,18 @@ def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array,
   tokens = np.zeros((1, 8), np.int32)
   if params is None:
     params = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), tokens)["params"]))(seeds)
-  if jax.tree.leaves(params)[0].shape[0] != len(seeds):
-    raise ValueError(f"--init={notes['init']} holds {jax.tree.leaves(params)[0].shape[0]} seeds; use --seeds of so many.")
+  found = jax.tree.leaves(params)[0].shape[0]
+  if found != len(seeds):
+    raise ValueError(f"--init={notes['init']} holds {found} seeds; use --seeds={found}.")
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
   if run.steps():
-    state, found = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)
+    state, saved = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)
     for name in notes.keys() - {"stage", "done"}:
-      if found.get(name) != notes[name]:
-        raise ValueError(f"the checkpoint in {run.folder} is of a run with {name}={found.get(name)!r}, this one has"
+      if saved.get(name) != notes[name]:
+        raise ValueError(f"the checkpoint in {run.folder} is of a run with {name}={saved.get(name)!r}, this one has"
                          f" {notes[name]!r}; use another --workdir.")
     print(f"resuming from step {int(state.step)}")
-    fresh, notes = dataclasses.replace(state, step=jnp.full_like(fresh.step, state.step)), found
+    fresh, notes = dataclasses.replace(state, step=jnp.full_like(fresh.step, state.step)), saved
   return jax.device_put(fresh, niah.over_seeds()), notes
 
 

@@ -117,8 +117,8 @@ def training_rows(counts: Mapping[str, int]) -> tuple[Rows, ...]:
   return tuple(rows)
 
 
-def batch(rows: tuple[Rows, ...], length: int, seed: int, step: Array | int) -> dict[str, Array]:
-  """The batch of a step; `rows`, `length` and `seed` are static under `jit`.
+def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | int) -> dict[str, Array]:
+  """The batch of a step; `rows` and `length` are static under `jit`.
 
   Returns:
     "tokens", "targets" int32 [B, T]: the targets are the next tokens, -100 after a row's end;

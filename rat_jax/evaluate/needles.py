@@ -7,20 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rat_jax.axes import Array, Lengths, Params
+from rat_jax.axes import Array, Params
 from rat_jax.model import RATPlusLM
-from rat_jax.modes import Dense, Mode
 
 
-def answered(model: RATPlusLM, params: Params, batch: Mapping[str, Array], *, mode: Mode = Dense(),
-             prefill_mode: Mode | None = None, prompt_lengths: Lengths | None = None, row_ids: Array | None = None
-             ) -> Array:
+def answered(model: RATPlusLM, params: Params, batch: Mapping[str, Array], **arguments: Any) -> Array:
   """Which rows are answered wholly right: bool [B]. A pure function, to be compiled by the caller.
 
   Every symbol of the answer must be the likeliest after the right ones before it, which is greedy decoding but for
-  ties. The arguments after `batch` (of `mini_niah.batch`) are those of `model.apply`.
+  ties. `batch` is one of `mini_niah.batch`, `arguments` are those of `model.apply`: mode, prompt_lengths, ...
   """
-  logits: Any = model.apply({"params": params}, batch["tokens"], mode=mode, prefill_mode=prefill_mode,
-                            prompt_lengths=prompt_lengths, row_ids=row_ids)
+  logits: Any = model.apply({"params": params}, batch["tokens"], **arguments)
   right = jnp.argmax(logits, axis=-1) == batch["targets"]
   return jnp.all(right | ~batch["answers"], axis=1)

@@ -1,0 +1,168 @@
+"""Tables and figures of `experiments.hypotheses`: one of each for a question."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from experiments.common import markdown_table
+
+_COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d96a3", "#edae49")
+
+
+def table(part: str, found: dict[str, Any]) -> str:
+  """The numbers of a question for one checkpoint, means over seeds."""
+  return _TABLES[part](found)
+
+
+def draw(part: str, by_name: dict[str, Any], path: pathlib.Path) -> None:
+  """The figure of a question, all checkpoints in it."""
+  if by_name:
+    figure = _FIGURES[part](by_name)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _table_of_tasks(rows: dict[str, dict[str, Any]]) -> str:
+  """Rows of {task: numbers}; every cell is the mean of its numbers, the first column that of the row."""
+  tasks = list(next(iter(rows.values())))
+  lines = []
+  for label, cells in rows.items():
+    means = [float(np.mean(cells[task])) for task in tasks]
+    lines.append([label, f"{np.mean(means):.1f}", *(f"{mean:.1f}" for mean in means)])
+  return markdown_table(["", "mean", *tasks], lines)
+
+
+def _heads_table(found: dict[str, Any]) -> str:
+  """The best head of every seed, then the mean over all heads."""
+  rows = {}
+  for method, by_task in found.items():
+    rows[f"{method}: best head"] = {task: [np.max(seed) for seed in seeds] for task, seeds in by_task.items()}
+    rows[f"{method}: mean of heads"] = by_task
+  return _table_of_tasks(rows)
+
+
+def _future_table(found: dict[str, Any]) -> str:
+  return _table_of_tasks({f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
+                          for budget, by_task in found.items() for label in ("A", "B", "B under B")})
+
+
+def _reach_table(found: dict[str, Any]) -> str:
+  ages = np.array(found["age"])  # [seeds, layers, heads, H]
+  lines = [[f"layer {i}", *(f"{np.quantile(ages[:, i], q):.1f}" for q in (0.1, 0.5, 0.9)),
+            f"{100 * np.mean(ages[:, i] > 8):.0f}"] for i in range(ages.shape[1])]
+  return markdown_table(["mean age, tokens", "10%", "median", "90%", "% of channels over 8"], lines)
+
+
+def _distance_table(found: dict[str, Any]) -> str:
+  lines = []
+  for mode, cell in found.items():
+    mean, edges = np.mean(cell["right"], axis=0), np.linspace(0, len(cell["count"]), 5).astype(int)
+    lines.append([mode, *(f"{mean[a:b].mean():.1f}" for a, b in itertools.pairwise(edges))])
+  return markdown_table(["distance, in quarters of D", "1", "2", "3", "4"], lines)
+
+
+def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str) -> plt.Figure:
+  """{checkpoint: {group: {task: numbers}}}: a panel for each group, bars of the tasks, a dot for every number."""
+  groups = list(next(iter(by_name.values())))
+  figure, axes = plt.subplots(len(groups), 1, figsize=(9, 2.4 * len(groups)), layout="constrained", sharex=True,
+                              squeeze=False)
+  for axis, group in zip(axes[:, 0], groups, strict=True):
+    tasks = list(next(iter(by_name.values()))[group])
+    width = 0.8 / len(by_name)
+    for i, (name, found) in enumerate(by_name.items()):
+      x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
+      axis.bar(x, [np.mean(found[group][task]) for task in tasks], width, color=_COLOURS[i], alpha=0.6, label=name)
+      for at, task in zip(x, tasks, strict=True):
+        values = np.ravel(found[group][task])
+        axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)
+    axis.set_title(group, fontsize=9)
+    axis.set_ylabel(label, fontsize=8)
+    axis.set_ylim(0, 105)
+    axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
+  axes[0, 0].legend(fontsize=8)
+  figure.suptitle(title, fontsize=10)
+  return figure
+
+
+def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
+  methods = list(next(iter(by_name.values())))
+  tasks = list(next(iter(by_name.values()))[methods[0]])
+  figure, axes = plt.subplots(len(methods), len(tasks), figsize=(2.1 * len(tasks), 2.5 * len(methods)), sharey=True,
+                              layout="constrained", squeeze=False)
+  for row, method in zip(axes, methods, strict=True):
+    for axis, task in zip(row, tasks, strict=True):
+      for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+        for j, seed in enumerate(found[method][task]):
+          axis.plot(-np.sort(-np.ravel(seed)), color=colour, linewidth=0.9, label=name if j == 0 else None)
+      axis.set_title(task, fontsize=8)
+      axis.tick_params(labelsize=7)
+    row[0].set_ylabel(f"{method}\nhit rate, %", fontsize=8)
+  for axis in axes[-1]:
+    axis.set_xlabel("heads, ranked", fontsize=8)
+  axes[0, 0].legend(fontsize=7)
+  figure.suptitle("Heads that chose every symbol of the answer when it was needed, at 1/16 (line: seed)", fontsize=9)
+  return figure
+
+
+def _random_figure(by_name: dict[str, Any]) -> plt.Figure:
+  return _bars(by_name, "A quarter of the tokens, chosen at random (dots: draws and seeds)", "exact match, %")
+
+
+def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
+  return _bars(by_name, "Choosing by keys with the memory or plain ones, attending to either", "exact match, %")
+
+
+def _future_figure(by_name: dict[str, Any]) -> plt.Figure:
+  grouped = {name: {f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
+                    for budget, by_task in found.items() for label in ("A", "B", "B under B")}
+             for name, found in by_name.items()}
+  return _bars(grouped, "SnapKV compressed under question A, then asked B", "exact match, %")
+
+
+def _reach_figure(by_name: dict[str, Any]) -> plt.Figure:
+  layers = np.array(next(iter(by_name.values()))["age"]).shape[1]
+  figure, axes = plt.subplots(1, layers, figsize=(2.6 * layers, 2.8), layout="constrained", sharey=True, squeeze=False)
+  for layer, axis in enumerate(axes[0]):
+    for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+      for j, seed in enumerate(np.array(found["age"])[:, layer]):
+        for k, head in enumerate(seed):
+          axis.plot(np.linspace(0, 100, len(head)), head, color=colour, linewidth=0.7,
+                    label=name if j == k == 0 else None)
+    axis.set_title(f"layer {layer}", fontsize=9)
+    axis.set_xlabel("channels of a head, sorted, %", fontsize=8)
+    axis.set_yscale("log")
+  axes[0, 0].set_ylabel("mean age of what is held, tokens", fontsize=8)
+  axes[0, 0].legend(fontsize=7)
+  return figure
+
+
+def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
+  modes = list(next(iter(by_name.values())))
+  figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes), 3), layout="constrained", sharey=True,
+                              squeeze=False)
+  for axis, mode in zip(axes[0], modes, strict=True):
+    for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+      for j, seed in enumerate(found[mode]["right"]):
+        axis.plot(seed, color=colour, linewidth=0.9, label=name if j == 0 else None)
+    axis.set_title(mode, fontsize=9)
+    axis.set_xlabel("tokens from the needle's end to the next kept one", fontsize=8)
+  axes[0, 0].set_ylabel("exact match, %", fontsize=8)
+  axes[0, 0].legend(fontsize=7)
+  return figure
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "heads": _heads_table, "random": _table_of_tasks, "two_by_two": _table_of_tasks, "future": _future_table,
+    "reach": _reach_table, "distance": _distance_table}
+_FIGURES: dict[str, Callable[[dict[str, Any]], plt.Figure]] = {
+    "heads": _heads_figure, "random": _random_figure, "two_by_two": _two_by_two_figure, "future": _future_figure,
+    "reach": _reach_figure, "distance": _distance_figure}
