@@ -1,0 +1,175 @@
+"""The needle scripts: what trainings learn, what batching does not change, resumed runs, bad input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import rat_jax
+from conftest import FIXTURES
+from experiments import eval_niah, niah, niah_table
+from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax.evaluate import mini_niah
+from rat_jax.evaluate.mini_niah import TASKS, Rows
+from rat_jax.evaluate.needles import answered
+
+ROOT = pathlib.Path(__file__).parents[1]
+LENGTH = 128
+
+
+@functools.cache
+def trained():
+  """(model, parameters of one seed, stacked): RAT+ of 0.1M parameters that answers single_2 at 128 tokens.
+
+  Made by  python -m experiments.sft_niah --seeds=1 --layers=2 --width=64 --heads=2 --tasks=single_2,multikey_1
+  --stages=128x32 --shares= --steps=4000 --dilation=8 --dtype=float32  and kept in bfloat16.
+  """
+  with np.load(FIXTURES / "needles.npz") as file:
+    config = RATPlusConfig.from_json(str(file["config"]))
+    params: dict[str, Any] = {}
+    for name in file.files:
+      if name != "config":
+        *folders, last = name.split("/")
+        node = functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, params)
+        node[last] = jnp.asarray(file[name].view(jnp.bfloat16).astype(np.float32))[None]
+  return RATPlusLM(config), params
+
+
+@pytest.fixture
+def small():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  with flagsaver.flagsaver(length=LENGTH, count=32, batch_size=96, free_running=8):
+    eval_niah.sequences.cache_clear()
+    yield
+    eval_niah.sequences.cache_clear()
+
+
+def rows_named(*starts):
+  return [row for row in niah_table.main_rows(LENGTH) if row.label in starts]
+
+
+def test_a_small_trained_model_under_the_modes(small):
+  model, params = trained()
+  expected = {"dense": (95, 100), "Quest 8, 1/4": (90, 100), "MoBA 16 decode, 1/4": (90, 100),
+              "MoBA 16 prompt, 1/4": (90, 100), "SnapKV aware, 1/4": (80, 100), "dilated:8 everywhere": (80, 100),
+              "DilatedTopK 16, 4 blocks": (80, 100), "dilated:16,window=32 everywhere": (70, 100),
+              "streaming_llm:60 everywhere": (30, 90), "Quest 16, 1/4, random": (20, 80)}
+  for row in rows_named(*expected, "Quest 16, 1/4, first"):
+    cell = eval_niah.cells(model, params, row, [TASKS["single_2"]])["single_2"]
+    if row.label == "Quest 16, 1/4, first":  # two blocks, both forced
+      assert "nothing to choose" in cell["blank"]
+    else:
+      least, most = expected[row.label]
+      assert least <= cell["accuracy"][0] <= most, (row.label, cell)
+
+
+@pytest.mark.parametrize("label", ["Quest 8, 1/4", "Quest 16, 1/4, random", "SnapKV aware, 1/4, random"])
+def test_cells_alone_and_together_and_free_running_are_one(small, label):
+  model, params = trained()
+  (row,) = rows_named(label)
+  tasks = [TASKS["single_2"], TASKS["single_1"], TASKS["multikey_1"]]
+  together = eval_niah.cells(model, params, row, tasks, free=tasks[:1])
+  assert together["single_2"]["free_running_agrees"] == 1.0
+  assert together["single_2"]["accuracy"][0] > 20
+  with flagsaver.flagsaver(batch_size=4):
+    for task in tasks:
+      alone = eval_niah.cells(model, params, row, [task])[task.name]
+      assert alone["right"] == together[task.name]["right"]
+
+
+def test_the_same_data_on_one_and_on_four_devices():
+  code = """
+import hashlib, sys, jax, numpy as np
+from experiments import niah
+from rat_jax.evaluate import mini_niah
+rows = mini_niah.training_rows({"multikey_1": 4, "multivalue": 4})
+make = jax.jit(jax.vmap(lambda seed: mini_niah.batch(rows, 96, seed, 5)), out_shardings=niah.over_seeds())
+made = make(np.arange(4))
+assert len(made["tokens"].sharding.device_set) == int(sys.argv[1])
+print(hashlib.sha256(b"".join(np.asarray(made[name]).tobytes() for name in sorted(made))).hexdigest())
+"""
+  digests = {run_python("-c", code, str(n), devices=n) for n in (1, 4)}
+  assert len(digests) == 1
+
+
+def run_python(*arguments, devices=1, check=True):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+                              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+                        check=False)
+  if check:
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+  return done.stderr
+
+
+TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--width=16", "--heads=2", "--dtype=float32",
+       "--tasks=single_1,multikey_1", "--warmup=2", "--log_every=2", "--save_every=2", "--steps=8"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_table(tmp_path):
+  """Half of a run, taken away from a whole one, is gone on with on another number of devices."""
+  run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY)
+  run(f"--workdir={tmp_path}/whole")
+  run(f"--workdir={tmp_path}/halved")
+  for folder in ("run/8", "seed-0", "seed-1"):
+    shutil.rmtree(tmp_path / "halved" / folder)
+  assert "resuming from step 6" in run(f"--workdir={tmp_path}/halved", devices=2)
+  lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+           for name in ("whole", "halved")]
+  for one, other in zip(lines[0][-1:], lines[1][-1:], strict=True):
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+  (_, whole), (_, halved) = (niah.load(f"{tmp_path}/{name}") for name in ("whole", "halved"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole, halved)
+  for flag, message in (("--steps=9", "of a run with steps=8"), ("--seeds=3", "do not divide over 2")):
+    assert message in run(f"--workdir={tmp_path}/whole", flag, devices=2, check=False)
+
+
+@pytest.mark.slow
+def test_a_short_training_learns_the_easiest_task(tmp_path):
+  run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
+             "--stages=128x32", "--shares=", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
+             f"--workdir={tmp_path}")
+  first, *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert min(first["loss"][0]) > 2.5
+  assert last["loss"][0][1] < 1.5, last  # of the dense update; log(96) a symbol is chance
+  assert last["accuracy"]["single_2"][0] >= 0.9
+  assert last["step"] <= 1200
+
+
+def test_answers_of_a_whole_batch_agree_with_the_logits():
+  model, params = trained()
+  made = jax.jit(lambda: mini_niah.batch((Rows(TASKS["single_2"], 16),), LENGTH, 5, 0))()
+  one = jax.tree.map(lambda x: x[0], params)
+  logits = np.asarray(model.apply({"params": one}, made["tokens"]))
+  right = np.asarray(answered(model, one, made))
+  for row in range(16):
+    at = np.flatnonzero(np.asarray(made["answers"])[row])
+    assert right[row] == (logits[row, at].argmax(-1) == np.asarray(made["tokens"])[row, at + 1]).all()
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"holds no seed-\* checkpoints"):
+    niah.load(str(tmp_path))
+  model = RATPlusLM(RATPlusConfig(61, 1, 16, 2))
+  optimizer = rat_jax.make_optimizer(1e-3, total_steps=1)
+  state = rat_jax.init_train_state(model, model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"],
+                                   optimizer)
+  rat_jax.train.Checkpoints(tmp_path / "seed-0").save(state, model.config, {})
+  with pytest.raises(ValueError, match="vocab_size=61"):
+    niah.load(str(tmp_path))
