@@ -131,9 +131,9 @@ def prompts_within(prompt_lengths: Lengths | None, lengths: Lengths | None, shap
   if prompt_lengths is None:
     return None
   count = jnp.minimum(as_lengths(prompt_lengths, shape, name="prompt_lengths"), as_lengths(lengths, shape))
-  known = is_concrete(prompt_lengths) and (lengths is None or is_concrete(lengths))
-  shortest = int(np.min(np.minimum(prompt_lengths, shape[1] if lengths is None else lengths))) if known else 0
-  return Prompts(count, shortest)
+  bounds = [_as_array(x) for x in (prompt_lengths, lengths) if x is not None]
+  known = all(map(is_concrete, bounds))
+  return Prompts(count, min(int(np.min(x, initial=shape[1])) for x in bounds) if known else 0)
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -134,7 +134,7 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(sum(kind.count for kind in rows)))
   uniform = jax.vmap(lambda k: jax.random.uniform(k, (2 * length + KEYS[1] + 3,)))(keys)  # enough for every task
   repeated = np.repeat([kind.task.filler == "repeated" for kind in rows], [kind.count for kind in rows])
-  filler = jnp.where(repeated[:, None], FILLERS[0] + jnp.arange(length) % _PARAGRAPH, _markov(uniform[:, :length]))
+  filler = jnp.where(repeated[:, None], _repeated(uniform[:, :length]), _markov(uniform[:, :length]))
   parts, first = [], 0
   for kind in rows:
     room = length - 1 - kind.questions * (kind.task.query_length + kind.task.answer_length)
@@ -152,6 +152,12 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   made["task"] = jnp.asarray(np.repeat([order.index(kind.task.name) for kind in rows], [kind.count for kind in rows]),
                              jnp.int32)
   return made | {"targets": targets}
+
+
+def _repeated(uniform: Array) -> Array:
+  """Filler of uniform numbers [B, T]: a random paragraph per row, over and over."""
+  paragraph = FILLERS[0] + _integers(uniform[:, :_PARAGRAPH], FILLERS[1])
+  return jnp.take(paragraph, jnp.arange(uniform.shape[1]) % _PARAGRAPH, axis=1)
 
 
 def _markov(uniform: Array) -> Array:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import random
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 _NOISE = ("The lamp is lit.", "Rain falls on the roof.", "Somebody walks up the stairs.", "A door closes.",
@@ -105,26 +105,26 @@ def _words() -> tuple[list[str], list[str]]:
   return plain(adjectives), plain(nouns)
 
 
-def _key(kind: str, draw: random.Random) -> str:
-  if kind == "uuid":
+def _key(task: TextTask, draw: random.Random) -> str:
+  if task.key == "uuid":
     return _uuid(draw)
   adjectives, nouns = _words()
   return f"{draw.choice(adjectives)}-{draw.choice(nouns)}"
+
+
+def _value(task: TextTask, draw: random.Random) -> str:
+  return _uuid(draw) if task.value == "uuid" else str(draw.randint(10**6, 10**7 - 1))
 
 
 def _uuid(draw: random.Random) -> str:
   return str(uuid.UUID(int=draw.getrandbits(128), version=4))
 
 
-def _distinct(make, count: int) -> list[str]:
+def _distinct(make: Callable[[], str], count: int) -> list[str]:
   made: dict[str, None] = {}
   while len(made) < count:
     made.setdefault(make())
   return list(made)
-
-
-def _needle(task: TextTask, key: str, value: str) -> str:
-  return f"The {_noun(task, 1)} kept for {key} is {value}."
 
 
 def _noun(task: TextTask, count: int) -> str:
@@ -133,57 +133,54 @@ def _noun(task: TextTask, count: int) -> str:
 
 def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, sentences: list[str], answer_room: int,
              draw: random.Random) -> dict[str, Any]:
-  value_of = (lambda: str(draw.randint(10**6, 10**7 - 1))) if task.value == "number" else (lambda: _uuid(draw))
-  asked_count = task.queries * task.values
-  pool = _distinct(lambda: _key(task.key, draw), task.keys if task.haystack != "needles" else max(room // 8, 1))
-  values = _distinct(value_of, len(pool) * task.values)
+  """The largest prompt of this draw that takes at most `room` tokens, as an example."""
+  keys = task.keys if task.haystack != "needles" else max(room // 8, 1)
+  pool = _distinct(lambda: _key(task, draw), keys)
+  values = _distinct(lambda: _value(task, draw), keys * task.values)
   needles = [(key, values[i * task.values + j]) for i, key in enumerate(pool) for j in range(task.values)]
-  noun = _noun(task, asked_count)
-  start = "Some " + _noun(task, 2) + " are hidden in the text below. Keep them in mind: you will be asked for them."
+  if task.haystack == "essay":
+    first = draw.randrange(max(len(sentences), 1))
+    filler = sentences[first:] + sentences[:first]
+  else:
+    filler = [_NOISE[i % len(_NOISE)] for i in range(room if task.haystack == "noise" else 0)]
+  places = draw.getrandbits(64)
 
-  def question(keys: list[str]) -> tuple[str, str]:
-    of = " and ".join([", ".join(keys[:-1]), keys[-1]]) if len(keys) > 1 else keys[0]
-    ask = f"Which {noun} {'are' if asked_count > 1 else 'is'} kept for {of} in the text?"
-    return ask, f" The {noun} kept for {of} in the text {'are' if asked_count > 1 else 'is'}"
+  def made(size):
+    return _assemble(task, needles, filler, size, random.Random(f"{places}/{size}"))
 
-  def assembled(size: int) -> tuple[str, str, list[tuple[str, str]]]:
-    """The prompt with `size` sentences (needles-only: needles), its answer's start, and the needles in it."""
-    local = random.Random(f"{places}/{size}")
-    if task.haystack == "needles":
-      used = local.sample(needles[:size], size)
-      body = [_needle(task, *one) for one in used]
-    else:
-      used = list(needles)
-      body = [_NOISE[i % len(_NOISE)] for i in range(size)] if task.haystack == "noise" else [
-          sentences[(offset + i) % len(sentences)] for i in range(size)]
-      at = sorted(local.randint(0, size) for _ in used)
-      local.shuffle(used)
-      for place, one in zip(reversed(at), reversed(used), strict=True):
-        body.insert(place, _needle(task, *one))
-    keys = list(dict.fromkeys(key for key, _ in sorted(used)))
-    local.shuffle(keys)
-    ask, prefix = question(keys[:task.queries])
-    chosen = [(key, value) for wanted in keys[:task.queries] for key, value in used if key == wanted]
-    return f"{start}\n{' '.join(body)}\n{ask}", prefix, chosen
+  def tokens(size):
+    text, prefix, _ = made(size)
+    return len(tokenizer.encode(text + prefix))
 
-  places, offset = draw.getrandbits(64), draw.randrange(max(len(sentences), 1))
-  most = len(needles) if task.haystack == "needles" else room if task.haystack == "noise" else len(sentences)
-  tokens_at = lambda size: len(tokenizer.encode("".join(assembled(size)[:2])))
-  least = task.queries if task.haystack == "needles" else 0
-  if tokens_at(least) > room:
-    raise ValueError(f"{task.name}: needles and question take {tokens_at(least)} tokens, and there is room for {room};"
-                     " use a larger length.")
-  size = bisect.bisect_right(range(least, most + 1), room, key=tokens_at) - 1 + least
+  least, most = (task.queries, len(needles)) if task.haystack == "needles" else (0, len(filler))
+  if tokens(least) > room:
+    raise ValueError(f"{task.name}: needles and question take {tokens(least)} tokens, and there is room for {room}; use"
+                     " a larger length.")
+  size = bisect.bisect_right(range(least, most + 1), room, key=tokens) - 1 + least
   if task.haystack == "essay" and size == most:
-    raise ValueError(f"{task.name}: the essay of {len(sentences)} sentences fills {tokens_at(most)} of {room} tokens;"
-                     " give a longer text.")
-  text, prefix, chosen = assembled(size)
-  answers = [value for _, value in chosen]
+    raise ValueError(f"{task.name}: the essay of {most} sentences fills {tokens(most)} of {room} tokens; give a longer"
+                     " text.")
+  text, prefix, answers = made(size)
   answer = len(tokenizer.encode(", ".join(answers)))
   if answer > answer_room:
     raise ValueError(f"{task.name}: an answer takes {answer} tokens, more than answer_room={answer_room}.")
-  used = len(tokenizer.encode(text + prefix))
-  before = text[:text.index(answers[0])]
-  return {"index": index, "input": text, "outputs": answers, "length": used + answer_room,
-          "length_w_model_temp": used + answer_room, "answer_prefix": prefix,
-          "token_position_answer": len(tokenizer.encode(before))}
+  length = tokens(size) + answer_room
+  return {"index": index, "input": text, "outputs": answers, "length": length, "length_w_model_temp": length,
+          "answer_prefix": prefix, "token_position_answer": len(tokenizer.encode(text[:text.index(answers[0])]))}
+
+
+def _assemble(task: TextTask, needles: list[tuple[str, str]], filler: list[str], size: int, draw: random.Random
+              ) -> tuple[str, str, list[str]]:
+  """(prompt, the start of its answer, the answers) with `size` sentences of filler, or `size` needles alone."""
+  used = draw.sample(needles, size if task.haystack == "needles" else len(needles))
+  body = filler[:size]
+  at = sorted(draw.randint(0, len(body)) for _ in used)  # places between sentences
+  for place, (key, value) in zip(reversed(at), reversed(used), strict=True):
+    body.insert(place, f"The {_noun(task, 1)} kept for {key} is {value}.")
+  keys = draw.sample(sorted({key for key, _ in used}), task.queries)
+  answers = [value for wanted in keys for key, value in used if key == wanted]
+  noun, verb = _noun(task, len(answers)), "are" if len(answers) > 1 else "is"
+  of = " and ".join([", ".join(keys[:-1]), keys[-1]]) if len(keys) > 1 else keys[0]
+  start = f"Some {_noun(task, 2)} are hidden in the text below. Keep them in mind: you will be asked for them."
+  question = f"Which {noun} {verb} kept for {of} in the text?"
+  return f"{start}\n{' '.join(body)}\n{question}", f" The {noun} kept for {of} in the text {verb}", answers
