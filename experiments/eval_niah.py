@@ -13,7 +13,6 @@ import concurrent.futures
 import functools
 import json
 import math
-import pathlib
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common, niah, niah_table
+from experiments import common, niah, niah_report, niah_table
 from experiments.niah_table import Row
 from rat_jax import RATPlusLM
 from rat_jax.evaluate import mini_niah
@@ -165,27 +164,18 @@ def main() -> None:
           common.write_json(path, results)
       finally:
         pool.shutdown(cancel_futures=True)
-  table = summary(results, rows)
+  found = {checkpoint: {row.label: {name: results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value}
+                        for row in rows} for checkpoint in CHECKPOINTS.value}
+  parts = [niah_report.table(found)]
+  if len(found) > 1:
+    parts.append(f"differences\n\n{niah_report.differences(found)}")
+  if niah_report.blanks(found):
+    parts.append(f"blank\n\n{niah_report.blanks(found)}")
+  text = "\n\n".join(parts)
   print(f"exact match in percent, mean over {len(TASK_NAMES.value)} tasks +- standard error over seeds,"
-        f" {common.device()}\n\n{table}")
-  (folder / "table.md").write_text(table + "\n")
-
-
-def summary(results: dict[str, Any], rows: list[Row]) -> str:
-  """The Markdown table: one line per row and checkpoint, the mean over tasks and every task."""
-  lines = []
-  for row in rows:
-    for checkpoint in CHECKPOINTS.value:
-      found = [results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value]
-      if any("blank" in one for one in found):
-        lines.append([row.label, pathlib.Path(checkpoint).name, "", *("" for _ in found)])
-        continue
-      values = np.array([one["accuracy"] for one in found])  # [tasks, seeds]
-      seeds = values.mean(axis=0)
-      error = seeds.std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else float("nan")
-      lines.append([row.label, pathlib.Path(checkpoint).name, f"{seeds.mean():.1f} +- {error:.1f}",
-                    *(f"{mean:.1f}" for mean in values.mean(axis=1))])
-  return common.markdown_table(["mode", "checkpoint", "mean", *TASK_NAMES.value], lines)
+        f" {common.device()}\n\n{text}")
+  (folder / "table.md").write_text(text + "\n")
+  niah_report.draw_budgets(found, folder / "budgets.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from absl.testing import flagsaver
 
 import rat_jax
 from conftest import FIXTURES
-from experiments import eval_niah, niah, niah_table
+from experiments import eval_niah, niah, niah_report, niah_table
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
@@ -173,3 +173,27 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
   rat_jax.train.Checkpoints(tmp_path / "seed-0").save(state, model.config, {})
   with pytest.raises(ValueError, match="vocab_size=61"):
     niah.load(str(tmp_path))
+
+
+def cell_of(*seeds):
+  right = np.array(seeds)
+  return {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": right.shape[1],
+          "right": [np.packbits(one).tobytes().hex() for one in right]}
+
+
+def test_differences_are_paired_and_blanks_say_why(tmp_path):
+  a, b = [1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1, 1, 1, 0, 1]
+  c = [0, 1, 0, 0, 1, 1, 0, 1, 0, 1]
+  full = {"x/one": {"dense": {"t": cell_of(a, b)}, "Quest, 1/4": {"t": {"blank": "no room"}}},
+          "x/two": {"dense": {"t": cell_of(c, c)}, "Quest, 1/4": {"t": {"blank": "no room"}}}}
+  difference = (np.array(a) + b) / 2 - c
+  error = 100 * difference.std(ddof=1) / 10**0.5
+  (line,) = niah_report.differences(full).splitlines()[2:]
+  assert [part.strip() for part in line.strip("| ").split("|")] == [
+      "dense", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]
+  assert niah_report.blanks(full) == "Quest, 1/4: no room"
+  table = niah_report.table(full).splitlines()
+  assert table[2].split("|")[3].strip() == "75.0 +- 5.0"
+  assert table[-1].split("|")[3].strip() == ""
+  niah_report.draw_budgets(full, tmp_path / "none.png")  # nothing to draw
+  assert not (tmp_path / "none.png").exists()

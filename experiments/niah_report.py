@@ -1,0 +1,123 @@
+"""What eval_niah shows of its cells: a table, paired differences, and accuracy against budget.
+
+Cells are {checkpoint: {row's label: {task: cell}}}, a cell as `eval_niah.cells` makes it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from experiments.common import markdown_table
+
+Cells = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
+_COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d96a3", "#edae49")
+_BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
+
+
+def is_blank(by_task: Mapping[str, dict[str, Any]]) -> bool:
+  return any("blank" in cell for cell in by_task.values())
+
+
+def accuracies(by_task: Mapping[str, dict[str, Any]]) -> np.ndarray:
+  """Percentages [tasks, seeds]."""
+  return np.array([cell["accuracy"] for cell in by_task.values()])
+
+
+def standard_error(values: np.ndarray) -> float:
+  return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else float("nan")
+
+
+def table(cells: Cells) -> str:
+  """A line per row and checkpoint: the mean over tasks +- the standard error over seeds, every task, the seeds."""
+  first = next(iter(cells.values()))
+  tasks = list(next(iter(first.values())))
+  lines = []
+  for label in first:
+    for checkpoint, rows in cells.items():
+      line = [label, pathlib.Path(checkpoint).name]
+      if is_blank(rows[label]):
+        lines.append(line + [""] * (len(tasks) + 2))
+        continue
+      values = accuracies(rows[label])
+      seeds = values.mean(axis=0)
+      lines.append([*line, f"{seeds.mean():.1f} +- {standard_error(seeds):.1f}",
+                    *(f"{x:.1f}" for x in values.mean(axis=1)), " ".join(f"{x:.0f}" for x in seeds)])
+  return markdown_table(["mode", "checkpoint", "mean", *tasks, "seeds"], lines)
+
+
+def blanks(cells: Cells) -> str:
+  """Why cells are blank, a line each."""
+  reasons = {label: next(cell["blank"] for cell in by_task.values() if "blank" in cell)
+             for rows in cells.values() for label, by_task in rows.items() if is_blank(by_task)}
+  return "\n".join(f"{label}: {why}" for label, why in reasons.items())
+
+
+def differences(cells: Cells) -> str:
+  """The first checkpoint less the second, on the same sequences.
+
+  The error over examples is that of the paired differences (means over seeds), the one over seeds joins both sides'. A
+  + marks tasks in which the first's worst seed is above the second's best.
+  """
+  (_, first), (_, second) = list(cells.items())[:2]
+  tasks = list(next(iter(first.values())))
+  lines = []
+  for label in first:
+    if is_blank(first[label]) or is_blank(second[label]):
+      continue
+    a, b = accuracies(first[label]), accuracies(second[label])
+    paired = [_right(first[label][task]).mean(axis=0) - _right(second[label][task]).mean(axis=0) for task in tasks]
+    of_examples = 100 * np.sqrt(sum(x.var(ddof=1) / len(x) for x in paired)) / len(tasks)
+    of_seeds = np.hypot(standard_error(a.mean(axis=0)), standard_error(b.mean(axis=0)))
+    of_tasks = [f"{x.mean() - y.mean():+.1f}{'+' if x.min() > y.max() else ''}" for x, y in zip(a, b, strict=True)]
+    lines.append([label, f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}", f"{of_seeds:.1f}", *of_tasks])
+  return markdown_table(["mode", "difference", "s.e. examples", "s.e. seeds", *tasks], lines)
+
+
+def _right(cell: dict[str, Any]) -> np.ndarray:
+  """Which sequences every seed answered: [seeds, count]."""
+  return np.array([np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8))[:cell["count"]] for one in cell["right"]],
+                  np.float64)
+
+
+def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
+  """Accuracy against the share of the tokens that is read: a panel for every method, a dot for every seed."""
+  families: dict[str, list[tuple[int, str]]] = {}
+  for label in next(iter(cells.values())):
+    match = _BUDGET.fullmatch(label)
+    if match and not all(is_blank(rows[label]) for rows in cells.values()):
+      families.setdefault(match[1] + match[3], []).append((int(match[2]), label))
+  families = {name: points for name, points in families.items() if len(points) > 1}
+  if not families:
+    return
+  rows = -(-len(families) // 4)
+  figure, axes = plt.subplots(rows, 4, figsize=(13, 2.8 * rows), layout="constrained", sharey=True, squeeze=False)
+  for axis, (name, points) in zip(axes.flat, families.items(), strict=False):
+    for colour, (checkpoint, by_label) in zip(_COLOURS, cells.items(), strict=False):
+      known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if not is_blank(by_label[label])]
+      axis.plot([n for n, _ in known], [seeds.mean() for _, seeds in known], "-", color=colour,
+                label=pathlib.Path(checkpoint).name)
+      for n, seeds in known:
+        axis.plot(np.full(len(seeds), n), seeds, ".", color=colour, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([n for n, _ in points], [f"1/{n}" for n, _ in points], fontsize=7)
+    axis.set_title(name, fontsize=9)
+    axis.set_ylim(-2, 102)
+    axis.grid(alpha=0.3)
+  for axis in axes.flat[len(families):]:
+    axis.axis("off")
+  for row in axes:
+    row[0].set_ylabel("exact match, %", fontsize=8)
+  for axis in axes[-1]:
+    axis.set_xlabel("tokens read", fontsize=8)
+  axes[0, 0].legend(fontsize=7)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
