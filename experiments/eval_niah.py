@@ -2,7 +2,7 @@
 
 Claim: the same sparse methods at the same budgets lose far less on a backbone with the memory than on one without.
 Expected: both at 99 or more under Dense; RAT+ ahead under Quest, MoBA and question-aware SnapKV, most at 1/16 on
-multikey_2, multikey_3 and multivalue.  Cost: about 5 minutes an arm of three seeds on one H100.
+multikey_2, multikey_3 and multivalue.  Cost: not measured yet.
 Command: python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
 """
@@ -67,9 +67,9 @@ def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, prompts: tup
                                      prompt_lengths=np.array(prompts), row_ids=row_ids))(params)
 
 
-def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], mode: Mode, prefill_mode: Mode | None
-                ) -> dict[str, np.ndarray]:
-  """Which sequences of each task every seed answers under one mode: {task: bool [seeds, count]}."""
+def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task]) -> dict[str, np.ndarray]:
+  """Which sequences of tasks that share a mode every seed answers: {task: bool [seeds, count]}."""
+  mode, prefill_mode = row.build(tasks[0])
   room = max(1, BATCH_SIZE.value // len(tasks))
   every = max(n for n in range(1, room + 1) if COUNT.value % n == 0)  # sequences of each task in a batch
   made = sequences(LENGTH.value, COUNT.value)
@@ -98,20 +98,20 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
       groups.setdefault(row.build(task), []).append(task)
     except ValueError as error:
       found[task.name] = {"blank": str(error)}
-  for (mode, prefill_mode), of_mode in groups.items():
-    for name, right in which_right(model, params, row, of_mode, mode, prefill_mode).items():
+  for (mode, _), of_mode in groups.items():
+    for name, right in which_right(model, params, row, of_mode).items():
       found[name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": COUNT.value,
                      "error_over_examples": (100 * right.std(axis=1) / math.sqrt(COUNT.value)).tolist(),
                      "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, mode, LENGTH.value,
                                                                       prompt_length(row, TASKS[name])))),
-                     "right": [np.packbits(one).tobytes().hex() for one in right]}
+                     "right": niah.to_hex(right)}
   for task in free:
     if "blank" not in found[task.name]:
-      found[task.name]["free_running_agrees"] = free_running(model, params, row, task, found[task.name]["right"][0])
+      found[task.name]["free_running_agrees"] = free_running(model, params, row, task, found[task.name])
   return found
 
 
-def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, forced: str) -> float:
+def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict[str, Any]) -> float:
   """The share of sequences on which greedy decoding and the teacher-forced pass agree (first seed)."""
   (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
   made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(LENGTH.value, COUNT.value)[task.name])
@@ -127,8 +127,7 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, forced: st
     right &= np.asarray(token == made["tokens"][:, at])
     if at + 1 < LENGTH.value:
       logits, cache = rat_jax.decode_step(model, one, token, cache)
-  expected = np.unpackbits(np.frombuffer(bytes.fromhex(forced), np.uint8))[:len(right)]
-  return float(np.mean(expected == right))
+  return float(np.mean(niah.from_hex(cell)[0, :len(right)] == right))
 
 
 def key_of(checkpoint: str, row: Row, task: str) -> str:
@@ -144,18 +143,16 @@ def main() -> None:
     raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
   rows = [row for row in niah_table.main_rows(LENGTH.value)
           if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+
+  def compute(checkpoint, model, params, i, row):
+    tasks = [TASKS[name] for name in TASK_NAMES.value if key_of(checkpoint, row, name) not in results]
+    checked = list(TASKS.values())[i // 4 % len(TASKS)] if FREE_RUNNING.value and i % 4 == 0 else None
+    return row, cells(model, params, row, tasks, [task for task in tasks if task == checked])
+
   loaded = {checkpoint: niah.load(checkpoint) for checkpoint in CHECKPOINTS.value}
   for checkpoint, (config, params) in loaded.items():
-    model = RATPlusLM(config)
-
-    def compute(i, row, checkpoint=checkpoint, model=model, params=params, results=results):
-      tasks = [TASKS[name] for name in TASK_NAMES.value if key_of(checkpoint, row, name) not in results]
-      free = [task for task in tasks if FREE_RUNNING.value and i % 4 == 0 and i // 4 % len(TASKS) == list(
-          TASKS).index(task.name)]
-      return row, cells(model, params, row, tasks, free) if tasks else {}
-
     with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-      futures = [pool.submit(compute, i, row) for i, row in enumerate(rows)]
+      futures = [pool.submit(compute, checkpoint, RATPlusLM(config), params, i, row) for i, row in enumerate(rows)]
       try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(rows), desc=checkpoint, unit="row",
                            disable=None):

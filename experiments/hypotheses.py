@@ -1,7 +1,7 @@
 """Why the memory helps sparse inference: selection, computation, and how far it reaches.
 
 Claims (arXiv 2605.28640): H1, heads choose the right keys more often; H2, what they choose carries more, so that even a
-random choice keeps the answer.  Expected: RAT+ above attention in both.  Cost: about 5 minutes on one H100.
+random choice keeps the answer.  Expected: RAT+ above attention in both.  Cost: not measured yet.
 Command: python -m experiments.hypotheses --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept.
 """
@@ -32,8 +32,6 @@ from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
 
 DRAWS = flags.DEFINE_integer("draws", 5, "Seeds of the random selector.", lower_bound=1)
-PARTS = ("heads", "random", "two_by_two", "future", "reach", "distance")
-ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 _BATCH = 64
 
@@ -78,7 +76,7 @@ def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task,
   return np.stack(layers, axis=1)
 
 
-def random(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def random_choice(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """H2: accuracy at a quarter of the tokens, chosen at random: {method: {task: [draws][seeds]}} in percent."""
   quarter = LENGTH.value // 4
 
@@ -106,15 +104,11 @@ def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
     for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
       for attend_to in ("memory", "plain"):
         key = f"{mode}, select from {select_from}, attend to {attend_to}"
-        found[key] = {task.name: _accuracy(model, params, task, LENGTH.value - task.answer_length - task.query_length,
-                                           mode=mode, select_from=select_from, attend_to=attend_to)
+        arguments = (("mode", mode), ("select_from", select_from), ("attend_to", attend_to))
+        found[key] = {task.name: _share(model, arguments, LENGTH.value - task.answer_length - task.query_length, params,
+                                        eval_niah.sequences(LENGTH.value, COUNT.value)[task.name])
                       for task in TASKS.values()}
   return found
-
-
-def _accuracy(model: RATPlusLM, params: Any, task: Task, prompt: int, **arguments: Any) -> list[float]:
-  made = eval_niah.sequences(LENGTH.value, COUNT.value)[task.name]
-  return _share(model, tuple(arguments.items()), prompt, params, made)
 
 
 def _share(model: RATPlusLM, arguments: tuple[tuple[str, Any], ...], prompt: int, params: Any,
@@ -158,8 +152,6 @@ def reach(model: RATPlusLM, params: Any) -> dict[str, Any]:
 
   Of a state sum_s w_s x_s the age is sum_s w_s (t - s), which obeys a_t = g_t (a_(t-1) + 1); the mean is over tokens.
   """
-  if not model.config.memory:
-    return {}
   made = eval_niah.sequences(LENGTH.value, COUNT.value)
   tokens = jnp.concatenate([made[name]["tokens"][:8] for name in TASKS])
   return {"age": [np.asarray(_ages(model, one, tokens)).tolist() for one in _seeds(params)]}
@@ -185,15 +177,23 @@ def distance(model: RATPlusLM, params: Any) -> dict[str, Any]:
   found = {}
   for dilation in (8, 16, 32):
     tasks = [task for task in TASKS.values() if task.queries * task.values == 1]
-    right = eval_niah.which_right(model, params, Row("", lambda task: (Dense(), None)), tasks, Dilated(dilation), None)
+    mode = Dilated(dilation)
+    row = Row("", functools.partial(lambda mode, task: (mode, None), mode))
+    right = eval_niah.which_right(model, params, row, tasks)
     made = eval_niah.sequences(LENGTH.value, COUNT.value)
     ends = {task.name: np.asarray(made[task.name]["golden"]).max(axis=1) + 1 for task in tasks}
     away = np.concatenate([(dilation - 1 - ends[task.name]) % dilation for task in tasks])
     rights = np.concatenate([right[task.name] for task in tasks], axis=1)
     count = np.bincount(away, minlength=dilation)
-    found[str(Dilated(dilation))] = {"count": count.tolist(), "right": [
+    found[str(mode)] = {"count": count.tolist(), "right": [
         (100 * np.bincount(away, one, dilation) / np.maximum(count, 1)).tolist() for one in rights]}
   return found
+
+
+PARTS = {"heads": heads, "random": random_choice, "two_by_two": two_by_two, "future": future, "reach": reach,
+         "distance": distance}
+OF_MEMORY = ("two_by_two", "reach")  # what attention has no answer to
+ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 
 
 def main() -> None:
@@ -207,8 +207,8 @@ def main() -> None:
     config, params = niah.load(checkpoint)
     model, name = RATPlusLM(config), pathlib.Path(checkpoint).name
     for part in tqdm(ONLY_PARTS.value, desc=name, unit="part", disable=None):
-      if name not in results.setdefault(part, {}) and (config.memory or part not in ("two_by_two", "reach")):
-        results[part][name] = globals()[part](model, params)
+      if name not in results.setdefault(part, {}) and (config.memory or part not in OF_MEMORY):
+        results[part][name] = PARTS[part](model, params)
         common.write_json(path, results)
         print(f"{name}: {part} done", flush=True)
   for part in ONLY_PARTS.value:

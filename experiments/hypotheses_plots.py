@@ -7,15 +7,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from experiments.common import markdown_table
-
-_COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d96a3", "#edae49")
+from experiments.plots import COLOURS, plt
 
 
 def table(part: str, found: dict[str, Any]) -> str:
@@ -50,9 +45,14 @@ def _heads_table(found: dict[str, Any]) -> str:
   return _table_of_tasks(rows)
 
 
+def _by_question(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """{budget: {task: {question: numbers}}} as {budget and question: {task: numbers}}."""
+  return {f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
+          for budget, by_task in found.items() for label in ("A", "B", "B under B")}
+
+
 def _future_table(found: dict[str, Any]) -> str:
-  return _table_of_tasks({f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
-                          for budget, by_task in found.items() for label in ("A", "B", "B under B")})
+  return _table_of_tasks(_by_question(found))
 
 
 def _reach_table(found: dict[str, Any]) -> str:
@@ -80,7 +80,7 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str)
     width = 0.8 / len(by_name)
     for i, (name, found) in enumerate(by_name.items()):
       x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
-      axis.bar(x, [np.mean(found[group][task]) for task in tasks], width, color=_COLOURS[i], alpha=0.6, label=name)
+      axis.bar(x, [np.mean(found[group][task]) for task in tasks], width, color=COLOURS[i], alpha=0.6, label=name)
       for at, task in zip(x, tasks, strict=True):
         values = np.ravel(found[group][task])
         axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)
@@ -100,7 +100,7 @@ def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
                               layout="constrained", squeeze=False)
   for row, method in zip(axes, methods, strict=True):
     for axis, task in zip(row, tasks, strict=True):
-      for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+      for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
         for j, seed in enumerate(found[method][task]):
           axis.plot(-np.sort(-np.ravel(seed)), color=colour, linewidth=0.9, label=name if j == 0 else None)
       axis.set_title(task, fontsize=8)
@@ -122,9 +122,7 @@ def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 
 def _future_figure(by_name: dict[str, Any]) -> plt.Figure:
-  grouped = {name: {f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
-                    for budget, by_task in found.items() for label in ("A", "B", "B under B")}
-             for name, found in by_name.items()}
+  grouped = {name: _by_question(found) for name, found in by_name.items()}
   return _bars(grouped, "SnapKV compressed under question A, then asked B", "exact match, %")
 
 
@@ -132,7 +130,7 @@ def _reach_figure(by_name: dict[str, Any]) -> plt.Figure:
   layers = np.array(next(iter(by_name.values()))["age"]).shape[1]
   figure, axes = plt.subplots(1, layers, figsize=(2.6 * layers, 2.8), layout="constrained", sharey=True, squeeze=False)
   for layer, axis in enumerate(axes[0]):
-    for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+    for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
       for j, seed in enumerate(np.array(found["age"])[:, layer]):
         for k, head in enumerate(seed):
           axis.plot(np.linspace(0, 100, len(head)), head, color=colour, linewidth=0.7,
@@ -150,7 +148,7 @@ def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
   figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes), 3), layout="constrained", sharey=True,
                               squeeze=False)
   for axis, mode in zip(axes[0], modes, strict=True):
-    for colour, (name, found) in zip(_COLOURS, by_name.items(), strict=False):
+    for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
       for j, seed in enumerate(found[mode]["right"]):
         axis.plot(seed, color=colour, linewidth=0.9, label=name if j == 0 else None)
     axis.set_title(mode, fontsize=9)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rat_jax import RATPlusConfig
@@ -35,3 +36,14 @@ def load(folder: str) -> tuple[RATPlusConfig, Any]:
   if configs[0].vocab_size != mini_niah.VOCAB_SIZE:
     raise ValueError(f"{folder} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
   return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+def to_hex(right: np.ndarray) -> list[str]:
+  """Which sequences were answered, bool [seeds, count], as a text for each seed."""
+  return [np.packbits(one).tobytes().hex() for one in right]
+
+
+def from_hex(cell: dict[str, Any]) -> np.ndarray:
+  """The bool [seeds, count] that `to_hex` made "right" of a cell."""
+  rows = [np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8), count=cell["count"]) for one in cell["right"]]
+  return np.array(rows, bool)

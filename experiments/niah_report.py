@@ -10,16 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from experiments import niah
 from experiments.common import markdown_table
+from experiments.plots import COLOURS, plt
 
 Cells = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
-_COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d96a3", "#edae49")
 _BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
 
 
@@ -74,18 +71,13 @@ def differences(cells: Cells) -> str:
     if is_blank(first[label]) or is_blank(second[label]):
       continue
     a, b = accuracies(first[label]), accuracies(second[label])
-    paired = [_right(first[label][task]).mean(axis=0) - _right(second[label][task]).mean(axis=0) for task in tasks]
+    shares = [[niah.from_hex(one[label][task]).mean(axis=0) for task in tasks] for one in (first, second)]
+    paired = [x - y for x, y in zip(*shares, strict=True)]
     of_examples = 100 * np.sqrt(sum(x.var(ddof=1) / len(x) for x in paired)) / len(tasks)
     of_seeds = np.hypot(standard_error(a.mean(axis=0)), standard_error(b.mean(axis=0)))
     of_tasks = [f"{x.mean() - y.mean():+.1f}{'+' if x.min() > y.max() else ''}" for x, y in zip(a, b, strict=True)]
     lines.append([label, f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}", f"{of_seeds:.1f}", *of_tasks])
   return markdown_table(["mode", "difference", "s.e. examples", "s.e. seeds", *tasks], lines)
-
-
-def _right(cell: dict[str, Any]) -> np.ndarray:
-  """Which sequences every seed answered: [seeds, count]."""
-  return np.array([np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8))[:cell["count"]] for one in cell["right"]],
-                  np.float64)
 
 
 def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
@@ -101,7 +93,7 @@ def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
   rows = -(-len(families) // 4)
   figure, axes = plt.subplots(rows, 4, figsize=(13, 2.8 * rows), layout="constrained", sharey=True, squeeze=False)
   for axis, (name, points) in zip(axes.flat, families.items(), strict=False):
-    for colour, (checkpoint, by_label) in zip(_COLOURS, cells.items(), strict=False):
+    for colour, (checkpoint, by_label) in zip(COLOURS, cells.items(), strict=False):
       known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if not is_blank(by_label[label])]
       axis.plot([n for n, _ in known], [seeds.mean() for _, seeds in known], "-", color=colour,
                 label=pathlib.Path(checkpoint).name)

@@ -66,8 +66,8 @@ def main_rows(length: int) -> list[Row]:
   for top_k in (4, 8):
     fixed(f"DilatedTopK 16, {top_k} blocks", functools.partial(DilatedTopK, 16, top_k))
   for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
-    rows.append(Row(f"{mode} everywhere", functools.partial(lambda mode, task: (mode, None), mode)))
-  rows.append(Row("dilated:16 question rows", lambda task: (Dilated(16), Dense())))
+    fixed(f"{mode} everywhere", functools.partial(dataclasses.replace, mode))
+  fixed("dilated:16 question rows", lambda: Dilated(16), Dense())
   return rows
 
 

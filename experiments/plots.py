@@ -16,7 +16,7 @@ from rat_jax import Dense, Dilated, RATPlusLM, Selection, visible
 from rat_jax.axes import Params
 from rat_jax.modes import Mode, PerLayer
 
-_COLOURS = ("#1b6ca8", "#d1495b", "#8d96a3", "#66a182")
+COLOURS = ("#1b6ca8", "#d1495b", "#8d96a3", "#66a182", "#edae49")
 
 
 def draw_masks(modes: Sequence[Mode], path: pathlib.Path, length: int = 96) -> None:
@@ -72,12 +72,12 @@ def draw_choices(model: RATPlusLM, params: Params, tokens: np.ndarray, modes: Se
 def draw_quality(curves: Mapping[str, Mapping[Mode, tuple[float, float]]], path: pathlib.Path) -> None:
   """Bits per byte against keys per query: {model: {mode: (keys, bits)}}. Pure dilation is joined by a line."""
   figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-  for colour, (model, points) in zip(_COLOURS, curves.items(), strict=False):
+  for colour, (model, points) in zip(COLOURS, curves.items(), strict=False):
     line = sorted(xy for mode, xy in points.items() if mode == Dense() or _is_pure_dilation(mode))
     axis.plot(*zip(*line, strict=True), "-o", color=colour, label=model, markersize=5)
     for marker, (mode, xy) in zip("s^Dv", ((m, p) for m, p in points.items() if p not in line), strict=False):
       axis.plot(*xy, marker, color=colour, markersize=7, markerfacecolor="white",
-                label=f"{mode.name if isinstance(mode, PerLayer) else mode}" if colour == _COLOURS[0] else None)
+                label=f"{mode.name if isinstance(mode, PerLayer) else mode}" if colour == COLOURS[0] else None)
   axis.set_xscale("log", base=2)
   axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
   axis.set_xlabel("keys per query at the end of the sequence (mean over layers)")

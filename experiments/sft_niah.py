@@ -4,7 +4,7 @@ Claim: attention and RAT+ both learn to find needles; what differs is what spars
 (experiments.eval_niah).  Expected: every task above 95% under Dense on every seed.
 Cost on one H100, three seeds: RAT+ 8 minutes, attention 6 minutes.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
-Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32 --steps=1000
+Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32 --shares=
 Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
 

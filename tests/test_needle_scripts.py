@@ -58,8 +58,10 @@ def small():
     eval_niah.sequences.cache_clear()
 
 
-def rows_named(*starts):
-  return [row for row in niah_table.main_rows(LENGTH) if row.label in starts]
+def rows_named(*labels):
+  rows = [row for row in niah_table.main_rows(LENGTH) if row.label in labels]
+  assert len(rows) == len(labels)
+  return rows
 
 
 def test_a_small_trained_model_under_the_modes(small):
@@ -178,7 +180,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
 def cell_of(*seeds):
   right = np.array(seeds)
   return {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": right.shape[1],
-          "right": [np.packbits(one).tobytes().hex() for one in right]}
+          "right": niah.to_hex(right)}
 
 
 def test_differences_are_paired_and_blanks_say_why(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -79,6 +80,6 @@ def test_bad_input(monkeypatch):
   with pytest.raises(ValueError, match="more than answer_room=20"):
     examples(TEXT_TASKS["multivalue"], 1, 1200, Bytes(), essay=ESSAY, answer_room=20)
   monkeypatch.setattr(text_niah, "_words", text_niah._words.__wrapped__)
-  monkeypatch.setitem(__import__("sys").modules, "wonderwords", None)
+  monkeypatch.setitem(sys.modules, "wonderwords", None)
   with pytest.raises(ImportError, match=r"rat_jax\[needles\]"):
     examples(task, 1, 2200, Bytes(), essay=ESSAY)
