@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint notebook clean
+.PHONY: quickstart test test-slow lint notebook needles clean
 
 quickstart: .venv/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
@@ -16,6 +16,15 @@ test-slow: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The claim itself: both main arms from scratch, three seeds each, and the table of all modes. On one GPU; EXTRA=tpu for
+# a TPU. Stopped, it goes on where it was.
+EXTRA ?= cuda
+needles: .venv/core
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[$(EXTRA)]'
+	$(BIN)/python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus
+	$(BIN)/python -m experiments.sft_niah --arm=attention --workdir=runs/niah/attention
+	$(BIN)/python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 
 notebook: .venv/dev
 	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py

@@ -5,16 +5,16 @@ Expected: both at 99 or more under Dense; RAT+ ahead under Quest, MoBA and quest
 multikey_2, multikey_3 and multivalue.  Cost: not measured yet.
 Command: python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
+The paper's own budgets:  --table=paper --length=4096
+Words:  --text --table=paper --length=4096 --checkpoint=runs/niah/text, a folder of one model (text_needles.py).
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import json
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,12 +24,11 @@ from absl import flags
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common, niah, niah_report, niah_table
+from experiments import common, niah, niah_report, niah_table, text_needles
 from experiments.niah_table import Row
-from rat_jax import RATPlusLM
+from rat_jax import RATPlusLM, evaluate
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
-from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
 
 CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* checkpoints; repeat it for several.",
@@ -39,13 +38,13 @@ COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all ch
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences at a time.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", [], "Rows of the table to compute, by their start, such as Quest,dense.")
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
+TABLE = flags.DEFINE_enum("table", "main", ["main", "paper"], "Rows: blocks of 8 to 32 tokens, or the paper's of 64.")
 PROMPT_END = flags.DEFINE_enum("prompt_end", "main", ["main", "answer"], "main: the prompt ends at the question (MoBA"
                                " in the paper's form and aware SnapKV: at the answer); answer: there for all.")
 FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences that are also decoded greedily, in one task of every"
                                     " fourth row of the table.", lower_bound=0)
 WORKERS = flags.DEFINE_integer("workers", 8, "Rows that are compiled at a time.", lower_bound=1)
 DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
-_DEVICE = threading.Lock()  # programs compile side by side and run one by one
 
 
 @functools.cache
@@ -61,31 +60,13 @@ def prompt_length(row: Row, task: Task) -> int:
   return LENGTH.value - task.answer_length - (0 if at_answer else task.query_length)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, prompts: tuple[int, ...], params, batch, row_ids):
-  return jax.vmap(lambda p: answered(model, p, batch, mode=mode, prefill_mode=prefill_mode,
-                                     prompt_lengths=np.array(prompts), row_ids=row_ids))(params)
-
-
 def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task]) -> dict[str, np.ndarray]:
   """Which sequences of tasks that share a mode every seed answers: {task: bool [seeds, count]}."""
   mode, prefill_mode = row.build(tasks[0])
-  room = max(1, BATCH_SIZE.value // len(tasks))
-  every = max(n for n in range(1, room + 1) if COUNT.value % n == 0)  # sequences of each task in a batch
   made = sequences(LENGTH.value, COUNT.value)
-  prompts = tuple(prompt_length(row, task) for task in tasks for _ in range(every))
-  program, right = None, []
-  for first in range(0, COUNT.value, every):
-    with _DEVICE:
-      parts = [jax.tree.map(lambda x, first=first: x[first:first + every], made[task.name]) for task in tasks]
-      batch = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-      ids = jnp.tile(jnp.arange(first, first + every, dtype=jnp.int32), len(tasks))
-    if program is None:
-      program = _right.lower(model, mode, prefill_mode, prompts, params, batch, ids).compile()
-    with _DEVICE:
-      right.append(np.asarray(program(params, batch, ids)))
-  by_task = np.concatenate([x.reshape(len(x), len(tasks), every) for x in right], axis=2)
-  return {task.name: by_task[:, i] for i, task in enumerate(tasks)}
+  right = niah.which_right(model, params, [made[task.name] for task in tasks], [prompt_length(row, t) for t in tasks],
+                           batch_size=BATCH_SIZE.value, mode=mode, prefill_mode=prefill_mode)
+  return {task.name: one for task, one in zip(tasks, right, strict=True)}
 
 
 def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: Sequence[Task] = ()
@@ -107,16 +88,19 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
                      "right": niah.to_hex(right)}
   for task in free:
     if "blank" not in found[task.name]:
-      found[task.name]["free_running_agrees"] = free_running(model, params, row, task, found[task.name])
+      found[task.name]["free_running"] = free_running(model, params, row, task, found[task.name])
   return found
 
 
-def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict[str, Any]) -> float:
-  """The share of sequences on which greedy decoding and the teacher-forced pass agree (first seed)."""
+def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict[str, Any]) -> dict[str, float]:
+  """What the first seed scores decoding greedily, and the share of sequences on which `cell` agrees with that.
+
+  The scores are those of text: of an answer as its values' numbers, between commas.
+  """
   (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
   made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(LENGTH.value, COUNT.value)[task.name])
   start, answer = prompt_length(row, task), LENGTH.value - task.answer_length
-  ids, right = jnp.arange(len(made["tokens"]), dtype=jnp.int32), np.ones(len(made["tokens"]), bool)
+  ids, answers = jnp.arange(len(made["tokens"]), dtype=jnp.int32), list[np.ndarray]()
   logits, cache = rat_jax.prefill(model, one, made["tokens"][:, :start], mode=mode, prefill_mode=prefill_mode,
                                   max_length=LENGTH.value, row_ids=ids)
   if start < answer:
@@ -124,55 +108,77 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict
     logits = every[:, -1]
   for at in range(answer, LENGTH.value):
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    right &= np.asarray(token == made["tokens"][:, at])
+    answers.append(np.asarray(token))
     if at + 1 < LENGTH.value:
       logits, cache = rat_jax.decode_step(model, one, token, cache)
-  return float(np.mean(niah.from_hex(cell)[0, :len(right)] == right))
+  said, asked = np.stack(answers, axis=1), np.asarray(made["tokens"])[:, answer:]
+  agrees = niah.from_hex(cell)[0, :len(said)] == (said == asked).all(axis=1)
+  predictions = [mini_niah.answer_text(tokens) for tokens in said]
+  references = [mini_niah.answer_text(tokens).split(",") for tokens in asked]
+  return {"agrees": float(agrees.mean()), "exact_match": evaluate.exact_match(predictions, references),
+          "string_match_all": evaluate.string_match_all(predictions, references),
+          "comma_recall": evaluate.comma_recall(predictions, references)}
 
 
 def key_of(checkpoint: str, row: Row, task: str) -> str:
-  return f"{checkpoint}|{PROMPT_END.value}|{LENGTH.value}|{COUNT.value}|{row.label}|{task}"
+  kind = text_needles.source() if text_needles.TEXT.value else PROMPT_END.value
+  return f"{checkpoint}|{kind}|{LENGTH.value}|{COUNT.value}|{row.label}|{task}"
+
+
+Compute = Callable[[int, Row, list[str]], dict[str, dict[str, Any]]]
+
+
+def mini_cells(checkpoint: str) -> Compute:
+  """What makes the cells of mini-NIAH; one task of every fourth row is decoded greedily too."""
+  config, params = niah.load(checkpoint)
+
+  def compute(i, row, names):
+    checked = list(TASKS)[i // 4 % len(TASKS)] if FREE_RUNNING.value and i % 4 == 0 else None
+    free = [TASKS[name] for name in names if name == checked]
+    return cells(RATPlusLM(config), params, row, [TASKS[name] for name in names], free)
+
+  return compute
+
+
+def text_cells(checkpoint: str) -> Compute:
+  """What makes the cells of tasks in words."""
+  model, params = text_needles.load_model(checkpoint)
+  examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, DATA_SEED)
+  return lambda i, row, names: text_needles.cells(model, params, row, {name: examples[name] for name in names},
+                                                  LENGTH.value, BATCH_SIZE.value)
 
 
 def main() -> None:
+  niah.prepare_threads()
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
   results = json.loads(path.read_text()) if path.exists() else {}
   unknown = set(TASK_NAMES.value) - TASKS.keys()
   if unknown:
     raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
-  rows = [row for row in niah_table.main_rows(LENGTH.value)
-          if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
-
-  def compute(checkpoint, model, params, i, row):
-    tasks = [TASKS[name] for name in TASK_NAMES.value if key_of(checkpoint, row, name) not in results]
-    checked = list(TASKS.values())[i // 4 % len(TASKS)] if FREE_RUNNING.value and i % 4 == 0 else None
-    return row, cells(model, params, row, tasks, [task for task in tasks if task == checked])
-
-  loaded = {checkpoint: niah.load(checkpoint) for checkpoint in CHECKPOINTS.value}
-  for checkpoint, (config, params) in loaded.items():
-    with concurrent.futures.ThreadPoolExecutor(WORKERS.value) as pool:
-      futures = [pool.submit(compute, checkpoint, RATPlusLM(config), params, i, row) for i, row in enumerate(rows)]
-      try:
-        for future in tqdm(concurrent.futures.as_completed(futures), total=len(rows), desc=checkpoint, unit="row",
-                           disable=None):
-          row, found = future.result()
-          results |= {key_of(checkpoint, row, name): one for name, one in found.items()}
-          common.write_json(path, results)
-      finally:
-        pool.shutdown(cancel_futures=True)
-  found = {checkpoint: {row.label: {name: results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value}
+  make_rows = niah_table.main_rows if TABLE.value == "main" else niah_table.paper_rows
+  rows = [row for row in make_rows(LENGTH.value) if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+  makers = {checkpoint: (text_cells if text_needles.TEXT.value else mini_cells)(checkpoint)
+            for checkpoint in CHECKPOINTS.value}
+  for checkpoint, compute in makers.items():
+    jobs = [functools.partial(compute, i, row, [name for name in TASK_NAMES.value
+                                                if key_of(checkpoint, row, name) not in results])
+            for i, row in enumerate(rows)]
+    done = niah.side_by_side(jobs, WORKERS.value)
+    with tqdm(done, total=len(rows), desc=checkpoint, unit="row", disable=None) as bar:
+      for i, found in bar:
+        results |= {key_of(checkpoint, rows[i], name): one for name, one in found.items()}
+        common.write_json(path, results)
+        if bar.disable:
+          print(f"{checkpoint}: {rows[i].label}", flush=True)
+  table = {checkpoint: {row.label: {name: results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value}
                         for row in rows} for checkpoint in CHECKPOINTS.value}
-  parts = [niah_report.table(found)]
-  if len(found) > 1:
-    parts.append(f"differences\n\n{niah_report.differences(found)}")
-  if niah_report.blanks(found):
-    parts.append(f"blank\n\n{niah_report.blanks(found)}")
-  text = "\n\n".join(parts)
-  print(f"exact match in percent, mean over {len(TASK_NAMES.value)} tasks +- standard error over seeds,"
+  text = niah_report.report(table)
+  measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
+  print(f"{measure}, in percent, mean over {len(TASK_NAMES.value)} tasks +- standard error over seeds,"
         f" {common.device()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n")
-  niah_report.draw_budgets(found, folder / "budgets.png")
+  niah_report.draw_budgets(table, folder / "budgets.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from pallas_kernels.gated_scan.xla import linear_scan
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusLM, Selection, SnapKV, layout as layouts, transformer
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
-from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
 
 DRAWS = flags.DEFINE_integer("draws", 5, "Seeds of the random selector.", lower_bound=1)
@@ -89,40 +88,35 @@ def random_choice(model: RATPlusLM, params: Any) -> dict[str, Any]:
     yield "SnapKV aware", Row("", lambda task: (SnapKV(quarter, obs_window=task.query_length, **options), None),
                               at_answer=True)
 
+  jobs = {(method, draw): functools.partial(eval_niah.cells, model, params, row, list(TASKS.values()))
+          for draw in range(DRAWS.value) for method, row in rows(draw)}
   found: dict[str, Any] = {}
-  for draw in range(DRAWS.value):
-    for method, row in rows(draw):
-      for name, cell in eval_niah.cells(model, params, row, list(TASKS.values())).items():
-        found.setdefault(method, {}).setdefault(name, []).append(cell["accuracy"])
+  for (method, _), cells in sorted(_side_by_side(jobs).items()):
+    for name, cell in cells.items():
+      found.setdefault(method, {}).setdefault(name, []).append(cell["accuracy"])
   return found
+
+
+def _side_by_side(jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+  """The results of jobs, under their keys."""
+  keys = list(jobs)
+  return {keys[i]: result for i, result in niah.side_by_side(list(jobs.values()), eval_niah.WORKERS.value)}
 
 
 def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """Choosing by keys with or without the memory, and attending with or without it: {setting: {task: [seeds]}}."""
-  found: dict[str, Any] = {}
+  every, jobs = eval_niah.sequences(LENGTH.value, COUNT.value), {}
+  made = [every[name] for name in TASKS]
+  prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
   for mode in (Dense(), *(Quest(LENGTH.value // n, block=16, keep_first=False) for n in (8, 16))):
     for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
       for attend_to in ("memory", "plain"):
-        key = f"{mode}, select from {select_from}, attend to {attend_to}"
-        arguments = (("mode", mode), ("select_from", select_from), ("attend_to", attend_to))
-        found[key] = {task.name: _share(model, arguments, LENGTH.value - task.answer_length - task.query_length, params,
-                                        eval_niah.sequences(LENGTH.value, COUNT.value)[task.name])
-                      for task in TASKS.values()}
-  return found
-
-
-def _share(model: RATPlusLM, arguments: tuple[tuple[str, Any], ...], prompt: int, params: Any,
-           made: dict[str, jax.Array]) -> list[float]:
-  """The percentage of the sequences that every seed answers."""
-  right = [_answered(model, arguments, prompt, params, jax.tree.map(lambda x, i=i: x[i:i + _BATCH], made))
-           for i in range(0, COUNT.value, _BATCH)]
-  return (100 * np.concatenate(right, axis=1).mean(axis=1)).tolist()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answered(model, arguments, prompt, params, batch):
-  lengths = np.full(len(batch["tokens"]), prompt)
-  return jax.vmap(lambda p: answered(model, p, batch, prompt_lengths=lengths, **dict(arguments)))(params)
+        jobs[f"{mode}, select from {select_from}, attend to {attend_to}"] = functools.partial(
+            niah.which_right, model, params, made, prompts, batch_size=_BATCH, mode=mode,
+            select_from=select_from, attend_to=attend_to)
+  found = _side_by_side(jobs)
+  return {key: {name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, found[key], strict=True)}
+          for key in jobs}
 
 
 def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
@@ -130,7 +124,7 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
 
   {budget: {task: {"A", "B", "B under B": [seeds]}}} in percent. Both questions are about keys of the same context.
   """
-  found: dict[str, Any] = {}
+  jobs: dict[tuple[str, str, str], Callable[[], np.ndarray]] = {}
   for name in ("multikey_1", *HARD):
     task = TASKS[name]
     keys = None if task.filler == "needles" else (4, 4)
@@ -138,12 +132,18 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
         (Rows(task, COUNT.value, 2, keys),), LENGTH.value, eval_niah.DATA_SEED, 1))()
     size = task.query_length + task.answer_length
     is_b = np.arange(LENGTH.value) >= LENGTH.value - size
+    a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))
     for n in (4, 8, 16):
-      mode, cell = SnapKV(LENGTH.value // n, obs_window=task.query_length), {}
-      for label, questions_left, counted in (("A", 2, ~is_b), ("B", 2, is_b), ("B under B", 1, is_b)):
-        cell[label] = _share(model, (("mode", mode),), LENGTH.value - questions_left * size + task.query_length, params,
-                             made | {"answers": made["answers"] & counted})
-      found.setdefault(f"1/{n}", {})[name] = cell
+      mode = SnapKV(LENGTH.value // n, obs_window=task.query_length)
+      for label, parts, left in (("A, B", [a, b], 2), ("B under B", [b], 1)):
+        prompt = LENGTH.value - left * size + task.query_length
+        jobs[f"1/{n}", name, label] = functools.partial(
+            niah.which_right, model, params, parts, [prompt] * len(parts), batch_size=_BATCH, mode=mode)
+  right, found = _side_by_side(jobs), dict[str, Any]()
+  for budget, name, label in jobs:
+    of_questions = zip(label.split(", "), right[budget, name, label], strict=True)
+    found.setdefault(budget, {}).setdefault(name, {}).update(
+        {question: (100 * one.mean(axis=1)).tolist() for question, one in of_questions})
   return found
 
 
@@ -197,12 +197,16 @@ ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 
 
 def main() -> None:
+  niah.prepare_threads()
   folder = common.workdir("hypotheses")
   path = folder / "results.json"
   results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
   unknown = set(ONLY_PARTS.value) - set(PARTS)
   if unknown:
     raise ValueError(f"--parts={sorted(unknown)} are unknown; use some of {list(PARTS)}.")
+  least = 16 * (max(task.query_length for task in TASKS.values()) + 1)
+  if LENGTH.value < least:
+    raise ValueError(f"--length={LENGTH.value}: SnapKV at 1/16 has no room beside a question; use {least} or more.")
   for checkpoint in eval_niah.CHECKPOINTS.value:
     config, params = niah.load(checkpoint)
     model, name = RATPlusLM(config), pathlib.Path(checkpoint).name

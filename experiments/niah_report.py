@@ -33,8 +33,32 @@ def standard_error(values: np.ndarray) -> float:
   return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else float("nan")
 
 
+def report(cells: Cells) -> str:
+  """Everything that is told in words and numbers, as Markdown."""
+  parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
+           "differences": differences(cells) if len(cells) > 1 else "",
+           "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
+  return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
+
+
+def _scored(cells: Cells, score: str) -> Cells:
+  """The cells with another score as their accuracy, empty where they have none; blanks stay."""
+  every = [cell for rows in cells.values() for by_task in rows.values() for cell in by_task.values()]
+  if not any(score in cell for cell in every):
+    return {}
+  return {checkpoint: {label: {task: cell | {"accuracy": [cell.get(score)]} for task, cell in by_task.items()}
+                       for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
+
+
+def by_example(cell: dict[str, Any]) -> np.ndarray:
+  """What every example scored, as shares, means over seeds."""
+  return np.array(cell["by_example"]) / 100 if "by_example" in cell else niah.from_hex(cell).mean(axis=0)
+
+
 def table(cells: Cells) -> str:
   """A line per row and checkpoint: the mean over tasks +- the standard error over seeds, every task, the seeds."""
+  if not cells:
+    return ""
   first = next(iter(cells.values()))
   tasks = list(next(iter(first.values())))
   lines = []
@@ -46,7 +70,8 @@ def table(cells: Cells) -> str:
         continue
       values = accuracies(rows[label])
       seeds = values.mean(axis=0)
-      lines.append([*line, f"{seeds.mean():.1f} +- {standard_error(seeds):.1f}",
+      error = f" +- {standard_error(seeds):.1f}" if len(seeds) > 1 else ""
+      lines.append([*line, f"{seeds.mean():.1f}{error}",
                     *(f"{x:.1f}" for x in values.mean(axis=1)), " ".join(f"{x:.0f}" for x in seeds)])
   return markdown_table(["mode", "checkpoint", "mean", *tasks, "seeds"], lines)
 
@@ -56,6 +81,16 @@ def blanks(cells: Cells) -> str:
   reasons = {label: next(cell["blank"] for cell in by_task.values() if "blank" in cell)
              for rows in cells.values() for label, by_task in rows.items() if is_blank(by_task)}
   return "\n".join(f"{label}: {why}" for label, why in reasons.items())
+
+
+def checks(cells: Cells) -> str:
+  """The cells that were also decoded greedily: the share of sequences that agree, and the scores in percent."""
+  scores = ("exact_match", "string_match_all", "comma_recall")
+  lines = [[label, pathlib.Path(checkpoint).name, task, f"{100 * cell['free_running']['agrees']:.1f}",
+            *(f"{cell['free_running'][score]:.1f}" for score in scores)]
+           for checkpoint, rows in cells.items() for label, by_task in rows.items() for task, cell in by_task.items()
+           if "free_running" in cell]
+  return markdown_table(["decoded greedily", "checkpoint", "task", "agrees, %", *scores], lines) if lines else ""
 
 
 def differences(cells: Cells) -> str:
@@ -71,7 +106,7 @@ def differences(cells: Cells) -> str:
     if is_blank(first[label]) or is_blank(second[label]):
       continue
     a, b = accuracies(first[label]), accuracies(second[label])
-    shares = [[niah.from_hex(one[label][task]).mean(axis=0) for task in tasks] for one in (first, second)]
+    shares = [[by_example(one[label][task]) for task in tasks] for one in (first, second)]
     paired = [x - y for x, y in zip(*shares, strict=True)]
     of_examples = 100 * np.sqrt(sum(x.var(ddof=1) / len(x) for x in paired)) / len(tasks)
     of_seeds = np.hypot(standard_error(a.mean(axis=0)), standard_error(b.mean(axis=0)))

@@ -29,46 +29,65 @@ class Row:
 
 def main_rows(length: int) -> list[Row]:
   """The rows of the main table, at sequences of `length` tokens."""
-  rows = [Row("dense", lambda task: (Dense(), None))]
-
-  def fixed(label: str, build: Callable[[], Mode], prefill_mode: Mode | None = None) -> None:
-    rows.append(Row(label, lambda task: (_choosing(build(), length), prefill_mode)))
-
-  def paper(label: str, build: Callable[[], Mode]) -> None:
-    rows.append(Row(label, lambda task: (Dense(), _choosing(build(), length)), at_answer=True))
-
-  def aware(label: str, budget: int, **options: Any) -> None:
-    rows.append(Row(label, lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
-                    at_answer=True))
-
+  step = functools.partial(_decoded, length)
+  rows = [step("dense", Dense)]
   for block in (16, 8):
     for n in (4, 8, 16, 32):
       for first in (False, True):
-        fixed(f"Quest {block}, 1/{n}{', first' if first else ''}",
-              functools.partial(Quest, length // n, block=block, keep_first=first))
+        rows.append(step(f"Quest {block}, 1/{n}{', first' * first}", Quest, length // n, block=block, keep_first=first))
   for block, n in [*((16, n) for n in (4, 8, 16, 32)), (32, 4), (32, 8), (32, 16)]:
     for first in (False, True):
       moba, end = functools.partial(MoBA, length // n // block, block=block, keep_first=first), ", first" * first
-      fixed(f"MoBA {block} decode, 1/{n}{end}", moba, Dense())
-      paper(f"MoBA {block} prompt, 1/{n}{end}", moba)
-    fixed(f"MoBA {block} everywhere, 1/{n}", functools.partial(MoBA, length // n // block, block=block,
-                                                              keep_first=False))
+      rows.append(step(f"MoBA {block} decode, 1/{n}{end}", moba, prefill_mode=Dense()))
+      rows.append(_prompt(length, f"MoBA {block} prompt, 1/{n}{end}", moba))
+    rows.append(step(f"MoBA {block} everywhere, 1/{n}", MoBA, length // n // block, block=block, keep_first=False))
   for n in (4, 8, 16, 32):
-    aware(f"SnapKV aware, 1/{n}", length // n)
-    fixed(f"SnapKV blind, 1/{n}", functools.partial(SnapKV, length // n, obs_window=8))
+    rows.append(_aware(f"SnapKV aware, 1/{n}", length // n))
+    rows.append(step(f"SnapKV blind, 1/{n}", SnapKV, length // n, obs_window=8))
   for n in (4, 16):
     for selector in ("random", "oracle"):
-      fixed(f"Quest 16, 1/{n}, {selector}", functools.partial(Quest, length // n, block=16, keep_first=False,
-                                                               selector=selector))
-      fixed(f"MoBA 16 decode, 1/{n}, {selector}", functools.partial(
-          MoBA, length // n // 16, block=16, keep_first=False, selector=selector), Dense())
-      aware(f"SnapKV aware, 1/{n}, {selector}", length // n, selector=selector)
+      rows.append(step(f"Quest 16, 1/{n}, {selector}", Quest, length // n, block=16, keep_first=False,
+                       selector=selector))
+      rows.append(step(f"MoBA 16 decode, 1/{n}, {selector}", MoBA, length // n // 16, block=16, keep_first=False,
+                       selector=selector, prefill_mode=Dense()))
+      rows.append(_aware(f"SnapKV aware, 1/{n}, {selector}", length // n, selector=selector))
   for top_k in (4, 8):
-    fixed(f"DilatedTopK 16, {top_k} blocks", functools.partial(DilatedTopK, 16, top_k))
+    rows.append(step(f"DilatedTopK 16, {top_k} blocks", DilatedTopK, 16, top_k))
   for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
-    fixed(f"{mode} everywhere", functools.partial(dataclasses.replace, mode))
-  fixed("dilated:16 question rows", lambda: Dilated(16), Dense())
+    rows.append(step(f"{mode} everywhere", dataclasses.replace, mode))
+  rows.append(step("dilated:16 question rows", Dilated, 16, prefill_mode=Dense()))
   return rows
+
+
+def paper_rows(length: int) -> list[Row]:
+  """The rows of the paper's tables (arXiv 2605.28640): the first block kept, and the same without."""
+  rows = [_decoded(length, "dense", Dense)]
+  for first in (True, False):
+    end = ", first" * first
+    for block, n in ((64, 4), (64, 8), (64, 16), (16, 64)):
+      rows.append(_decoded(length, f"Quest {block}, 1/{n}{end}", Quest, length // n, block=block, keep_first=first))
+    for block, n in ((64, 4), (64, 8), (64, 16), (128, 4), (128, 8)):
+      moba = functools.partial(MoBA, length // n // block, block=block, keep_first=first)
+      rows.append(_prompt(length, f"MoBA {block} prompt, 1/{n}{end}", moba))
+  for n in (4, 8, 16):
+    snapkv = functools.partial(SnapKV, length // n, obs_window=64)
+    rows.append(dataclasses.replace(_decoded(length, f"SnapKV, window of 64, 1/{n}", snapkv), at_answer=True))
+  return rows
+
+
+def _decoded(length: int, label: str, build: Callable[..., Mode], *arguments: Any, prefill_mode: Mode | None = None,
+             **options: Any) -> Row:
+  return Row(label, lambda task: (_choosing(build(*arguments, **options), length), prefill_mode))
+
+
+def _prompt(length: int, label: str, build: Callable[[], Mode]) -> Row:
+  """The mode in the prompt, and dense steps after it."""
+  return Row(label, lambda task: (Dense(), _choosing(build(), length)), at_answer=True)
+
+
+def _aware(label: str, budget: int, **options: Any) -> Row:
+  """SnapKV with the question as its window."""
+  return Row(label, lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None), at_answer=True)
 
 
 def _choosing(mode: Mode, length: int) -> Mode:

@@ -5,6 +5,7 @@ Claim: attention and RAT+ both learn to find needles; what differs is what spars
 Cost on one H100, three seeds: RAT+ 8 minutes, attention 6 minutes.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
 Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32 --shares=
+Words:  --text --init=runs/pretrain/checkpoints   fine-tunes one model by the RAT+ authors' protocol (text_needles.py).
 Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
 
@@ -27,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common, niah
+from experiments import common, niah, text_needles
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
@@ -36,10 +37,12 @@ from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, Optimizer, TrainState
 
 # Batches by arm: attention and RAT+ without ARL make one update of a batch, the others two.
-STEPS_OF = {"ratplus": 10000, "attention": 20000, "sparse_branch": 10000, "ratplus_dense": 20000,
-            "ratplus_mixed": 10000}
+STEPS_OF = {"ratplus": 8000, "attention": 16000, "sparse_branch": 8000, "ratplus_dense": 16000, "ratplus_mixed": 8000}
 MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
            "multivalue": 14, "multiquery": 9}  # rows of 64
+# Fresh embeddings are this much larger than 1/sqrt(E). At that size the tokens drown in what the first layers write at
+# random, and most seeds stop at answering with a random needle.
+_EMBEDDING_SCALE = 4.0
 _COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
 
 ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse"
@@ -48,13 +51,16 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Models that are trained side by side."
 STEPS = flags.DEFINE_integer("steps", None, "Batches in all. Default: 10000, 20000 where a batch is one update.",
                              lower_bound=1)
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks of the mixture.")
-STAGES = flags.DEFINE_list("stages", ["256x64", "512x48", "1024x32"], "Length x rows of every stage.")
-SHARES = flags.DEFINE_list("shares", ["0.5", "0.65"], "The share of the steps by which each stage but the last ends.")
+STAGES = flags.DEFINE_list("stages", [], "Length x rows of every stage. Default: 128x128,256x64,512x48,1024x32; one"
+                           " of 4096x32 for --text.")
+SHARES = flags.DEFINE_list("shares", ["0.3", "0.45", "0.5"], "The share of the steps by which each stage but the last"
+                           " ends.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, instead of fresh parameters.")
 MODES = common.define_modes([], "One update of every batch, repeat it for several. Default: the arm's own.")
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. Default: 5e-4; 1e-5 for --text.",
+                                   lower_bound=0.0)
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
 LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.")
 DILATION = flags.DEFINE_integer("dilation", 16, "ARL's dilation.", lower_bound=1)
@@ -63,6 +69,7 @@ WIDTH = flags.DEFINE_integer("width", 256, "Model width E.", lower_bound=2)
 HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
 LOG_EVERY = flags.DEFINE_integer("log_every", 100, "Batches between evaluations.", lower_bound=1)
+EXAMPLES = flags.DEFINE_integer("examples", 210, "Examples of every task, for --text.", lower_bound=1)
 SAVE_EVERY = flags.DEFINE_integer("save_every", 2000, "Batches between checkpoints.", lower_bound=1)
 
 
@@ -101,15 +108,20 @@ class Stage:
     return mini_niah.training_rows({name: n for name, n in counts.items() if n})
 
 
+def sizes(default: str) -> list[tuple[int, int]]:
+  """(length, rows) of every stage."""
+  try:
+    return [(int(length), int(rows)) for length, rows in (x.split("x") for x in STAGES.value or default.split(","))]
+  except ValueError as error:
+    raise ValueError(f"--stages={','.join(STAGES.value)}; write each as length x rows, such as 256x64.") from error
+
+
 def stages(steps: int) -> list[Stage]:
-  unknown = set(TASK_NAMES.value) - TASKS.keys()
-  if unknown:
-    raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
-  if len(SHARES.value) != len(STAGES.value) - 1:
-    raise ValueError(f"--shares={SHARES.value} for --stages={STAGES.value}; give one share less than stages.")
+  of_stage = sizes("128x128,256x64,512x48,1024x32")
+  if len(SHARES.value) != len(of_stage) - 1:
+    raise ValueError(f"--shares={SHARES.value} for {len(of_stage)} stages; give one share less than stages.")
   ends = [round(float(share) * steps) for share in SHARES.value] + [steps]
-  sizes = [text.split("x") for text in STAGES.value]
-  return [Stage(int(length), int(rows), end) for (length, rows), end in zip(sizes, ends, strict=True)]
+  return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
 class Programs:
@@ -166,6 +178,20 @@ def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.
 
 
 def main() -> None:
+  unknown = set(TASK_NAMES.value) - TASKS.keys()
+  if unknown:
+    raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
+  if text_needles.TEXT.value:
+    if len(STAGES.value) > 1:
+      raise ValueError(f"--stages={','.join(STAGES.value)}; --text has a single one.")
+    text_needles.fine_tune(INIT.value, TASK_NAMES.value, EXAMPLES.value, *sizes("4096x32")[0],
+                           modes=MODES.value or [Dense()], learning_rate=LEARNING_RATE.value or 1e-5)
+  else:
+    train()
+
+
+def train() -> None:
+  """From scratch, or from --init, through the stages."""
   folder, arm, steps = common.workdir(f"niah/{ARM.value}"), ARM.value, STEPS.value or STEPS_OF[ARM.value]
   if SEEDS.value % jax.device_count():
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
@@ -173,10 +199,11 @@ def main() -> None:
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
   seeds = jax.device_put(jnp.arange(SEEDS.value) + common.SEED.value * 1000, niah.over_seeds())
   model, plan, sets = RATPlusLM(config), stages(steps), mode_sets(arm)
-  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=steps, min_learning_rate=0.0,
+  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value or 5e-4, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(WARMUP.value, steps))
   run = Checkpoints(folder / "run")
-  notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "stages": STAGES.value, "steps": steps,
+  notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
+                           "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
                            "seeds": SEEDS.value, "modes": [[str(mode) for mode in modes] for modes in sets],
                            "init": INIT.value, "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, run, notes)
@@ -192,19 +219,18 @@ def main() -> None:
       state, metrics = programs.train(plan[at], modes, state, seeds, step)
       step += 1
       bar.update()
-      if step % LOG_EVERY.value and step < steps:
-        continue
-      loss = np.asarray(metrics["loss"])  # waits for the device
-      spent, accuracy = time.perf_counter() - clock, programs.accuracy(plan[at], state.params, step)
-      report(folder, bar, step, plan[at], loss, accuracy, spent / (step % LOG_EVERY.value or LOG_EVERY.value))
-      worst, last = dict(zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
-      done = last and STOP_AT.value is not None and min(worst.values()) >= STOP_AT.value
-      passed = min(x for name, x in worst.items() if name != "multivalue" or len(worst) == 1) >= LEAVE_AT.value
-      if not last and (passed or step >= plan[at].until):
-        at += 1
+      if step % LOG_EVERY.value == 0 or step == steps:
+        loss = np.asarray(metrics["loss"])  # waits for the device
+        spent, accuracy = time.perf_counter() - clock, programs.accuracy(plan[at], state.params, step)
+        report(folder, bar, step, plan[at], loss, accuracy, spent / (step % LOG_EVERY.value or LOG_EVERY.value))
+        worst, last = dict(zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
+        done = last and STOP_AT.value is not None and min(worst.values()) >= STOP_AT.value
+        passed = min(x for name, x in worst.items() if name != "multivalue" or len(worst) == 1) >= LEAVE_AT.value
+        if not last and (passed or step >= plan[at].until):
+          at += 1
+        clock = time.perf_counter()
       if done or step == steps or step % SAVE_EVERY.value == 0:
         run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
-      clock = time.perf_counter()
   for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
     shutil.rmtree(folder / f"seed-{i}", ignore_errors=True)
     one = jax.tree.map(lambda x, i=i: x[i], state)
@@ -231,6 +257,7 @@ def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array,
   tokens = np.zeros((1, 8), np.int32)
   if params is None:
     params = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), tokens)["params"]))(seeds)
+    params["embedding"] *= _EMBEDDING_SCALE
   found = jax.tree.leaves(params)[0].shape[0]
   if found != len(seeds):
     raise ValueError(f"--init={notes['init']} holds {found} seeds; use --seeds={found}.")

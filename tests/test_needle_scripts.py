@@ -9,18 +9,16 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 import rat_jax
-from conftest import FIXTURES
-from experiments import eval_niah, niah, niah_report, niah_table
+from experiments import eval_niah, niah, niah_report, niah_table, text_needles
+from needle_model import trained
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
@@ -28,24 +26,6 @@ from rat_jax.evaluate.needles import answered
 
 ROOT = pathlib.Path(__file__).parents[1]
 LENGTH = 128
-
-
-@functools.cache
-def trained():
-  """(model, parameters of one seed, stacked): RAT+ of 0.1M parameters that answers single_2 at 128 tokens.
-
-  Made by  python -m experiments.sft_niah --seeds=1 --layers=2 --width=64 --heads=2 --tasks=single_2,multikey_1
-  --stages=128x32 --shares= --steps=4000 --dilation=8 --dtype=float32  and kept in bfloat16.
-  """
-  with np.load(FIXTURES / "needles.npz") as file:
-    config = RATPlusConfig.from_json(str(file["config"]))
-    params: dict[str, Any] = {}
-    for name in file.files:
-      if name != "config":
-        *folders, last = name.split("/")
-        node = functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, params)
-        node[last] = jnp.asarray(file[name].view(jnp.bfloat16).astype(np.float32))[None]
-  return RATPlusLM(config), params
 
 
 @pytest.fixture
@@ -85,7 +65,10 @@ def test_cells_alone_and_together_and_free_running_are_one(small, label):
   (row,) = rows_named(label)
   tasks = [TASKS["single_2"], TASKS["single_1"], TASKS["multikey_1"]]
   together = eval_niah.cells(model, params, row, tasks, free=tasks[:1])
-  assert together["single_2"]["free_running_agrees"] == 1.0
+  free = together["single_2"]["free_running"]
+  assert free["agrees"] == 1.0
+  right = niah.from_hex(together["single_2"])[0, :8]
+  assert free["exact_match"] == free["comma_recall"] == 100 * right.mean() <= free["string_match_all"]
   assert together["single_2"]["accuracy"][0] > 20
   with flagsaver.flagsaver(batch_size=4):
     for task in tasks:
@@ -128,7 +111,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
   """Half of a run, taken away from a whole one, is gone on with on another number of devices."""
   run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY)
   run(f"--workdir={tmp_path}/whole")
-  run(f"--workdir={tmp_path}/halved")
+  shutil.copytree(tmp_path / "whole", tmp_path / "halved")
   for folder in ("run/8", "seed-0", "seed-1"):
     shutil.rmtree(tmp_path / "halved" / folder)
   assert "resuming from step 6" in run(f"--workdir={tmp_path}/halved", devices=2)
@@ -145,7 +128,8 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 @pytest.mark.slow
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
-             "--stages=128x32", "--shares=", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
+             "--stages=64x32", "--shares=", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
+             "--learning_rate=2e-3",
              f"--workdir={tmp_path}")
   first, *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert min(first["loss"][0]) > 2.5
@@ -199,3 +183,65 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   assert table[-1].split("|")[3].strip() == ""
   niah_report.draw_budgets(full, tmp_path / "none.png")  # nothing to draw
   assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
+  model = RATPlusLM(RATPlusConfig(256, 1, 32, 2))
+  state = rat_jax.init_train_state(model, model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"],
+                                   rat_jax.make_optimizer(1e-3, total_steps=1))
+  rat_jax.train.Checkpoints(tmp_path / "start").save(state, model.config, {})
+  task = ["--text", "--tasks=single_1,multikey_2"]
+  tune = ["-m", "experiments.sft_niah", *task, f"--init={tmp_path}/start", "--stages=640x8", "--examples=4",
+          "--epochs=40", "--learning_rate=1e-2", f"--workdir={tmp_path}/tuned"]
+  assert "no RULER score" in run_python(*tune)
+  lines = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines) == 40
+  assert lines[-1]["loss"][0] < 0.6 * lines[0]["loss"][0]
+  assert "of a run with examples=8, this one has 6" in run_python(*tune, "--examples=3", check=False)
+  ask = ["-m", "experiments.eval_niah", *task, "--table=paper", "--only=dense,SnapKV", "--length=640", "--count=2",
+         f"--workdir={tmp_path}/asked", f"--checkpoint={tmp_path}/tuned", f"--checkpoint={tmp_path}/start"]
+  told = run_python(*ask)
+  assert "string_match_all, our own tasks" in told
+  assert "capacity=40; use at least 65" in told
+  assert "comma_recall" in told
+  before = (tmp_path / "asked" / "results.json").read_text()
+  assert run_python(*ask).endswith(told[told.index("string_match_all"):])  # from the kept cells
+  assert (tmp_path / "asked" / "results.json").read_text() == before
+
+
+def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatch):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  names, length = ["single_1", "multiquery"], 1024
+  examples = text_needles.load(names, 3, length, 0)
+  flat = [one for of_task in examples.values() for one in of_task]
+  batch = jax.tree.map(np.asarray, text_needles.answer_batch(flat, length))
+  for tokens, targets, example in zip(batch["tokens"], batch["targets"], flat, strict=True):
+    at = np.flatnonzero(targets != -100)
+    assert bytes(tokens[:at[0] + 1].tolist()).decode() == example.prompt
+    assert bytes(targets[at].tolist()).decode() == " " + ",".join(example.answers) + "\0"
+    assert (tokens[at[:-1] + 1] == targets[at[:-1]]).all()
+
+  said = []  # the answers, but for the first one's last digit
+
+  def generate(model, params, tokens, lengths, *, max_new_tokens, **_):
+    out = np.zeros((len(tokens), max_new_tokens), np.int32)
+    for row in range(len(tokens)):
+      answer = list((" " + ",".join(flat[len(said)].answers)).encode())
+      out[row, :len(answer)] = answer if said else [*answer[:-1], ord("x")]
+      said.append(bytes(tokens[row, :lengths[row]].astype(np.uint8).tolist()).decode())
+    return out
+
+  monkeypatch.setattr(rat_jax, "generate", generate)
+  rows = {row.label: row for row in niah_table.paper_rows(length)}
+  cells = text_needles.cells(None, None, rows["Quest 64, 1/4"], examples, length, batch_size=2)
+  assert said == [one.prompt for one in flat]
+  assert [cells[name]["accuracy"][0] for name in names] == pytest.approx([200 / 3, 100])
+  assert cells["single_1"]["by_example"] == [0, 100, 100]
+  assert [cells["multiquery"][score] for score in ("comma_recall", "exact_match")] == [100, 100]
+  assert "use at least 65" in text_needles.cells(None, None, rows["Quest 64, 1/16, first"], examples, length,
+                                                 batch_size=2)["single_1"]["blank"]
+  with pytest.raises(ValueError, match=r"single_1, example 0: a prompt of \d+ tokens"), \
+      flagsaver.flagsaver(answer_room=8):
+    text_needles.load(names[:1], 1, length, 0)

@@ -154,6 +154,12 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   return made | {"targets": targets}
 
 
+def answer_text(tokens: Array) -> str:
+  """The tokens [n] after ANS as text, for scores of text: symbols as three digits, values apart by commas, to EOS."""
+  ids = np.asarray(tokens).tolist()
+  return "".join("," if token == SEP else f"{token:03}" for token in ids[:ids.index(EOS) if EOS in ids else None])
+
+
 def _repeated(uniform: Array) -> Array:
   """Filler of uniform numbers [B, T]: a random paragraph per row, over and over."""
   paragraph = FILLERS[0] + _integers(uniform[:, :_PARAGRAPH], FILLERS[1])

@@ -1,0 +1,152 @@
+"""Needle tasks in words, for `sft_niah --text` and `eval_niah --text`: a model's fine-tuning and its answers.
+
+The RAT+ authors' protocol: all tasks together, a loss on the answer alone, lr 1e-5, 4 epochs, batches of 32, prompts of
+up to T - 128 tokens. Tokens are bytes. Examples are RULER's files or our own, which give no RULER score.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import rat_jax
+from experiments import common
+from experiments.niah_table import Row
+from rat_jax import RATPlusLM, evaluate
+from rat_jax.data import BYTES
+from rat_jax.evaluate import Example, text_niah
+from rat_jax.evaluate.mini_niah import TASKS
+from rat_jax.modes import Mode
+from rat_jax.train import Checkpoints, train
+from rat_jax.train.loss import IGNORED
+
+TEXT = flags.DEFINE_bool("text", False, "Tasks in words, for a model of bytes (experiments.pretrain), not mini-NIAH.")
+RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, <task>.jsonl. Default: tasks of our own.")
+ESSAY = flags.DEFINE_string("essay", None, "Text file that surrounds needles of our own. Default: made-up sentences.")
+EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.0)
+ANSWER_ROOM = flags.DEFINE_integer("answer_room", 128, "Tokens kept for an answer.", lower_bound=2)
+END = 0  # byte that ends an answer
+
+
+class Bytes:
+  """Bytes as tokens."""
+
+  def encode(self, text: str) -> list[int]:
+    return list(text.encode())
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return bytes(ids).decode("utf-8", "replace")
+
+
+def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, list[Example]]:
+  """{task: examples}, at most `count` of a file, as many of our own; ValueError for a prompt or an answer too long."""
+  if RULER.value:
+    found = {name: evaluate.load_ruler(pathlib.Path(RULER.value) / f"{name}.jsonl")[:count] for name in names}
+  else:
+    essay = pathlib.Path(ESSAY.value).read_text() if ESSAY.value else text_niah.pseudo_essay(0, length)
+    found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
+                    for one in text_niah.examples(text_niah.TEXT_TASKS[name], count, length, Bytes(), essay=essay,
+                                                  seed=seed, answer_room=ANSWER_ROOM.value)] for name in names}
+  for name, examples in found.items():
+    for i, example in enumerate(examples):
+      prompt, answer = _encoded(example)
+      if len(prompt) > length - ANSWER_ROOM.value or len(answer) > ANSWER_ROOM.value:
+        raise ValueError(f"{name}, example {i}: a prompt of {len(prompt)} tokens and an answer of {len(answer)}; there"
+                         f" is room for {length - ANSWER_ROOM.value} and {ANSWER_ROOM.value} of length={length}.")
+  return found
+
+
+def _encoded(example: Example) -> tuple[list[int], list[int]]:
+  return Bytes().encode(example.prompt), [*Bytes().encode(" " + ",".join(example.answers)), END]
+
+
+def source() -> str:
+  """Where examples come from, for the results."""
+  return RULER.value or f"our own tasks, essay: {ESSAY.value or 'made-up sentences'}; no RULER score"
+
+
+def load_model(folder: str) -> tuple[RATPlusLM, Any]:
+  """(model, parameters) of a folder of checkpoints. Raises ValueError for a vocabulary that holds no bytes."""
+  config, params, _ = Checkpoints(folder).load_params()
+  if config.vocab_size < BYTES:
+    raise ValueError(f"{folder} has vocab_size={config.vocab_size}; text needs the {BYTES} bytes.")
+  return RATPlusLM(config), params
+
+
+def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, rows: int, modes: Sequence[Mode],
+              learning_rate: float) -> None:
+  """Fine-tunes the checkpoint `start` on `count` examples of every task; resumes from the newest in --workdir."""
+  if start is None:
+    raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
+  model, params = load_model(start)
+  examples = [one for of_task in load(names, count, length, common.SEED.value).values() for one in of_task]
+  steps = max(1, round(EPOCHS.value * len(examples) / rows))
+  draw = np.random.default_rng(common.SEED.value)
+  order = np.concatenate([draw.permutation(len(examples)) for _ in range(-(-steps * rows // len(examples)))])
+  batch_at = lambda step: answer_batch([examples[i] for i in order[step * rows:(step + 1) * rows]], length)
+  folder = common.workdir("niah/text")
+  checkpoints, optimizer = Checkpoints(folder), rat_jax.make_optimizer(learning_rate, total_steps=steps)
+  state = rat_jax.init_train_state(model, params, optimizer)
+  notes = {"init": str(pathlib.Path(start).absolute()), "tasks": list(names), "examples": len(examples),
+           "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
+           "source": source()}
+  if checkpoints.steps():
+    state, saved = checkpoints.restore(state, model.config)
+    for name, value in notes.items():
+      if saved.get(name) != value:
+        raise ValueError(f"the checkpoint in {folder} is of a run with {name}={saved.get(name)!r}, this one has"
+                         f" {value!r}; use another --workdir.")
+  print(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source()}), under"
+        f" {', then '.join(map(str, modes))}, on {common.device()}", flush=True)
+  train(model, optimizer, state, batch_at, steps=steps, modes=tuple(modes), notes=notes, checkpoints=checkpoints,
+        save_every=200, metrics_path=folder / "metrics.jsonl", label="needles in words")
+  print(f"checkpoint: {folder}")
+
+
+def answer_batch(examples: Sequence[Example], length: int) -> dict[str, jax.Array]:
+  """Prompts, answers and padding, int32 [B, T]; only an answer's tokens, END with them, are targets."""
+  tokens, targets = np.zeros((len(examples), length), np.int32), np.full((len(examples), length), IGNORED, np.int32)
+  for i, example in enumerate(examples):
+    prompt, answer = _encoded(example)
+    tokens[i, :len(prompt) + len(answer)] = prompt + answer
+    targets[i, len(prompt) - 1:len(prompt) + len(answer) - 1] = answer
+  return {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(targets)}
+
+
+def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequence[Example]], length: int,
+          batch_size: int) -> dict[str, dict[str, Any]]:
+  """The cells of a row: {task: the scores of greedy answers}; {"blank": why} where no such mode can be."""
+  found: dict[str, dict[str, Any]] = {}
+  for name, of_task in examples.items():
+    try:
+      mode, prefill_mode = row.build(TASKS[name])
+    except ValueError as error:
+      found[name] = {"blank": str(error)}
+      continue
+    said = [text for first in range(0, len(of_task), batch_size)
+            for text in _answers(model, params, of_task[first:first + batch_size], mode, prefill_mode, length, first)]
+    asked = [example.answers for example in of_task]
+    by_example = [evaluate.string_match_all([one], [answers]) for one, answers in zip(said, asked, strict=True)]
+    found[name] = {"accuracy": [evaluate.string_match_all(said, asked)], "count": len(said),
+                   "error_over_examples": [float(np.std(by_example) / len(said)**0.5)], "by_example": by_example,
+                   "comma_recall": evaluate.comma_recall(said, asked), "exact_match": evaluate.exact_match(said, asked)}
+  return found
+
+
+def _answers(model: RATPlusLM, params: Any, examples: Sequence[Example], mode: Mode, prefill_mode: Mode | None,
+             length: int, first: int) -> list[str]:
+  prompts = [_encoded(example)[0] for example in examples]
+  tokens = np.zeros((len(prompts), length - ANSWER_ROOM.value), np.int32)
+  for i, prompt in enumerate(prompts):
+    tokens[i, :len(prompt)] = prompt
+  new = rat_jax.generate(model, params, tokens, np.array([len(prompt) for prompt in prompts]), mode=mode,
+                         prefill_mode=prefill_mode, max_new_tokens=ANSWER_ROOM.value, eos_id=END,
+                         row_ids=jnp.arange(first, first + len(prompts)))
+  ids = [row[:row.index(END)] if END in row else row for row in np.asarray(new).tolist()]
+  return [Bytes().decode([i for i in row if i < BYTES]).strip() for row in ids]

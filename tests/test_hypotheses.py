@@ -1,0 +1,120 @@
+"""The measures of experiments.hypotheses against other ways to the same numbers, on the small trained model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import rat_jax
+from experiments import eval_niah, hypotheses, niah, niah_table
+from needle_model import trained
+from rat_jax import Dilated, Quest, SnapKV
+from rat_jax.evaluate.mini_niah import TASKS
+
+LENGTH, COUNT = 160, 16
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  monkeypatch.setattr(hypotheses, "TASKS", {name: TASKS[name] for name in ("single_2", "multikey_1", "multiquery")})
+  monkeypatch.setattr(hypotheses, "HARD", ())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  with flagsaver.flagsaver(length=LENGTH, count=COUNT, batch_size=128, draws=2, workers=2):
+    eval_niah.sequences.cache_clear()
+    yield
+    eval_niah.sequences.cache_clear()
+
+
+def table_row(label):
+  (row,) = [row for row in niah_table.main_rows(LENGTH) if row.label == label]
+  return row
+
+
+def test_a_hit_is_a_whole_answer_among_what_was_chosen():
+  model, params = trained()
+  one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
+  made = eval_niah.sequences(LENGTH, COUNT)["single_2"]
+  hits = lambda mode: hypotheses._hits(model, one, made, task, mode)
+  assert hits(Quest(LENGTH, block=16)).all()
+  assert hits(SnapKV(LENGTH, obs_window=3)).all()
+  random = hits(Quest(64, block=8, keep_first=False, selector="random")).mean()
+  assert 0.1 < random < 0.4  # two steps, each with 7 of 19 blocks beside its own: a share of 0.14, and a bit for luck
+  golden = np.asarray(made["golden"])
+  mode = Quest(40, block=8, keep_first=False)
+  chosen = rat_jax.inspect(model, one, made["tokens"], mode, prompt_lengths=np.full(COUNT, LENGTH - 6))
+  expected = np.ones((COUNT, 2, 2), bool)
+  for row, layer, head in np.ndindex(expected.shape):
+    for t in np.flatnonzero(golden[row] >= 0):
+      expected[row, layer, head] &= golden[row, t] // 8 in np.asarray(chosen[layer].blocks)[row, t, head].tolist()
+  np.testing.assert_array_equal(hits(mode), expected)
+
+
+@pytest.mark.slow
+def test_random_choice_and_the_plain_rows_are_those_of_the_table():
+  model, params = trained()
+  tasks = [TASKS["single_2"], TASKS["multiquery"]]
+  found = hypotheses.random_choice(model, params)
+  cells = eval_niah.cells(model, params, table_row("Quest 16, 1/4, random"), tasks)
+  for name, cell in cells.items():
+    assert found["Quest 16"][name][0] == cell["accuracy"]
+  assert len(found["SnapKV aware"]["single_2"]) == 2
+  first, second = ([cells[name][draw] for cells in found.values() for name in hypotheses.TASKS] for draw in range(2))
+  assert first != second
+
+
+@pytest.mark.slow
+def test_the_two_by_two_holds_the_model_as_it_is():
+  model, params = trained()
+  found = hypotheses.two_by_two(model, params)
+  mode = Quest(LENGTH // 8, block=16, keep_first=False)
+  for label, key in (("dense", "dense, select from memory, attend to memory"),
+                     ("Quest 16, 1/8", f"{mode}, select from memory, attend to memory")):
+    cells = eval_niah.cells(model, params, table_row(label), list(hypotheses.TASKS.values()))
+    assert found[key] == {name: cell["accuracy"] for name, cell in cells.items()}
+  plain = found["dense, select from memory, attend to plain"]["single_2"]
+  assert plain[0] < found["dense, select from memory, attend to memory"]["single_2"][0]
+
+
+@pytest.mark.slow
+def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
+  model, params = trained()
+  found = hypotheses.future(model, params)
+  assert list(found) == ["1/4", "1/8", "1/16"]
+  assert set(found["1/4"]["multikey_1"]) == {"A", "B", "B under B"}
+  whole = [found[budget]["multikey_1"][question][0] for budget in found for question in ("A", "B", "B under B")]
+  assert all(0 <= x <= 100 and (x * COUNT / 100).is_integer() for x in whole)
+
+
+def test_the_age_of_the_memory_is_that_of_its_weights():
+  model, params = trained()
+  made = eval_niah.sequences(LENGTH, COUNT)
+  tokens = jnp.concatenate([made[name]["tokens"][:8] for name in hypotheses.TASKS])
+  p = jax.tree.map(lambda x: np.asarray(x[0, 0], np.float64), params["layers"])
+  x = np.asarray(params["embedding"][0], np.float64)[np.asarray(tokens)]
+  x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + model.config.norm_eps) * p["attention_norm"]
+  gate = 1 / (1 + np.exp(-np.einsum("bte,enh->btnh", x, p["memory_gate"])))
+  age, ages = np.zeros(gate.shape[:1] + gate.shape[2:]), []
+  for t in range(LENGTH):
+    age = gate[:, t] * (age + 1)
+    ages.append(age)
+  expected = np.sort(np.mean(ages, axis=(0, 1)), axis=-1)
+  np.testing.assert_allclose(hypotheses.reach(model, params)["age"][0][0], expected, rtol=1e-4)
+
+
+def test_accuracy_by_distance_adds_up_to_the_accuracy():
+  model, params = trained()
+  found = hypotheses.distance(model, params)
+  tasks = [task for task in hypotheses.TASKS.values() if task.queries * task.values == 1]
+  cells = eval_niah.cells(model, params, table_row("dilated:8 everywhere"), tasks)
+  by_distance = found[str(Dilated(8))]
+  assert sum(by_distance["count"]) == COUNT * len(tasks)
+  assert np.average(by_distance["right"][0], weights=by_distance["count"]) == pytest.approx(
+      np.mean([cell["accuracy"][0] for cell in cells.values()]))
+  right = niah.from_hex(cells["single_2"])[0]
+  at_zero = (np.asarray(eval_niah.sequences(LENGTH, COUNT)["single_2"]["golden"]).max(axis=1) + 1) % 8 == 7
+  assert right[at_zero].size  # a needle's end is a kept token itself
