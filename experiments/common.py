@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -84,7 +85,18 @@ def device() -> str:
 
 
 def write_json(path: pathlib.Path, result: Any) -> None:
-  path.write_text(json.dumps(result, indent=2) + "\n")
+  """Writes it whole or not at all."""
+  beside = path.with_name(path.name + ".new")
+  beside.write_text(json.dumps(result, indent=2) + "\n")
+  os.replace(beside, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What `write_json` wrote; {} where there is nothing yet. Raises ValueError that names a file that is not JSON."""
+  try:
+    return json.loads(path.read_text()) if path.exists() else {}
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is not JSON: {error}; move it away to start anew.") from error
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -12,7 +12,6 @@ Words:  --text --table=paper --length=4096 --checkpoint=runs/niah/text, a folder
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,9 +25,9 @@ from tqdm import tqdm
 import rat_jax
 from experiments import common, niah, niah_report, niah_table, text_needles
 from experiments.niah_table import Row
-from rat_jax import RATPlusLM, evaluate
+from rat_jax import Dense, RATPlusLM, evaluate
 from rat_jax.evaluate import mini_niah
-from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
+from rat_jax.evaluate.mini_niah import TASKS, Task, evaluation_rows
 from rat_jax.modes import Mode
 
 CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* checkpoints; repeat it for several.",
@@ -36,21 +35,31 @@ CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* ch
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence.", lower_bound=16)
 COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all checkpoints and seeds.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences at a time.", lower_bound=1)
-ONLY = flags.DEFINE_list("only", [], "Rows of the table to compute, by their start, such as Quest,dense.")
+ONLY = flags.DEFINE_multi_string("only", [], "Rows of the table to compute, by their start, such as \"Quest 16, 1/8\";"
+                                 " repeat it for several.")
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
 TABLE = flags.DEFINE_enum("table", "main", ["main", "paper"], "Rows: blocks of 8 to 32 tokens, or the paper's of 64.")
 PROMPT_END = flags.DEFINE_enum("prompt_end", "main", ["main", "answer"], "main: the prompt ends at the question (MoBA"
                                " in the paper's form and aware SnapKV: at the answer); answer: there for all.")
-FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences that are also decoded greedily, in one task of every"
-                                    " fourth row of the table.", lower_bound=0)
+FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences that are also decoded greedily, in one task of some"
+                                    " rows.", lower_bound=0)
+SPACING = flags.DEFINE_integer("spacing", 0, "Tokens that a needle and the filler after it take at least: 2 D leaves"
+                               " half a needle per window of D at most.", lower_bound=0)
+NEAR_MISS = flags.DEFINE_float("near_miss", 0.0, "Share of needles whose key differs from the asked one in its last"
+                               " symbol alone.", 0.0, 1.0)
 WORKERS = flags.DEFINE_integer("workers", 8, "Rows that are compiled at a time.", lower_bound=1)
 DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
 
 
-@functools.cache
 def sequences(length: int, count: int) -> dict[str, dict[str, jax.Array]]:
   """The sequences of every task, the same for all rows of the table and all checkpoints."""
-  rows = tuple(Rows(task, count) for task in TASKS.values())
+  return _sequences(length, count, SPACING.value, NEAR_MISS.value)
+
+
+@functools.cache
+def _sequences(length: int, count: int, spacing: int, near_miss: float) -> dict[str, dict[str, jax.Array]]:
+  rows = tuple(kind for task in TASKS.values()
+               for kind in evaluation_rows(task, count, spacing=spacing, near_miss=near_miss))
   made = jax.jit(lambda: mini_niah.batch(rows, length, DATA_SEED, 0))()
   return {name: jax.tree.map(lambda x, i=i: x[i * count:(i + 1) * count], made) for i, name in enumerate(TASKS)}
 
@@ -79,11 +88,12 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
       groups.setdefault(row.build(task), []).append(task)
     except ValueError as error:
       found[task.name] = {"blank": str(error)}
-  for (mode, _), of_mode in groups.items():
+  for (mode, prefill_mode), of_mode in groups.items():
+    sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     for name, right in which_right(model, params, row, of_mode).items():
       found[name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": COUNT.value,
                      "error_over_examples": (100 * right.std(axis=1) / math.sqrt(COUNT.value)).tolist(),
-                     "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, mode, LENGTH.value,
+                     "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, sparse, LENGTH.value,
                                                                       prompt_length(row, TASKS[name])))),
                      "right": niah.to_hex(right)}
   for task in free:
@@ -120,62 +130,77 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict
           "comma_recall": evaluate.comma_recall(predictions, references)}
 
 
-def key_of(checkpoint: str, row: Row, task: str) -> str:
-  kind = text_needles.source() if text_needles.TEXT.value else PROMPT_END.value
-  return f"{checkpoint}|{kind}|{LENGTH.value}|{COUNT.value}|{row.label}|{task}"
+Compute = Callable[[Row, list[str]], dict[str, dict[str, Any]]]
 
 
-Compute = Callable[[int, Row, list[str]], dict[str, dict[str, Any]]]
-
-
-def mini_cells(checkpoint: str) -> Compute:
-  """What makes the cells of mini-NIAH; one task of every fourth row is decoded greedily too."""
+def mini_cells(checkpoint: str) -> tuple[str, Compute]:
+  """(what tells the model and its sequences apart, what makes cells of mini-NIAH)."""
   config, params = niah.load(checkpoint)
+  sequences(LENGTH.value, COUNT.value)  # once, before the threads
 
-  def compute(i, row, names):
-    checked = list(TASKS)[i // 4 % len(TASKS)] if FREE_RUNNING.value and i % 4 == 0 else None
-    free = [TASKS[name] for name in names if name == checked]
+  def compute(row, names):
+    free = []
+    if FREE_RUNNING.value and row.label in niah_table.CHECKED:
+      checked = TASK_NAMES.value[niah_table.CHECKED.index(row.label) % len(TASK_NAMES.value)]
+      free = [TASKS[name] for name in names if name == checked]
     return cells(RATPlusLM(config), params, row, [TASKS[name] for name in names], free)
 
-  return compute
+  options = f"{PROMPT_END.value}, spacing {SPACING.value}, near misses {NEAR_MISS.value}"
+  return f"{checkpoint} {niah.fingerprint(params)}, {options}", compute
 
 
-def text_cells(checkpoint: str) -> Compute:
-  """What makes the cells of tasks in words."""
+def text_cells(checkpoint: str) -> tuple[str, Compute]:
+  """The same for tasks in words."""
   model, params = text_needles.load_model(checkpoint)
   examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, DATA_SEED)
-  return lambda i, row, names: text_needles.cells(model, params, row, {name: examples[name] for name in names},
-                                                  LENGTH.value, BATCH_SIZE.value)
+  return f"{checkpoint} {niah.fingerprint(params)}, {text_needles.source()}", lambda row, names: text_needles.cells(
+      model, params, row, {name: examples[name] for name in names}, LENGTH.value, BATCH_SIZE.value)
+
+
+def rows_to_compute() -> list[Row]:
+  """The rows that flags ask for."""
+  if text_needles.TEXT.value and (TABLE.value == "main" or PROMPT_END.value == "answer"):
+    raise ValueError(f"--text with --table={TABLE.value} --prompt_end={PROMPT_END.value}; text has the paper's rows"
+                     " alone (--table=paper), and their prompts end at the answer anyway.")
+  every = (niah_table.main_rows if TABLE.value == "main" else niah_table.paper_rows)(LENGTH.value)
+  if PROMPT_END.value == "answer":
+    every = [row for row in every if not row.at_question]
+  rows = [row for row in every if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+  if not rows:
+    raise ValueError(f"--only={ONLY.value} is the start of no row; the rows are {[row.label for row in every]}.")
+  return rows
 
 
 def main() -> None:
   niah.prepare_threads()
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
-  results = json.loads(path.read_text()) if path.exists() else {}
+  results = common.read_json(path)
   unknown = set(TASK_NAMES.value) - TASKS.keys()
   if unknown:
     raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
-  make_rows = niah_table.main_rows if TABLE.value == "main" else niah_table.paper_rows
-  rows = [row for row in make_rows(LENGTH.value) if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+  rows, names = rows_to_compute(), TASK_NAMES.value
   makers = {checkpoint: (text_cells if text_needles.TEXT.value else mini_cells)(checkpoint)
             for checkpoint in CHECKPOINTS.value}
-  for checkpoint, compute in makers.items():
-    jobs = [functools.partial(compute, i, row, [name for name in TASK_NAMES.value
-                                                if key_of(checkpoint, row, name) not in results])
-            for i, row in enumerate(rows)]
+
+  def key(checkpoint, row, name):
+    return f"{makers[checkpoint][0]}|{LENGTH.value}|{COUNT.value}|{row.label}|{name}"
+
+  for checkpoint, (_, compute) in makers.items():
+    jobs = [functools.partial(compute, row, [name for name in names if key(checkpoint, row, name) not in results])
+            for row in rows]
     done = niah.side_by_side(jobs, WORKERS.value)
     with tqdm(done, total=len(rows), desc=checkpoint, unit="row", disable=None) as bar:
       for i, found in bar:
-        results |= {key_of(checkpoint, rows[i], name): one for name, one in found.items()}
+        results |= {key(checkpoint, rows[i], name): one for name, one in found.items()}
         common.write_json(path, results)
         if bar.disable:
           print(f"{checkpoint}: {rows[i].label}", flush=True)
-  table = {checkpoint: {row.label: {name: results[key_of(checkpoint, row, name)] for name in TASK_NAMES.value}
-                        for row in rows} for checkpoint in CHECKPOINTS.value}
+  table = {checkpoint: {row.label: {name: results[key(checkpoint, row, name)] for name in names} for row in rows}
+           for checkpoint in makers}
   text = niah_report.report(table)
   measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
-  print(f"{measure}, in percent, mean over {len(TASK_NAMES.value)} tasks +- standard error over seeds,"
+  print(f"{measure}, in percent, mean over {len(names)} tasks +- standard error over seeds,"
         f" {common.device()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n")
   niah_report.draw_budgets(table, folder / "budgets.png")

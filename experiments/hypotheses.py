@@ -9,9 +9,8 @@ Writes results.json, a figure for each question, and prints the figures' numbers
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -150,7 +149,7 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
 def reach(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """How far back the memory reaches: the mean age in tokens of what a channel holds, [seeds][layers][heads][H], sorted.
 
-  Of a state sum_s w_s x_s the age is sum_s w_s (t - s), which obeys a_t = g_t (a_(t-1) + 1); the mean is over tokens.
+  Of a state sum_s w_s x_s the age is sum_s w_s (t - s) over sum_s w_s; the mean is over tokens.
   """
   made = eval_niah.sequences(LENGTH.value, COUNT.value)
   tokens = jnp.concatenate([made[name]["tokens"][:8] for name in TASKS])
@@ -164,7 +163,9 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
   for i in range(config.num_layers):
     p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
     gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, p, x).gate_logits))
-    ages.append(jnp.mean(linear_scan(gate, (gate,))[0], axis=(0, 1)))
+    (weight,) = linear_scan(gate, (1 - gate,))
+    (weighted,) = linear_scan(gate, (weight - (1 - gate),))  # a token's share of it is older by one at the next
+    ages.append(jnp.mean(weighted / weight, axis=(0, 1)))
     x, _, _ = transformer.block(config, p, x, layout, None, lambda at: rat_jax.attend(at.q, at.k, at.v, Dense()))
   return jnp.sort(jnp.stack(ages), axis=-1)
 
@@ -200,33 +201,39 @@ def main() -> None:
   niah.prepare_threads()
   folder = common.workdir("hypotheses")
   path = folder / "results.json"
-  results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+  results: dict[str, Any] = common.read_json(path)
   unknown = set(ONLY_PARTS.value) - set(PARTS)
   if unknown:
     raise ValueError(f"--parts={sorted(unknown)} are unknown; use some of {list(PARTS)}.")
   least = 16 * (max(task.query_length for task in TASKS.values()) + 1)
   if LENGTH.value < least:
     raise ValueError(f"--length={LENGTH.value}: SnapKV at 1/16 has no room beside a question; use {least} or more.")
-  for checkpoint in eval_niah.CHECKPOINTS.value:
+  names = [pathlib.Path(checkpoint).name for checkpoint in eval_niah.CHECKPOINTS.value]
+  if len(set(names)) < len(names):
+    raise ValueError(f"--checkpoint={eval_niah.CHECKPOINTS.value}: two have one name; give folders of different names.")
+  shown: dict[str, dict[str, Any]] = {part: {} for part in ONLY_PARTS.value}
+  for checkpoint, name in zip(eval_niah.CHECKPOINTS.value, names, strict=True):
     config, params = niah.load(checkpoint)
-    model, name = RATPlusLM(config), pathlib.Path(checkpoint).name
+    model = RATPlusLM(config)
+    of_run = f"{checkpoint} {niah.fingerprint(params)}|{LENGTH.value}|{COUNT.value}|{DRAWS.value}"
     for part in tqdm(ONLY_PARTS.value, desc=name, unit="part", disable=None):
-      if name not in results.setdefault(part, {}) and (config.memory or part not in OF_MEMORY):
-        results[part][name] = PARTS[part](model, params)
+      if not config.memory and part in OF_MEMORY:
+        continue
+      key = f"{part}|{of_run}"
+      if key not in results:
+        results[key] = PARTS[part](model, params)
         common.write_json(path, results)
         print(f"{name}: {part} done", flush=True)
+      shown[part][name] = results[key]
   for part in ONLY_PARTS.value:
-    hypotheses_plots.draw(part, results[part], folder / f"{part}.png")
-  print(report(results, ONLY_PARTS.value))
+    hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
+  print(report(shown))
 
 
-def report(results: dict[str, Any], parts: Sequence[str]) -> str:
+def report(results: dict[str, dict[str, Any]]) -> str:
   """The figures' numbers, as Markdown tables of means over seeds."""
-  text = []
-  for part in parts:
-    for name, found in results[part].items():
-      text += [f"\n{part}, {name}\n", hypotheses_plots.table(part, found)]
-  return "\n".join(text)
+  return "\n".join(f"\n{part}, {name}\n\n{hypotheses_plots.table(part, found)}" for part, by_name in results.items()
+                   for name, found in by_name.items())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str)
     width = 0.8 / len(by_name)
     for i, (name, found) in enumerate(by_name.items()):
       x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
-      axis.bar(x, [np.mean(found[group][task]) for task in tasks], width, color=COLOURS[i], alpha=0.6, label=name)
+      means = [np.mean(found[group][task]) for task in tasks]
+      axis.bar(x, means, width, color=COLOURS[i % len(COLOURS)], alpha=0.6, label=name)
       for at, task in zip(x, tasks, strict=True):
         values = np.ravel(found[group][task])
         axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)
@@ -100,7 +101,7 @@ def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
                               layout="constrained", squeeze=False)
   for row, method in zip(axes, methods, strict=True):
     for axis, task in zip(row, tasks, strict=True):
-      for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
+      for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
         for j, seed in enumerate(found[method][task]):
           axis.plot(-np.sort(-np.ravel(seed)), color=colour, linewidth=0.9, label=name if j == 0 else None)
       axis.set_title(task, fontsize=8)
@@ -130,7 +131,7 @@ def _reach_figure(by_name: dict[str, Any]) -> plt.Figure:
   layers = np.array(next(iter(by_name.values()))["age"]).shape[1]
   figure, axes = plt.subplots(1, layers, figsize=(2.6 * layers, 2.8), layout="constrained", sharey=True, squeeze=False)
   for layer, axis in enumerate(axes[0]):
-    for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
+    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
       for j, seed in enumerate(np.array(found["age"])[:, layer]):
         for k, head in enumerate(seed):
           axis.plot(np.linspace(0, 100, len(head)), head, color=colour, linewidth=0.7,
@@ -148,7 +149,7 @@ def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
   figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes), 3), layout="constrained", sharey=True,
                               squeeze=False)
   for axis, mode in zip(axes[0], modes, strict=True):
-    for colour, (name, found) in zip(COLOURS, by_name.items(), strict=False):
+    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
       for j, seed in enumerate(found[mode]["right"]):
         axis.plot(seed, color=colour, linewidth=0.9, label=name if j == 0 else None)
     axis.set_title(mode, fontsize=9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import os
 import pathlib
 import threading
@@ -20,7 +21,7 @@ from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.needles import answered
 from rat_jax.train import Checkpoints
 
-DEVICE = threading.Lock()  # programs compile side by side and run one by one
+DEVICE = threading.Lock()  # held by a batch of `which_right`: programs compile side by side and run one by one
 
 
 @functools.cache
@@ -39,7 +40,9 @@ def load(folder: str) -> tuple[RATPlusConfig, Any]:
   paths = sorted(pathlib.Path(folder).glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
   if not paths:
     raise FileNotFoundError(f"{folder} holds no seed-* checkpoints; experiments.sft_niah makes them.")
-  configs, params, _ = zip(*(Checkpoints(path).load_params() for path in paths), strict=True)
+  configs, params, notes = zip(*(Checkpoints(path).load_params() for path in paths), strict=True)
+  if notes[0].get("seeds", len(paths)) != len(paths):
+    raise ValueError(f"{folder} holds {len(paths)} of {notes[0]['seeds']} seeds; run experiments.sft_niah to its end.")
   if configs[0].vocab_size != mini_niah.VOCAB_SIZE:
     raise ValueError(f"{folder} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
   return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -98,6 +101,14 @@ def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Arr
     with DEVICE:
       right.append(np.asarray(program(params, batch, ids)))
   return np.concatenate([x.reshape(len(x), len(parts), every) for x in right], axis=2).swapaxes(0, 1)
+
+
+def fingerprint(params: Any) -> str:
+  """Eight digits that tell parameters apart."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:8]
 
 
 def to_hex(right: np.ndarray) -> list[str]:

@@ -5,6 +5,7 @@ Cells are {checkpoint: {row's label: {task: cell}}}, a cell as `eval_niah.cells`
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ Cells = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
 _BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
 
 
-def is_blank(by_task: Mapping[str, dict[str, Any]]) -> bool:
-  return any("blank" in cell for cell in by_task.values())
+MATCHED = 95.0  # percent that every task needs under Dense for a comparison
+
+
+def is_whole(by_task: Mapping[str, dict[str, Any]]) -> bool:
+  """Whether no cell of a row is blank."""
+  return not any("blank" in cell for cell in by_task.values())
 
 
 def accuracies(by_task: Mapping[str, dict[str, Any]]) -> np.ndarray:
@@ -37,7 +42,8 @@ def report(cells: Cells) -> str:
   """Everything that is told in words and numbers, as Markdown."""
   parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
            "differences": differences(cells) if len(cells) > 1 else "",
-           "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
+           "as in the paper: second / first checkpoint": side_by_side(cells) if len(cells) > 1 else "",
+           "not matched": unmatched(cells), "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
   return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
 
 
@@ -56,7 +62,10 @@ def by_example(cell: dict[str, Any]) -> np.ndarray:
 
 
 def table(cells: Cells) -> str:
-  """A line per row and checkpoint: the mean over tasks +- the standard error over seeds, every task, the seeds."""
+  """A line per row and checkpoint: the mean over tasks, its standard errors over seeds and examples, tasks, seeds.
+
+  A row with a blank cell has no mean.
+  """
   if not cells:
     return ""
   first = next(iter(cells.values()))
@@ -64,23 +73,48 @@ def table(cells: Cells) -> str:
   lines = []
   for label in first:
     for checkpoint, rows in cells.items():
-      line = [label, pathlib.Path(checkpoint).name]
-      if is_blank(rows[label]):
-        lines.append(line + [""] * (len(tasks) + 2))
-        continue
-      values = accuracies(rows[label])
-      seeds = values.mean(axis=0)
-      error = f" +- {standard_error(seeds):.1f}" if len(seeds) > 1 else ""
-      lines.append([*line, f"{seeds.mean():.1f}{error}",
-                    *(f"{x:.1f}" for x in values.mean(axis=1)), " ".join(f"{x:.0f}" for x in seeds)])
-  return markdown_table(["mode", "checkpoint", "mean", *tasks, "seeds"], lines)
+      of_tasks = ["" if "blank" in cell else f"{np.mean(cell['accuracy']):.1f}" for cell in rows[label].values()]
+      mean, errors, of_seeds = "", "", ""
+      if is_whole(rows[label]):
+        seeds = accuracies(rows[label]).mean(axis=0)
+        mean, of_seeds = f"{seeds.mean():.1f}", " ".join(f"{x:.0f}" for x in seeds)
+        of_examples = 100 * np.sqrt(sum(by_example(cell).var() / cell["count"] for cell in rows[label].values()))
+        errors = f"{standard_error(seeds):.1f}, " if len(seeds) > 1 else ""
+        errors += f"{of_examples / len(tasks):.1f}"
+      lines.append([label, pathlib.Path(checkpoint).name, mean, errors, *of_tasks, of_seeds])
+  return markdown_table(["mode", "checkpoint", "mean", "s.e. seeds, examples", *tasks, "seeds"], lines)
+
+
+def side_by_side(cells: Cells) -> str:
+  """The paper's layout: a line per row, "second / first checkpoint" in every cell."""
+  first, second = list(cells.values())[:2]
+  tasks = list(next(iter(first.values())))
+  lines = [[label, *("" if "blank" in first[label][task] or "blank" in second[label][task] else " / ".join(
+      f"{np.mean(one[label][task]['accuracy']):.1f}" for one in (second, first)) for task in tasks)] for label in first]
+  return markdown_table(["mode", *tasks], lines)
+
+
+def unmatched(cells: Cells) -> str:
+  """The checkpoints whose dense accuracy is too low, in some task and seed, to be compared under sparse modes."""
+  lines = []
+  for checkpoint, rows in cells.items():
+    low = [f"{task} {min(cell['accuracy']):.1f}" for task, cell in rows.get("dense", {}).items()
+           if "blank" not in cell and min(cell["accuracy"]) < MATCHED]
+    if low:
+      lines.append(f"{checkpoint}, dense accuracy of the worst seed below {MATCHED:g}: {', '.join(low)}")
+  return "\n".join(lines)
 
 
 def blanks(cells: Cells) -> str:
   """Why cells are blank, a line each."""
-  reasons = {label: next(cell["blank"] for cell in by_task.values() if "blank" in cell)
-             for rows in cells.values() for label, by_task in rows.items() if is_blank(by_task)}
-  return "\n".join(f"{label}: {why}" for label, why in reasons.items())
+  tasks: dict[tuple[str, str], list[str]] = {}
+  for label, by_task in next(iter(cells.values())).items():
+    for task, cell in by_task.items():
+      if "blank" in cell:
+        tasks.setdefault((label, cell["blank"]), []).append(task)
+  every = len(next(iter(next(iter(cells.values())).values())))
+  return "\n".join(f"{label}{'' if len(of_row) == every else ' (' + ', '.join(of_row) + ')'}: {why}"
+                   for (label, why), of_row in tasks.items())
 
 
 def checks(cells: Cells) -> str:
@@ -103,15 +137,18 @@ def differences(cells: Cells) -> str:
   tasks = list(next(iter(first.values())))
   lines = []
   for label in first:
-    if is_blank(first[label]) or is_blank(second[label]):
+    if not (is_whole(first[label]) and is_whole(second[label])):
       continue
     a, b = accuracies(first[label]), accuracies(second[label])
     shares = [[by_example(one[label][task]) for task in tasks] for one in (first, second)]
     paired = [x - y for x, y in zip(*shares, strict=True)]
     of_examples = 100 * np.sqrt(sum(x.var(ddof=1) / len(x) for x in paired)) / len(tasks)
     of_seeds = np.hypot(standard_error(a.mean(axis=0)), standard_error(b.mean(axis=0)))
-    of_tasks = [f"{x.mean() - y.mean():+.1f}{'+' if x.min() > y.max() else ''}" for x, y in zip(a, b, strict=True)]
-    lines.append([label, f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}", f"{of_seeds:.1f}", *of_tasks])
+    several = min(a.shape[1], b.shape[1]) > 1
+    of_tasks = [f"{x.mean() - y.mean():+.1f}{'+' if several and x.min() > y.max() else ''}"
+                for x, y in zip(a, b, strict=True)]
+    lines.append([label, f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}", f"{of_seeds:.1f}" if several else "",
+                  *of_tasks])
   return markdown_table(["mode", "difference", "s.e. examples", "s.e. seeds", *tasks], lines)
 
 
@@ -120,7 +157,7 @@ def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
   families: dict[str, list[tuple[int, str]]] = {}
   for label in next(iter(cells.values())):
     match = _BUDGET.fullmatch(label)
-    if match and not all(is_blank(rows[label]) for rows in cells.values()):
+    if match and any(is_whole(rows[label]) for rows in cells.values()):
       families.setdefault(match[1] + match[3], []).append((int(match[2]), label))
   families = {name: points for name, points in families.items() if len(points) > 1}
   if not families:
@@ -128,8 +165,8 @@ def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
   rows = -(-len(families) // 4)
   figure, axes = plt.subplots(rows, 4, figsize=(13, 2.8 * rows), layout="constrained", sharey=True, squeeze=False)
   for axis, (name, points) in zip(axes.flat, families.items(), strict=False):
-    for colour, (checkpoint, by_label) in zip(COLOURS, cells.items(), strict=False):
-      known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if not is_blank(by_label[label])]
+    for colour, (checkpoint, by_label) in zip(itertools.cycle(COLOURS), cells.items(), strict=False):
+      known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if is_whole(by_label[label])]
       axis.plot([n for n, _ in known], [seeds.mean() for _, seeds in known], "-", color=colour,
                 label=pathlib.Path(checkpoint).name)
       for n, seeds in known:

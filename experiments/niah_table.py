@@ -20,11 +20,20 @@ class Row:
     label: family, budget and what is special, such as "Quest 16, 1/8, first".
     build: (mode, prefill_mode) for a task, None for the mode's own form; ValueError where no such mode can be built.
     at_answer: the prompt ends at the answer (p = index of ANS + 1) rather than at the question (p = index of QRY).
+    at_question: it must end at the question: what it shows is not there otherwise.
   """
 
   label: str
   build: Callable[[Task], tuple[Mode, Mode | None]]
   at_answer: bool = False
+  at_question: bool = False
+
+
+# Rows that are also decoded greedily, in one task each.
+CHECKED = ("dense", "Quest 16, 1/8", "MoBA 16 decode, 1/8", "MoBA 16 prompt, 1/8", "SnapKV aware, 1/8",
+           "SnapKV blind, 1/4", "Quest 16, 1/4, random", "DilatedTopK 16, 4 blocks", "dilated:16 everywhere",
+           "streaming_llm:60 everywhere", "Quest 64, 1/8, first", "MoBA 64 prompt, 1/8, first",
+           "SnapKV, window of 64, 1/8")
 
 
 def main_rows(length: int) -> list[Row]:
@@ -43,7 +52,8 @@ def main_rows(length: int) -> list[Row]:
     rows.append(step(f"MoBA {block} everywhere, 1/{n}", MoBA, length // n // block, block=block, keep_first=False))
   for n in (4, 8, 16, 32):
     rows.append(_aware(f"SnapKV aware, 1/{n}", length // n))
-    rows.append(step(f"SnapKV blind, 1/{n}", SnapKV, length // n, obs_window=8))
+    rows.append(dataclasses.replace(step(f"SnapKV blind, 1/{n}", SnapKV, length // n, obs_window=8),
+                                    at_question=True))
   for n in (4, 16):
     for selector in ("random", "oracle"):
       rows.append(step(f"Quest 16, 1/{n}, {selector}", Quest, length // n, block=16, keep_first=False,
@@ -55,7 +65,8 @@ def main_rows(length: int) -> list[Row]:
     rows.append(step(f"DilatedTopK 16, {top_k} blocks", DilatedTopK, 16, top_k))
   for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
     rows.append(step(f"{mode} everywhere", dataclasses.replace, mode))
-  rows.append(step("dilated:16 question rows", Dilated, 16, prefill_mode=Dense()))
+  rows.append(dataclasses.replace(step("dilated:16 question rows", Dilated, 16, prefill_mode=Dense()),
+                                  at_question=True))
   return rows
 
 

@@ -27,7 +27,8 @@ from rat_jax.train import Checkpoints, train
 from rat_jax.train.loss import IGNORED
 
 TEXT = flags.DEFINE_bool("text", False, "Tasks in words, for a model of bytes (experiments.pretrain), not mini-NIAH.")
-RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, <task>.jsonl. Default: tasks of our own.")
+RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, <task>.jsonl or <task>/validation.jsonl."
+                           " Default: tasks of our own.")
 ESSAY = flags.DEFINE_string("essay", None, "Text file that surrounds needles of our own. Default: made-up sentences.")
 EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.0)
 ANSWER_ROOM = flags.DEFINE_integer("answer_room", 128, "Tokens kept for an answer.", lower_bound=2)
@@ -47,7 +48,7 @@ class Bytes:
 def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, list[Example]]:
   """{task: examples}, at most `count` of a file, as many of our own; ValueError for a prompt or an answer too long."""
   if RULER.value:
-    found = {name: evaluate.load_ruler(pathlib.Path(RULER.value) / f"{name}.jsonl")[:count] for name in names}
+    found = {name: evaluate.load_ruler(_file_of(name))[:count] for name in names}
   else:
     essay = pathlib.Path(ESSAY.value).read_text() if ESSAY.value else text_niah.pseudo_essay(0, length)
     found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
@@ -60,6 +61,13 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
         raise ValueError(f"{name}, example {i}: a prompt of {len(prompt)} tokens and an answer of {len(answer)}; there"
                          f" is room for {length - ANSWER_ROOM.value} and {ANSWER_ROOM.value} of length={length}.")
   return found
+
+
+def _file_of(name: str) -> pathlib.Path:
+  """RULER's file of a task: <task>.jsonl, or <task>/validation.jsonl as RULER's own scripts leave it."""
+  folder = pathlib.Path(RULER.value or "")
+  one = folder / f"{name}.jsonl"
+  return one if one.exists() or not (folder / name).is_dir() else folder / name / "validation.jsonl"
 
 
 def _encoded(example: Example) -> tuple[list[int], list[int]]:
@@ -95,7 +103,7 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
   state = rat_jax.init_train_state(model, params, optimizer)
   notes = {"init": str(pathlib.Path(start).absolute()), "tasks": list(names), "examples": len(examples),
            "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
-           "source": source()}
+           "epochs": EPOCHS.value, "seed": common.SEED.value, "answer_room": ANSWER_ROOM.value, "source": source()}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, model.config)
     for name, value in notes.items():

@@ -25,9 +25,7 @@ def small(monkeypatch):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(["test", "--checkpoint=none"])
   with flagsaver.flagsaver(length=LENGTH, count=COUNT, batch_size=128, draws=2, workers=2):
-    eval_niah.sequences.cache_clear()
     yield
-    eval_niah.sequences.cache_clear()
 
 
 def table_row(label):
@@ -98,10 +96,12 @@ def test_the_age_of_the_memory_is_that_of_its_weights():
   x = np.asarray(params["embedding"][0], np.float64)[np.asarray(tokens)]
   x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + model.config.norm_eps) * p["attention_norm"]
   gate = 1 / (1 + np.exp(-np.einsum("bte,enh->btnh", x, p["memory_gate"])))
-  age, ages = np.zeros(gate.shape[:1] + gate.shape[2:]), []
-  for t in range(LENGTH):
-    age = gate[:, t] * (age + 1)
-    ages.append(age)
+  ages = []
+  for t in range(LENGTH):  # token s weighs (1 - g_s) and every gate after it
+    weights = np.cumprod(np.concatenate([np.ones_like(gate[:, :1]), gate[:, t:0:-1]], axis=1), axis=1)
+    weights *= 1 - gate[:, t::-1]
+    distances = np.arange(t + 1)[None, :, None, None]
+    ages.append((weights * distances).sum(axis=1) / weights.sum(axis=1))
   expected = np.sort(np.mean(ages, axis=(0, 1)), axis=-1)
   np.testing.assert_allclose(hypotheses.reach(model, params)["age"][0][0], expected, rtol=1e-4)
 

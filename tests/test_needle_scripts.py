@@ -33,9 +33,7 @@ def small():
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(["test", "--checkpoint=none"])
   with flagsaver.flagsaver(length=LENGTH, count=32, batch_size=96, free_running=8):
-    eval_niah.sequences.cache_clear()
     yield
-    eval_niah.sequences.cache_clear()
 
 
 def rows_named(*labels):
@@ -49,7 +47,8 @@ def test_a_small_trained_model_under_the_modes(small):
   expected = {"dense": (95, 100), "Quest 8, 1/4": (90, 100), "MoBA 16 decode, 1/4": (90, 100),
               "MoBA 16 prompt, 1/4": (90, 100), "SnapKV aware, 1/4": (80, 100), "dilated:8 everywhere": (80, 100),
               "DilatedTopK 16, 4 blocks": (80, 100), "dilated:16,window=32 everywhere": (70, 100),
-              "streaming_llm:60 everywhere": (30, 90), "Quest 16, 1/4, random": (20, 80)}
+              "streaming_llm:60 everywhere": (30, 90), "Quest 16, 1/4, random": (20, 80),
+              "SnapKV blind, 1/4": (20, 80), "MoBA 16 everywhere, 1/4": (90, 100), "Quest 16, 1/4, oracle": (90, 100)}
   for row in rows_named(*expected, "Quest 16, 1/4, first"):
     cell = eval_niah.cells(model, params, row, [TASKS["single_2"]])["single_2"]
     if row.label == "Quest 16, 1/4, first":  # two blocks, both forced
@@ -117,11 +116,14 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
   assert "resuming from step 6" in run(f"--workdir={tmp_path}/halved", devices=2)
   lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
            for name in ("whole", "halved")]
+  assert [line["step"] for line in lines[1]] == [2, 4, 6, 8]
   for one, other in zip(lines[0][-1:], lines[1][-1:], strict=True):
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
   (_, whole), (_, halved) = (niah.load(f"{tmp_path}/{name}") for name in ("whole", "halved"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole, halved)
-  for flag, message in (("--steps=9", "of a run with steps=8"), ("--seeds=3", "do not divide over 2")):
+  assert "finished before" in run(f"--workdir={tmp_path}/whole")
+  for flag, message in (("--lm_weight=1", "of a run with lm_weight=0.1, this one has 1.0"),
+                        ("--seeds=3", "do not divide over 2")):
     assert message in run(f"--workdir={tmp_path}/whole", flag, devices=2, check=False)
 
 
@@ -170,17 +172,25 @@ def cell_of(*seeds):
 def test_differences_are_paired_and_blanks_say_why(tmp_path):
   a, b = [1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1, 1, 1, 0, 1]
   c = [0, 1, 0, 0, 1, 1, 0, 1, 0, 1]
-  full = {"x/one": {"dense": {"t": cell_of(a, b)}, "Quest, 1/4": {"t": {"blank": "no room"}}},
-          "x/two": {"dense": {"t": cell_of(c, c)}, "Quest, 1/4": {"t": {"blank": "no room"}}}}
+  blank = {"t": {"blank": "no room"}}
+  full = {"x/one": {"dense": {"t": cell_of(a, b)}, "Quest, 1/4": blank},
+          "x/two": {"dense": {"t": cell_of(c, c)}, "Quest, 1/4": blank}}
   difference = (np.array(a) + b) / 2 - c
   error = 100 * difference.std(ddof=1) / 10**0.5
   (line,) = niah_report.differences(full).splitlines()[2:]
   assert [part.strip() for part in line.strip("| ").split("|")] == [
       "dense", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]
   assert niah_report.blanks(full) == "Quest, 1/4: no room"
-  table = niah_report.table(full).splitlines()
-  assert table[2].split("|")[3].strip() == "75.0 +- 5.0"
-  assert table[-1].split("|")[3].strip() == ""
+  table = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.table(full).splitlines()]
+  error = 100 * ((np.array(a) + b) / 2).std() / 10**0.5
+  assert table[2] == ["dense", "one", "75.0", f"5.0, {error:.1f}", "75.0", "80 70"]
+  assert table[-1][2:] == ["", "", "", ""]
+  assert niah_report.side_by_side(full).splitlines()[2].split("|")[2].strip() == "50.0 / 75.0"
+  assert niah_report.unmatched(full).splitlines()[0].endswith("worst seed below 95: t 70.0")
+  partly = {"x/one": {"dense": {"t": cell_of(a, b), "u": {"blank": "no room"}}}}
+  line = niah_report.table(partly).splitlines()[2]
+  assert [part.strip() for part in line.split("|")[3:-1]] == ["", "", "75.0", "", ""]
+  assert niah_report.blanks(partly) == "dense (u): no room"
   niah_report.draw_budgets(full, tmp_path / "none.png")  # nothing to draw
   assert not (tmp_path / "none.png").exists()
 
@@ -199,8 +209,8 @@ def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   assert len(lines) == 40
   assert lines[-1]["loss"][0] < 0.6 * lines[0]["loss"][0]
   assert "of a run with examples=8, this one has 6" in run_python(*tune, "--examples=3", check=False)
-  ask = ["-m", "experiments.eval_niah", *task, "--table=paper", "--only=dense,SnapKV", "--length=640", "--count=2",
-         f"--workdir={tmp_path}/asked", f"--checkpoint={tmp_path}/tuned", f"--checkpoint={tmp_path}/start"]
+  ask = ["-m", "experiments.eval_niah", *task, "--table=paper", "--only=dense", "--only=SnapKV", "--length=640",
+         "--count=2", f"--workdir={tmp_path}/asked", f"--checkpoint={tmp_path}/tuned", f"--checkpoint={tmp_path}/start"]
   told = run_python(*ask)
   assert "string_match_all, our own tasks" in told
   assert "capacity=40; use at least 65" in told

@@ -139,6 +139,13 @@ def test_near_misses_and_spacing():
   for tokens in made:
     needles, _, (((asked,), _),) = read(tokens)
     assert {key[0] for key, _, _ in needles} == {asked[0]}
+  made = np.asarray(batch(evaluation_rows(task, 4, near_miss=1.0), 1024, 0, 0)["tokens"])  # more than such keys
+  for tokens in made:
+    needles, _, (((asked,), _),) = read(tokens)
+    assert len({key for key, _, _ in needles}) == len(needles) == 145
+    assert sum(key[0] == asked[0] for key, _, _ in needles) >= 48
+  with pytest.raises(ValueError, match=r"keys=\(100, 100\): multikey_1 has keys of one symbol"):
+    mini_niah.batch((Rows(TASKS["multikey_1"], 1, keys=(100, 100)),), 1024, 0, 0)
   made = np.asarray(batch((Rows(TASKS["multikey_1"], 20, keys=(4, 4), spacing=32),), 256, 0, 0)["tokens"])
   for tokens in made:
     starts = [start for _, _, start in read(tokens)[0]]
@@ -198,7 +205,11 @@ def test_rulers_files(tmp_path):
   assert first.prompt == second.prompt == "A needle. What is it? It is"
   assert (first.answers, second.answers, first.length) == (("12",), ("12", "13"), 30)
   for line, message in (('{"input": "x"}', r"line 2 lacks \['outputs'\]"), ("{", "line 2 is not JSON"),
-                        ('{"input": "x", "outputs": []}', r"line 2: outputs=\[\]"), ("[]", "line 2 lacks")):
+                        ('{"input": "x", "outputs": []}', r"line 2: outputs=\[\]"), ("[]", "line 2 lacks"),
+                        ('{"input": "x", "outputs": [null]}', r"line 2: outputs=\[None\]"),
+                        ('{"input": "x", "outputs": ["1", ""]}', r"line 2: outputs=\['1', ''\]"),
+                        ('{"input": 5, "outputs": ["1"]}', "line 2: input=5; give a text"),
+                        ('{"input": "x", "outputs": ["1"], "answer_prefix": 5}', "line 2: answer_prefix=5")):
     path.write_text(json.dumps(older) + "\n" + line)
     with pytest.raises(ValueError, match=message):
       load_ruler(path)

@@ -84,7 +84,8 @@ class Rows:
       `full` is the share of rows that are filled with needles, and the others draw from 1 to that many.
     spacing: a needle and the filler after it take at least so many tokens: 2 * D leaves at most half a needle per
       window of D.
-    near_miss: the share of needles whose key differs from the first question's in its last symbol alone.
+    near_miss: the share of needles whose key differs from the first question's in its last symbol alone; of the 96
+      such keys there are, half at most.
   """
 
   task: Task
@@ -128,7 +129,7 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
     "task" int32 [B]: the task's number in TASKS.
 
   Raises:
-    ValueError: a length without room for the questions and one needle.
+    ValueError: a length without room for the questions and one needle; more keys than there are.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(sum(kind.count for kind in rows)))
@@ -142,6 +143,8 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
     if room < least * max(kind.task.needle_length, kind.spacing):
       raise ValueError(f"length={length} leaves {room} tokens of context to {kind.task.name} with {kind.questions}"
                        f" questions, too few for {least} needles; use a larger length or fewer questions.")
+    if kind.task.key_length == 1 and max(kind.keys or (0, kind.task.keys)) > KEYS[1]:
+      raise ValueError(f"keys={kind.keys}: {kind.task.name} has keys of one symbol, of which there are {KEYS[1]}.")
     of_kind = slice(first, first + kind.count)
     parts.append(jax.vmap(functools.partial(_row, kind, room))(filler[of_kind], uniform[of_kind, length:]))
     first += kind.count
@@ -228,7 +231,9 @@ def _keys(task: Task, most: int, count: Array, u: dict[str, Array], near_miss: f
   prefix = _integers(u["prefix"], KEYS[1]).reshape(most, task.key_length - 1)
   if task.key_length > 1 and near_miss:
     asked = jnp.argmin(jnp.where(jnp.arange(most) < count, u["ask"], 2.0))  # the first question's
-    prefix = jnp.where((u["near"] < near_miss)[:, None], prefix[asked], prefix)
+    near = u["near"] < near_miss
+    near &= jnp.cumsum(near) <= KEYS[1] // 2  # the rest of this prefix's keys is for those that have it anyway
+    prefix = jnp.where(near[:, None], prefix[asked], prefix)
   same = jnp.all(prefix[:, None] == prefix[None], axis=-1)
   earlier = jnp.sum(same & (jnp.arange(most)[None] < jnp.arange(most)[:, None]), axis=1)
   offset = _integers(u["offset"], KEYS[1])[jnp.argmax(same, axis=1)]  # one for all keys of a prefix

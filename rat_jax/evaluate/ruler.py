@@ -25,7 +25,7 @@ def load_ruler(path: str | os.PathLike) -> list[Example]:
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give a .jsonl file of RULER.")
-  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(path.read_text().splitlines(), 1)
+  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(path.read_text().split("\n"), 1)
               if line.strip()]
   if not examples:
     raise ValueError(f"{path} holds no example.")
@@ -40,7 +40,10 @@ def _example(line: str, where: str) -> Example:
   missing = [name for name in ("input", "outputs") if not isinstance(fields, dict) or name not in fields]
   if missing:
     raise ValueError(f"{where} lacks {missing}; an example of RULER has input, outputs and length.")
-  if not isinstance(fields["outputs"], list) or not fields["outputs"]:
-    raise ValueError(f"{where}: outputs={fields['outputs']!r}; give a list of one or more answers.")
-  return Example(fields["input"] + (fields.get("answer_prefix") or ""), tuple(map(str, fields["outputs"])),
-                 fields.get("length"))
+  outputs, prefix = fields["outputs"], fields.get("answer_prefix") or ""
+  if not isinstance(outputs, list) or not outputs or any(not str(x) or not isinstance(x, str | int) for x in outputs):
+    raise ValueError(f"{where}: outputs={outputs!r}; give a list of one or more answers.")
+  for name, text in (("input", fields["input"]), ("answer_prefix", prefix)):
+    if not isinstance(text, str):
+      raise ValueError(f"{where}: {name}={text!r}; give a text.")
+  return Example(fields["input"] + prefix, tuple(map(str, outputs)), fields.get("length"))

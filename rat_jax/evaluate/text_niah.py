@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
@@ -24,11 +25,9 @@ _SYLLABLES = tuple(a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o",
 
 
 class Tokenizer(Protocol):
-  """Anything that turns text into numbers and back."""
+  """Anything that turns text into numbers."""
 
   def encode(self, text: str) -> list[int]: ...
-
-  def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,8 @@ def examples(task: TextTask, count: int, length: int, tokenizer: Tokenizer, *, e
              answer_room: int = 128) -> list[dict[str, Any]]:
   """Examples of a task whose prompts fill `length - answer_room` tokens as far as whole words or sentences go.
 
-  Every example is a function of (seed, task, its number) alone; needles stand at uniform places between sentences.
+  Every example is drawn from (seed, task, its number), however many there are; needles stand at uniform places between
+  sentences.
 
   Args:
     length: tokens of prompt and answer.
@@ -83,7 +83,7 @@ def examples(task: TextTask, count: int, length: int, tokenizer: Tokenizer, *, e
     ValueError: an essay too short for the haystack, an answer longer than `answer_room`, no room for the needles.
     ImportError: `wonderwords` is missing.
   """
-  sentences = [part.strip() + "." for part in essay.replace("\n", " ").split(".") if part.strip()]
+  sentences = [part for part in re.split(r"(?<=[.!?])\s+", " ".join(essay.split())) if part]
   return [_example(task, index, length - answer_room, tokenizer, sentences, answer_room,
                    random.Random(f"{seed}/{task.name}/{index}")) for index in range(count)]
 

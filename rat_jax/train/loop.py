@@ -49,6 +49,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if checkpoints is not None and later:
     raise ValueError(f"{checkpoints.folder} has checkpoints of steps {later}, and this state is at step {first}: they"
                      " would be overwritten. Restore the newest, or use another folder.")
+  if metrics_path is not None:
+    drop_metrics(metrics_path, first)
   state = jax.tree.map(jax.numpy.array, state)  # the step gives its input away; the caller's state stays
   pending: list[dict[str, Any]] = []
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
@@ -74,6 +76,15 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
           checkpoints.save(state, model.config, {**(notes or {}), "step": step + 1})
         clock = time.perf_counter()
   return state
+
+
+def drop_metrics(path: pathlib.Path, first: int) -> None:
+  """Drops the JSON lines of steps from `first` on: a run killed after its last checkpoint writes them again."""
+  if path.exists():
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", -1) < first]
+    if len(kept) < len(lines):
+      path.write_text("".join(kept))
 
 
 def _fetch(pending: list[dict[str, Any]], first: int, clock: float) -> Iterator[dict[str, Any]]:
