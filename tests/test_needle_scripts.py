@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -73,6 +74,48 @@ def test_cells_alone_and_together_and_free_running_are_one(small, label):
     for task in tasks:
       alone = eval_niah.cells(model, params, row, [task])[task.name]
       assert alone["right"] == together[task.name]["right"]
+
+
+def test_in_bfloat16_a_cell_alone_is_within_a_point_of_one_in_a_batch(small):
+  model, params = trained()
+  model = RATPlusLM(dataclasses.replace(model.config, dtype="bfloat16"))
+  (row,) = rows_named("Quest 8, 1/4")
+  tasks = [TASKS["single_2"], TASKS["single_1"]]
+  with flagsaver.flagsaver(count=256):
+    together = eval_niah.cells(model, params, row, tasks)
+    with flagsaver.flagsaver(batch_size=32):
+      alone = eval_niah.cells(model, params, row, tasks[:1])
+  assert together["single_2"]["accuracy"][0] > 90
+  assert abs(alone["single_2"]["accuracy"][0] - together["single_2"]["accuracy"][0]) <= 1
+
+
+def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")  # the script adds to it
+  model, params = trained()
+  one = jax.tree.map(lambda x: x[0], params)
+  state = rat_jax.init_train_state(model, one, rat_jax.make_optimizer(1e-3, total_steps=1))
+  for name in ("a", "b"):
+    rat_jax.train.Checkpoints(tmp_path / name / "seed-0").save(state, model.config, {"seeds": 1})
+  folder = tmp_path / "table"
+  settings = {"checkpoint": [str(tmp_path / "a")], "only": ["dense", "Quest 8, 1/4"],
+              "tasks": ["single_2", "multikey_1"], "workdir": str(folder), "free_running": 0, "workers": 2}
+  with flagsaver.flagsaver(**settings):
+    eval_niah.main()
+    whole, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
+    assert len(whole) == 6  # two rows of two tasks, and "Quest 8, 1/4, first"
+    (folder / "results.json").write_text(json.dumps(dict(list(whole.items())[:3])))
+    eval_niah.main()
+    assert json.loads((folder / "results.json").read_text()) == whole
+    assert (folder / "table.md").read_text() == table
+    with flagsaver.flagsaver(only=["Dense"]), pytest.raises(ValueError, match="is the start of no row"):
+      eval_niah.main()
+    (folder / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results\.json is not JSON"):
+      eval_niah.main()
+  rat_jax.train.Checkpoints(tmp_path / "b" / "seed-0").save(
+      dataclasses.replace(state, step=np.int32(1)), model.config, {"seeds": 2})
+  with pytest.raises(ValueError, match="holds 1 of 2 seeds"):
+    niah.load(str(tmp_path / "b"))
 
 
 def test_the_same_data_on_one_and_on_four_devices():
