@@ -200,8 +200,7 @@ def main() -> None:
            for checkpoint in makers}
   text = niah_report.report(table)
   measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
-  print(f"{measure}, in percent, mean over {len(names)} tasks +- standard error over seeds,"
-        f" {common.device()}\n\n{text}")
+  print(f"{measure}, in percent, on {common.device()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n")
   niah_report.draw_budgets(table, folder / "budgets.png")
 

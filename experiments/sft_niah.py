@@ -4,7 +4,7 @@ Claim: attention and RAT+ both learn to find needles; what differs is what spars
 (experiments.eval_niah).  Expected: every task above 95% under Dense on every seed.
 Cost of three seeds on one H100: RAT+ 8.5 minutes with compilation.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
-Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32 --shares=
+Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32
 Words:  --text --init=runs/pretrain/checkpoints   fine-tunes one model by the RAT+ authors' protocol (text_needles.py).
 Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
@@ -53,8 +53,8 @@ STEPS = flags.DEFINE_integer("steps", None, "Batches in all. Default: 8000; 1600
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks of the mixture.")
 STAGES = flags.DEFINE_list("stages", [], "Length x rows of every stage. Default: 128x128,256x64,512x48,1024x32; one"
                            " of 4096x32 for --text.")
-SHARES = flags.DEFINE_list("shares", ["0.3", "0.45", "0.5"], "The share of the steps by which each stage but the last"
-                           " ends.")
+SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each stage but the last ends. Default:"
+                           " 0.3,0.45,0.5 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, instead of fresh parameters.")
@@ -122,9 +122,10 @@ def sizes(default: str) -> list[tuple[int, int]]:
 
 def stages(steps: int) -> list[Stage]:
   of_stage = sizes("128x128,256x64,512x48,1024x32")
-  if len(SHARES.value) != len(of_stage) - 1:
-    raise ValueError(f"--shares={SHARES.value} for {len(of_stage)} stages; give one share less than stages.")
-  ends = [round(float(share) * steps) for share in SHARES.value] + [steps]
+  shares = SHARES.value if SHARES.value is not None else [] if STAGES.value else ["0.3", "0.45", "0.5"]
+  if len(shares) != len(of_stage) - 1:
+    raise ValueError(f"--shares={','.join(shares)} for {len(of_stage)} stages; give one share less than stages.")
+  ends = [round(float(share) * steps) for share in shares] + [steps]
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
@@ -220,7 +221,7 @@ def train() -> None:
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
   print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
         f" {common.device()}", flush=True)
-  if (done or step == steps) and len(list(folder.glob("seed-*"))) == SEEDS.value:
+  if (done or step == steps) and all(Checkpoints(folder / f"seed-{i}").steps() for i in range(SEEDS.value)):
     print(f"finished before: {folder}/seed-*")
     return
   drop_metrics(folder / "metrics.jsonl", step + 1)

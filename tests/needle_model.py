@@ -18,7 +18,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 
 PATH = pathlib.Path(__file__).parent / "fixtures" / "needles.npz"
 COMMAND = ["-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2",
-           "--tasks=single_2,multikey_1", "--stages=128x32", "--shares=", "--steps=4000", "--dilation=8",
+           "--tasks=single_2,multikey_1", "--stages=128x32", "--steps=4000", "--dilation=8",
            "--learning_rate=2e-3", "--dtype=float32"]
 
 

@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 @pytest.mark.slow
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
-             "--stages=64x32", "--shares=", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
+             "--stages=64x32", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
              "--learning_rate=2e-3",
              f"--workdir={tmp_path}")
   first, *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
