@@ -24,6 +24,7 @@ from rat_jax.modes import (
     parse_mode,
     visible,
 )
+from rat_jax.pretrained import load_pretrained, save_pretrained
 from rat_jax.selection import Selection, select
 from rat_jax.train import init_train_state, make_optimizer, train_step
 from rat_jax.version import __version__
@@ -31,6 +32,6 @@ from rat_jax.version import __version__
 __all__ = [
     "Cache", "Dense", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig", "RATPlusLM",
     "Selection", "SnapKV", "StreamingLLM", "__version__", "attend", "cache_bytes", "compress", "convert", "decode_step",
-    "evaluate", "extend", "generate", "init_train_state", "inspect", "make_optimizer", "memory", "parse_mode",
-    "prefill", "select", "tokens_read", "train_step", "visible",
+    "evaluate", "extend", "generate", "init_train_state", "inspect", "load_pretrained", "make_optimizer", "memory",
+    "parse_mode", "prefill", "save_pretrained", "select", "tokens_read", "train_step", "visible",
 ]

@@ -204,7 +204,7 @@ def test_older_and_compiled_state_dicts_are_read(authors):
 def test_bad_state_dicts_are_refused(authors):
   fixture = authors("model_ratplus")
   good = fixture.state_dict()
-  with pytest.raises(ValueError, match=r"lacks 'backbone\.ln\.weight'"):
+  with pytest.raises(ValueError, match=r"lack 'backbone\.ln\.weight'"):
     from_ratplus_state_dict({k: v for k, v in good.items() if k != "backbone.ln.weight"}, fixture.config)
   with pytest.raises(ValueError, match="has no place for"):
     from_ratplus_state_dict(good | {"backbone.layers.7.extra": np.zeros(3)}, fixture.config)

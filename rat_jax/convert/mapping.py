@@ -1,0 +1,138 @@
+"""A conversion as a table: which foreign tensor holds which of our leaves, and how it lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rat_jax.axes import Params
+from rat_jax.config import RATPlusConfig
+from rat_jax.convert.tensors import Spec, Tensors
+
+Place = Callable[[str, np.ndarray], Any]
+LAYERS = "layers/"
+
+
+class Piece(NamedTuple):
+  """One of our leaves in a foreign tensor, or in some of its rows.
+
+  Attributes:
+    leaf: our name; of a leaf under "layers/" every layer is a piece of its own.
+    name: the foreign name, with {i} for the layer.
+    shape: of the piece as it lies there.
+    to_ours, to_theirs: between that and our leaf (of one layer).
+    first_row: where it starts in a tensor that holds several pieces, one below the other.
+  """
+
+  leaf: str
+  name: str
+  shape: tuple[int, ...]
+  to_ours: Callable[[np.ndarray], np.ndarray] = lambda x: x
+  to_theirs: Callable[[np.ndarray], np.ndarray] = lambda x: x
+  first_row: int = 0
+
+
+def heads_of_rows(leaf: str, name: str, heads: int, head_dim: int, width: int, first_row: int = 0) -> Piece:
+  """A projection [heads * H, E] to heads, our [E, heads, H]."""
+  return Piece(leaf, name, (heads * head_dim, width), lambda x: x.reshape(heads, head_dim, width).transpose(2, 0, 1),
+               lambda x: x.transpose(1, 2, 0).reshape(heads * head_dim, width), first_row)
+
+
+def heads_of_columns(leaf: str, name: str, heads: int, head_dim: int, width: int) -> Piece:
+  """A projection [E, heads * H] from heads, our [heads, H, E]."""
+  return Piece(leaf, name, (width, heads * head_dim), lambda x: x.T.reshape(heads, head_dim, width),
+               lambda x: x.reshape(heads * head_dim, width).T)
+
+
+def transposed(leaf: str, name: str, rows: int, columns: int) -> Piece:
+  """A matrix [out, in], our [in, out]."""
+  return Piece(leaf, name, (rows, columns), np.transpose, np.transpose)
+
+
+def check(pieces: Sequence[Piece], tensors: Tensors, num_layers: int, ignored: frozenset[str] = frozenset()) -> None:
+  """Raises ValueError for missing, misshapen and unknown tensors, before anything is read."""
+  found, expected = tensors.specs(), _foreign_shapes(pieces, num_layers)
+  for name, shape in expected.items():
+    if name not in found:
+      raise ValueError(f"the weights lack {name!r}; they hold {len(found)} tensors, for instance {sorted(found)[:3]}.")
+    if found[name].shape != shape:
+      raise ValueError(f"{name!r} has shape {found[name].shape}; this config needs {shape}.")
+  unknown = sorted(found.keys() - expected.keys() - ignored)
+  if unknown:
+    raise ValueError(f"the weights hold tensors that this config has no place for: {unknown[:5]}.")
+
+
+def _foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple[int, ...]]:
+  shapes: dict[str, tuple[int, ...]] = {}
+  for piece in pieces:
+    for i in range(num_layers if piece.leaf.startswith(LAYERS) else 1):
+      name = piece.name.format(i=i)
+      rows = shapes[name][0] if name in shapes else 0
+      shapes[name] = (rows + piece.shape[0], *piece.shape[1:])
+  return shapes
+
+
+def leaves(pieces: Sequence[Piece], tensors: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """(our name, our leaf) one after another, in `config.param_dtype`; layers stacked, a tensor read at a time."""
+  dtype = jnp.dtype(config.param_dtype)
+  for piece in pieces:
+
+    def read(i, piece=piece):
+      rows = slice(piece.first_row, piece.first_row + piece.shape[0])
+      return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
+
+    if not piece.leaf.startswith(LAYERS):
+      yield piece.leaf, np.ascontiguousarray(read(0), dtype)
+      continue
+    first = read(0)
+    stacked = np.empty((config.num_layers, *first.shape), dtype)
+    stacked[0] = first
+    for i in range(1, config.num_layers):
+      stacked[i] = read(i)
+    yield piece.leaf, stacked
+
+
+def foreign(pieces: Sequence[Piece], params: Params, num_layers: int) -> Iterator[tuple[str, np.ndarray]]:
+  """(foreign name, tensor) one after another: the inverse of `leaves`."""
+  by_name: dict[str, list[tuple[Piece, int]]] = {}
+  for piece in pieces:
+    for i in range(num_layers if piece.leaf.startswith(LAYERS) else 1):
+      by_name.setdefault(piece.name.format(i=i), []).append((piece, i))
+  for name, of_name in by_name.items():
+    parts = [piece.to_theirs(np.asarray(_leaf(params, piece.leaf)[i] if piece.leaf.startswith(LAYERS)
+                                        else _leaf(params, piece.leaf)))
+             for piece, i in sorted(of_name, key=lambda one: one[0].first_row)]
+    yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def foreign_specs(pieces: Sequence[Piece], num_layers: int, dtype: str) -> dict[str, Spec]:
+  """What `foreign` yields, in its order."""
+  return {name: Spec(shape, dtype) for name, shape in _foreign_shapes(pieces, num_layers).items()}
+
+
+def _leaf(params: Params, name: str) -> Any:
+  node: Any = params
+  for part in name.split("/"):
+    node = node[part]
+  return node
+
+
+def tree(named: Mapping[str, Any]) -> Params:
+  """{"layers/query": x} as {"layers": {"query": x}}."""
+  params: Params = {}
+  for name, leaf in named.items():
+    *folders, last = name.split("/")
+    node = params
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[last] = leaf
+  return params
+
+
+def as_is(name: str, leaf: np.ndarray) -> np.ndarray:
+  """Leaves stay numpy arrays."""
+  del name
+  return leaf

@@ -1,0 +1,138 @@
+"""OLMo 2 (huggingface/transformers, Olmo2ForCausalLM): a folder of config.json and safetensors to our model and back.
+
+Linear weights are [out, in]; norms of queries and keys run over all heads; each branch is normed after it. With memory,
+a gate is added that starts at sigmoid(gate_bias) everywhere, which at -12 changes next to nothing (arXiv 2605.28640).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rat_jax.axes import Params
+from rat_jax.config import RATPlusConfig
+from rat_jax.convert import mapping
+from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
+from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.version import __version__
+
+_LAYER = "model.layers.{i}."
+_MEMORY = ("memory_gate", "memory_gate_bias")
+
+
+def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0, *,
+               place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
+  """(config, parameters) of a downloaded OLMo 2.
+
+  Args:
+    memory: adds the memory, with zero gate weights and this bias; False is the model as released.
+    place: (our leaf's name, the numpy leaf) -> what takes its place in the tree, such as an array that is sharded
+      over devices. Leaves come one at a time, so that no more than one is in the host's memory.
+
+  Raises:
+    FileNotFoundError, ValueError: no config.json, another architecture, missing files, tensors that do not fit.
+  """
+  folder = pathlib.Path(folder)
+  config = _config(folder / "config.json", memory, gate_bias)
+  tensors, pieces = SafetensorsFolder(folder), _pieces(config)
+  ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
+  mapping.check(pieces, tensors, config.num_layers, ignored)
+  named = {name: place(name, leaf) for name, leaf in mapping.leaves(pieces, tensors, config)}
+  if memory:
+    heads, dtype = (config.num_layers, config.num_kv_heads, config.head_dim), jnp.dtype(config.param_dtype)
+    gate = np.zeros((config.num_layers, config.embed_dim, *heads[1:]), dtype)
+    named["layers/memory_gate"] = place("layers/memory_gate", gate)
+    named["layers/memory_gate_bias"] = place("layers/memory_gate_bias", np.full(heads, gate_bias, dtype))
+  return config, mapping.tree(named)
+
+
+def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,
+                 max_file_bytes: int = 5 * 10**9) -> None:
+  """Writes the model as OLMo 2, its memory left out: `transformers` and `load_olmo2` read it.
+
+  Raises ValueError for a config that is no OLMo 2, and for a folder that is not empty.
+  """
+  theirs = _their_config(config)
+  pieces = _pieces(config)
+  with new_folder(folder) as made:
+    (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    write_safetensors(made, mapping.foreign_specs(pieces, config.num_layers, config.param_dtype),
+                      mapping.foreign(pieces, params, config.num_layers),
+                      metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
+
+
+def _pieces(config: RATPlusConfig) -> list[Piece]:
+  e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
+  n, kv, attention, mlp = config.num_heads, config.num_kv_heads, _LAYER + "self_attn.", _LAYER + "mlp."
+  head = [] if config.tie_embeddings else [Piece("head", "lm_head.weight", (v, e))]
+  return [
+      Piece("embedding", "model.embed_tokens.weight", (v, e)),
+      heads_of_rows("layers/query", attention + "q_proj.weight", n, h, e),
+      heads_of_rows("layers/key", attention + "k_proj.weight", kv, h, e),
+      heads_of_rows("layers/value", attention + "v_proj.weight", kv, h, e),
+      heads_of_columns("layers/out", attention + "o_proj.weight", n, h, e),
+      Piece("layers/query_norm", attention + "q_norm.weight", (n * h,), lambda x: x.reshape(n, h), np.ravel),
+      Piece("layers/key_norm", attention + "k_norm.weight", (kv * h,), lambda x: x.reshape(kv, h), np.ravel),
+      transposed("layers/mlp_gate", mlp + "gate_proj.weight", f, e),
+      transposed("layers/mlp_in", mlp + "up_proj.weight", f, e),
+      transposed("layers/mlp_out", mlp + "down_proj.weight", e, f),
+      Piece("layers/attention_norm", _LAYER + "post_attention_layernorm.weight", (e,)),
+      Piece("layers/mlp_norm", _LAYER + "post_feedforward_layernorm.weight", (e,)),
+      Piece("final_norm", "model.norm.weight", (e,)),
+      *head,
+  ]
+
+
+def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig:
+  theirs = read_json(path, "OLMo 2 comes as a folder with a config.json")
+  needs = {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
+  for name, value in needs.items():
+    if theirs.get(name, value if name != "model_type" else None) != value:
+      raise ValueError(f"{path}: {name}={theirs.get(name)!r} is not supported; OLMo 2 has {name}={value!r}.")
+  names = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "embed_dim": "hidden_size",
+           "num_heads": "num_attention_heads", "mlp_dim": "intermediate_size", "norm_eps": "rms_norm_eps"}
+  missing = sorted(set(names.values()) - theirs.keys())
+  if missing:
+    raise ValueError(f"{path} lacks {missing}.")
+  dtype = theirs.get("dtype") or theirs.get("torch_dtype") or "float32"
+  dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+  fields: dict[str, Any] = {ours: theirs[name] for ours, name in names.items()}
+  fields |= {"num_kv_heads": theirs.get("num_key_value_heads"), "head_dim": theirs.get("head_dim"), "dtype": dtype,
+             "param_dtype": dtype}
+  return RATPlusConfig(
+      **fields, mlp="swiglu", memory=memory, gate_bias=gate_bias if memory else None, output_gate=False,
+      norm_placement="post", qk_norm=True, rope_base=_rope_base(path, theirs),
+      tie_embeddings=theirs.get("tie_word_embeddings", False))
+
+
+def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
+  """The rotary base, which older and newer files keep in different places."""
+  newer = theirs.get("rope_parameters") or {}
+  if newer.get("rope_type", "default") != "default":
+    raise ValueError(f"{path}: rope_type={newer['rope_type']!r} is not supported; OLMo 2 has 'default'.")
+  found = {float(base) for base in (theirs.get("rope_theta"), newer.get("rope_theta")) if base is not None}
+  if len(found) != 1:
+    raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r} and rope_parameters={newer!r}; one rotary base"
+                     " is needed.")
+  return found.pop()
+
+
+def _their_config(config: RATPlusConfig) -> dict[str, Any]:
+  needs = {"mlp": "swiglu", "output_gate": False, "norm_placement": "post", "qk_norm": True}
+  for name, value in needs.items():
+    if getattr(config, name) != value:
+      raise ValueError(f"{name}={getattr(config, name)!r} is not OLMo 2, which has {name}={value!r}.")
+  if config.head_dim * config.num_heads != config.embed_dim:
+    raise ValueError(f"head_dim={config.head_dim} is not OLMo 2, which has embed_dim / num_heads.")
+  return {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",
+          "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers, "hidden_size": config.embed_dim,
+          "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+          "intermediate_size": config.mlp_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base,
+          "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"}, "rope_scaling": None,
+          "tie_word_embeddings": config.tie_embeddings, "dtype": config.param_dtype, "torch_dtype": config.param_dtype,
+          "max_position_embeddings": 4096}  # as released; no size of the model depends on it

@@ -1,0 +1,185 @@
+"""OLMo 2 and our own folders: numbers against the recorded ones, round trips, broken files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from safetensors.numpy import load_file, save_file
+
+import rat_jax
+from conftest import FIXTURES
+from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax.convert import export_olmo2, load_olmo2
+
+OLMO2 = FIXTURES / "olmo2_tiny"
+
+
+@pytest.fixture(scope="module")
+def expected():
+  with np.load(OLMO2 / "expected.npz") as file:
+    return dict(file)
+
+
+def logits_of(config, params, tokens):
+  with jax.default_matmul_precision("highest"):
+    return np.asarray(RATPlusLM(config).apply({"params": params}, tokens))
+
+
+def trees_equal(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32)), a, b)
+
+
+def test_olmo2_as_released(expected):
+  config, params = load_olmo2(OLMO2, memory=False)
+  assert (config.memory, config.rope_base, config.num_kv_heads, config.dtype) == (False, 500000.0, 4, "float32")
+  np.testing.assert_allclose(logits_of(config, params, expected["tokens"]), expected["logits"], atol=1e-4)
+  with jax.default_matmul_precision("highest"):
+    new = rat_jax.generate(RATPlusLM(config), params, expected["greedy_prompt"], max_new_tokens=8)
+  np.testing.assert_array_equal(new, expected["greedy_tokens"])
+
+
+def test_a_memory_starts_as_the_identity(expected):
+  config, params = load_olmo2(OLMO2)
+  assert config.gate_bias == -12.0
+  np.testing.assert_allclose(logits_of(config, params, expected["tokens"]), expected["logits"], atol=1e-3)
+  config, params = load_olmo2(OLMO2, gate_bias=0.0)
+  assert np.abs(logits_of(config, params, expected["tokens"]) - expected["logits"]).max() > 0.1
+
+
+def test_olmo2_out_again(tmp_path, expected):
+  config, params = load_olmo2(OLMO2)
+  for limit, files in ((10**9, 1), (100_000, 6)):
+    folder = tmp_path / str(limit)
+    export_olmo2(folder, config, params, max_file_bytes=limit)
+    assert len(list(folder.glob("*.safetensors"))) == files
+    read = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    theirs = load_file(OLMO2 / "model.safetensors")
+    assert read.keys() == theirs.keys()
+    for name, value in theirs.items():
+      np.testing.assert_array_equal(read[name], value)
+    again, back = load_olmo2(folder)
+    assert again == config
+    trees_equal(back, params)
+  with pytest.raises(ValueError, match="exists and is not empty"):
+    export_olmo2(folder, config, params)
+  with pytest.raises(ValueError, match=r"mlp='gelu' is not OLMo 2"):
+    export_olmo2(tmp_path / "new", RATPlusConfig(61, 1, 16, 2), {})
+  assert not (tmp_path / "new").exists()
+
+
+@settings(max_examples=12, deadline=None)
+@given(layers=st.integers(1, 3), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]), tied=st.booleans(),
+       dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.booleans())
+def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype, memory):
+  n, kv = heads
+  config = RATPlusConfig(31, layers, 8 * n, n, num_kv_heads=kv, mlp_dim=20, mlp="swiglu", memory=memory,
+                         gate_bias=-12.0 if memory else None, output_gate=False, norm_placement="post", qk_norm=True,
+                         tie_embeddings=tied, dtype=dtype, param_dtype=dtype)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  folder = tmp_path_factory.mktemp("olmo2") / "model"
+  export_olmo2(folder, config, params, max_file_bytes=2000)
+  again, back = load_olmo2(folder, memory=memory)
+  assert again == config
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(back)} == {dtype}
+  trees_equal(back, params)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda c: c.pop("hidden_size"), r"lacks \['hidden_size'\]"),
+    (lambda c: c.update(model_type="llama"), "model_type='llama' is not supported"),
+    (lambda c: c.update(rope_theta=10000.0), "one rotary base is needed"),
+    (lambda c: c.update(num_hidden_layers=3), r"lack 'model\.layers\.2\."),
+    (lambda c: c.update(num_hidden_layers=1), r"has no place for: \['model\.layers\.1\."),
+    (lambda c: c.update(intermediate_size=150), r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(160, 64\)"),
+    (lambda c: c.update(rope_scaling={"type": "yarn"}), "rope_scaling="),
+])
+def test_configs_that_contradict_the_weights_are_refused(tmp_path, change, message):
+  shutil.copytree(OLMO2, tmp_path / "model")
+  config = json.loads((OLMO2 / "config.json").read_text())
+  change(config)
+  (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message):
+    load_olmo2(tmp_path / "model")
+
+
+def test_broken_folders_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+    load_olmo2(tmp_path)
+  folder = tmp_path / "model"
+  config, params = load_olmo2(OLMO2)
+  export_olmo2(folder, config, params, max_file_bytes=100_000)
+  parts = sorted(folder.glob("*.safetensors"))
+  kept = parts[1].read_bytes()
+  parts[1].write_bytes(kept[:len(kept) // 2])
+  with pytest.raises(ValueError, match=r"model-00002-of-00006\.safetensors is no whole safetensors file"):
+    load_olmo2(folder)
+  parts[1].unlink()
+  with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00006\.safetensors, which is not there"):
+    load_olmo2(folder)
+  parts[1].write_bytes(kept)
+  index = folder / "model.safetensors.index.json"
+  named = json.loads(index.read_text())
+  index.write_text(json.dumps(named | {"weight_map": named["weight_map"] | {"extra": parts[0].name}}))
+  with pytest.raises(ValueError, match=r"names \['extra'\], which its files do not hold"):
+    load_olmo2(folder)
+  index.unlink()
+  with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
+    load_olmo2(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
+  config = RATPlusConfig(61, 2, 16, 2, param_dtype=dtype)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  for limit in (10**9, 3000):
+    folder = tmp_path / f"{limit}"
+    rat_jax.save_pretrained(folder, config, params, about={"source": "a test"}, max_file_bytes=limit)
+    again, back = rat_jax.load_pretrained(folder, place=lambda name, leaf: (name, jnp.asarray(leaf)))
+    assert again == config
+    assert back["layers"]["query"][0] == "layers/query"
+    back = jax.tree.map(lambda placed: placed[1], back, is_leaf=lambda x: isinstance(x, tuple))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    trees_equal(back, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {jnp.dtype(dtype)}
+    assert "* source: a test" in (folder / "README.md").read_text()
+  other = dataclasses.replace(config, num_layers=3)
+  with pytest.raises(ValueError, match=r"layers/attention_norm is \(2, 16\), the config wants \(3, 16\)"):
+    rat_jax.save_pretrained(tmp_path / "new", other, params)
+  assert not (tmp_path / "new").exists()
+  (folder / "config.json").write_text(other.to_json())
+  with pytest.raises(ValueError, match="the config wants"):
+    rat_jax.load_pretrained(folder)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  config = RATPlusConfig(61, 1, 16, 2)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+
+  def full(*_, **__):
+    raise OSError("no space left")
+
+  monkeypatch.setattr("rat_jax.convert.tensors._write_file", full)
+  with pytest.raises(OSError, match="no space"):
+    rat_jax.save_pretrained(tmp_path / "model", config, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_our_files_are_the_packages(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=5).astype(jnp.bfloat16),
+            "c": np.array(2.5, np.float32)}
+  specs = {name: rat_jax.convert.tensors.Spec(x.shape, str(x.dtype)) for name, x in arrays.items()}
+  rat_jax.convert.tensors.write_safetensors(tmp_path, specs, arrays.items(), metadata={"x": "y"}, max_file_bytes=10**6)
+  save_file(arrays, tmp_path / "theirs.safetensors", metadata={"x": "y"})
+  ours, theirs = (load_file(tmp_path / name) for name in ("model.safetensors", "theirs.safetensors"))
+  assert ours.keys() == theirs.keys()
+  for name, value in theirs.items():
+    np.testing.assert_array_equal(ours[name], value)
+    assert ours[name].dtype == value.dtype
