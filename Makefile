@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint notebook needles clean
+.PHONY: quickstart test test-slow test-torch lint notebook needles clean
 
 quickstart: .venv/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
@@ -12,6 +12,11 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m slow tests
+
+# What needs torch: the RAT+ authors' files. Python 3.11, for which there is a small build.
+test-torch: .venv/dev
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_convert_torch.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

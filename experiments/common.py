@@ -51,7 +51,7 @@ def run(main) -> None:
       raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a --flag.")
     try:
       main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
       if logging.level_debug():
         raise
       print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -33,17 +33,24 @@ def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Pa
   """
   named = _named(params)
   _check({name: Spec(leaf.shape, str(leaf.dtype)) for name, leaf in named.items()}, config, "the parameters")
-  size = sum(leaf.size for leaf in named.values())
-  lines = [f"# {pathlib.Path(folder).name}", "", f"{size:,} parameters, "
-           + ("RAT+" if config.memory else "attention") + f", written by rat_jax {__version__}.", "",
-           *(f"* {key}: {value}" for key, value in about.items()), "",
-           f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]
+  write_pretrained(folder, config, ((name, np.asarray(leaf)) for name, leaf in named.items()), about=about,
+                   max_file_bytes=max_file_bytes)
+
+
+def write_pretrained(folder: str | os.PathLike, config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
+                     about: Mapping[str, str] = {}, max_file_bytes: int = 5 * 10**9) -> None:
+  """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
   with new_folder(folder) as made:
+    specs = write_safetensors(made, leaves, count=len(_shapes(config)), metadata={"rat_jax": __version__, **about},
+                              max_file_bytes=max_file_bytes)
+    _check(specs, config, "the parameters")
+    size = sum(int(np.prod(spec.shape)) for spec in specs.values())
+    lines = [f"# {pathlib.Path(folder).name}", "", f"{size:,} parameters, "
+             + ("RAT+" if config.memory else "attention") + f", written by rat_jax {__version__}.", "",
+             *(f"* {key}: {value}" for key, value in about.items()), "",
+             f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]
     (made / "config.json").write_text(config.to_json() + "\n")
     (made / "README.md").write_text("\n".join(lines))
-    write_safetensors(made, {name: Spec(leaf.shape, str(leaf.dtype)) for name, leaf in named.items()},
-                      ((name, np.asarray(leaf)) for name, leaf in named.items()),
-                      metadata={"rat_jax": __version__, **about}, max_file_bytes=max_file_bytes)
 
 
 def load_pretrained(folder: str | os.PathLike, *, place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
@@ -71,10 +78,15 @@ def _named(params: Params) -> dict[str, jax.Array | np.ndarray]:
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
+def _shapes(config: RATPlusConfig) -> dict[str, tuple[int, ...]]:
+  """The leaves of a config."""
+  drawn = {name: jax.eval_shape(draw, jax.random.key(0)) for name, draw in transformer.initializers(config).items()}
+  return {name: leaf.shape for name, leaf in _named(drawn).items()}
+
+
 def _check(found: Mapping[str, Spec], config: RATPlusConfig, where: str) -> None:
   """Raises ValueError where leaves are not those of the config, whatever their types."""
-  drawn = {name: jax.eval_shape(draw, jax.random.key(0)) for name, draw in transformer.initializers(config).items()}
-  shapes = {name: leaf.shape for name, leaf in _named(drawn).items()}
+  shapes = _shapes(config)
   wrong = [name for name in sorted(shapes.keys() | found.keys())
            if name not in found or name not in shapes or found[name].shape != shapes[name]]
   if wrong:

@@ -165,7 +165,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
   def full(*_, **__):
     raise OSError("no space left")
 
-  monkeypatch.setattr("rat_jax.convert.tensors._write_file", full)
+  monkeypatch.setattr("rat_jax.convert.tensors._Files.close", full)
   with pytest.raises(OSError, match="no space"):
     rat_jax.save_pretrained(tmp_path / "model", config, params)
   assert not list(tmp_path.iterdir())
@@ -175,8 +175,8 @@ def test_our_files_are_the_packages(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=5).astype(jnp.bfloat16),
             "c": np.array(2.5, np.float32)}
-  specs = {name: rat_jax.convert.tensors.Spec(x.shape, str(x.dtype)) for name, x in arrays.items()}
-  rat_jax.convert.tensors.write_safetensors(tmp_path, specs, arrays.items(), metadata={"x": "y"}, max_file_bytes=10**6)
+  rat_jax.convert.tensors.write_safetensors(tmp_path, arrays.items(), count=3, metadata={"x": "y"},
+                                            max_file_bytes=10**6)
   save_file(arrays, tmp_path / "theirs.safetensors", metadata={"x": "y"})
   ours, theirs = (load_file(tmp_path / name) for name in ("model.safetensors", "theirs.safetensors"))
   assert ours.keys() == theirs.keys()

@@ -10,7 +10,7 @@ import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
-from rat_jax.convert.tensors import Spec, Tensors
+from rat_jax.convert.tensors import Tensors
 
 Place = Callable[[str, np.ndarray], Any]
 LAYERS = "layers/"
@@ -106,11 +106,6 @@ def foreign(pieces: Sequence[Piece], params: Params, num_layers: int) -> Iterato
                                         else _leaf(params, piece.leaf)))
              for piece, i in sorted(of_name, key=lambda one: one[0].first_row)]
     yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def foreign_specs(pieces: Sequence[Piece], num_layers: int, dtype: str) -> dict[str, Spec]:
-  """What `foreign` yields, in its order."""
-  return {name: Spec(shape, dtype) for name, shape in _foreign_shapes(pieces, num_layers).items()}
 
 
 def _leaf(params: Params, name: str) -> Any:

@@ -6,9 +6,11 @@ a gate is added that starts at sigmoid(gate_bias) everywhere, which at -12 chang
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +24,6 @@ from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, wr
 from rat_jax.version import __version__
 
 _LAYER = "model.layers.{i}."
-_MEMORY = ("memory_gate", "memory_gate_bias")
 
 
 def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0, *,
@@ -37,18 +38,27 @@ def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   Raises:
     FileNotFoundError, ValueError: no config.json, another architecture, missing files, tensors that do not fit.
   """
+  config, named = read_olmo2(folder, memory, gate_bias)
+  return config, mapping.tree({name: place(name, leaf) for name, leaf in named})
+
+
+def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0
+               ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
+  """The same, the leaves one after another."""
   folder = pathlib.Path(folder)
   config = _config(folder / "config.json", memory, gate_bias)
   tensors, pieces = SafetensorsFolder(folder), _pieces(config)
   ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
   mapping.check(pieces, tensors, config.num_layers, ignored)
-  named = {name: place(name, leaf) for name, leaf in mapping.leaves(pieces, tensors, config)}
-  if memory:
-    heads, dtype = (config.num_layers, config.num_kv_heads, config.head_dim), jnp.dtype(config.param_dtype)
-    gate = np.zeros((config.num_layers, config.embed_dim, *heads[1:]), dtype)
-    named["layers/memory_gate"] = place("layers/memory_gate", gate)
-    named["layers/memory_gate_bias"] = place("layers/memory_gate_bias", np.full(heads, gate_bias, dtype))
-  return config, mapping.tree(named)
+  return config, itertools.chain(mapping.leaves(pieces, tensors, config), _memory(config))
+
+
+def _memory(config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """The leaves of a memory that starts as the identity."""
+  if config.gate_bias is not None:
+    shape, dtype = (config.num_kv_heads, config.head_dim), jnp.dtype(config.param_dtype)
+    yield "layers/memory_gate", np.zeros((config.num_layers, config.embed_dim, *shape), dtype)
+    yield "layers/memory_gate_bias", np.full((config.num_layers, *shape), config.gate_bias, dtype)
 
 
 def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,
@@ -61,8 +71,7 @@ def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Param
   pieces = _pieces(config)
   with new_folder(folder) as made:
     (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-    write_safetensors(made, mapping.foreign_specs(pieces, config.num_layers, config.param_dtype),
-                      mapping.foreign(pieces, params, config.num_layers),
+    write_safetensors(made, mapping.foreign(pieces, params, config.num_layers), count=len(pieces) * config.num_layers,
                       metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
 
 

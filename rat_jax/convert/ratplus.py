@@ -1,4 +1,4 @@
-"""The RAT+ authors' weights (github.com/wimh966/rat-plus): their names and layouts to our parameter tree and back.
+"""The RAT+ authors' weights (github.com/wimh966/rat-plus): their files, names and layouts to our parameters and back.
 
 Their matrices are [out, in]. `in_proj` stacks output gate, query, key, value and, with memory, the recurrence gate;
 older files keep the gate apart as `fgate_proj`. A compiled model's names start with `_orig_mod.`.
@@ -6,15 +6,20 @@ older files keep the gate apart as `fgate_proj`. A compiled model's names start 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+import os
+import pathlib
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.mapping import Piece, heads_of_columns, heads_of_rows, transposed
-from rat_jax.convert.tensors import InMemory
+from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
+from rat_jax.convert.tensors import InMemory, Tensors, TorchTensors
 
 _PREFIX = "_orig_mod."
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"
@@ -26,15 +31,86 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
 
   Raises ValueError for a config that their layer cannot be, and for missing, unknown or misshapen entries.
   """
-  _check_config(config)
   entries = InMemory({name.removeprefix(_PREFIX): value for name, value in state_dict.items()})
+  return mapping.tree(dict(_leaves(entries, config)))
+
+
+def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *, place: Place = mapping.as_is
+                 ) -> tuple[RATPlusConfig, Params]:
+  """(config, parameters) of a checkpoint file of the authors, read without running what is pickled in it.
+
+  The file stays on the disk and is read a tensor at a time. Its dilation is a setting of its training, which is not
+  applied: the mode is chosen per call, Dense by default. Needs torch.
+
+  Args:
+    config: for a file that holds none, and instead of the file's own.
+    place: (our leaf's name, the numpy leaf) -> what takes its place in the tree.
+
+  Raises:
+    FileNotFoundError, ValueError: no such file, a broken one, one that holds more than tensors and settings, no
+      config, tensors that do not fit it.
+    ImportError: torch is missing.
+  """
+  config, named = read_ratplus(path, config)
+  return config, mapping.tree({name: place(name, leaf) for name, leaf in named})
+
+
+def read_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None
+                 ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
+  """The same, the leaves one after another."""
+  found = _load_file(pathlib.Path(path))
+  if config is None:
+    config = _config(found.get("config"), path)
+  state_dict = found.get("task", found)
+  tensors = TorchTensors({str(name).removeprefix(_PREFIX): value for name, value in state_dict.items()}, str(path))
+  return config, _leaves(tensors, config)
+
+
+def _load_file(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; give a .pth file of the RAT+ authors.")
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError("reading .pth files needs torch; run `pip install torch`.") from error
+  # Their settings are EasyDicts; read as what they are underneath, they need no code of that package.
+  known: list[Any] = [(collections.OrderedDict, "easydict.EasyDict")]
+  try:
+    with torch.serialization.safe_globals(known):
+      found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+  except pickle.UnpicklingError as error:
+    raise ValueError(f"{path} holds more than tensors and settings, and unpickling that would run its code: it was not"
+                     " read.") from error
+  except (RuntimeError, EOFError, ValueError, OSError) as error:
+    raise ValueError(f"{path} is truncated, or no file that torch.save wrote.") from error
+  if not isinstance(found, dict) or not isinstance(found.get("task", {}), dict):
+    raise ValueError(f"{path} holds a {type(found).__name__}; a checkpoint is a dict with the weights as \"task\".")
+  return found
+
+
+def _config(theirs: Any, path: str | os.PathLike) -> RATPlusConfig:
+  if theirs is None:
+    raise ValueError(f"{path} holds no config; give one, as config.")
+  try:
+    model = theirs["model"]
+    cell, ffn = model["backbone"]["seq_cell"], model["backbone"]["hidden_cell"]
+    return RATPlusConfig(model["head"]["vocab_size"], model["backbone"]["num_layers"], model["backbone"]["d_model"],
+                         cell["num_head"], head_dim=cell["d_head"], mlp_dim=ffn["d_ffn"], memory=cell["apply_re"],
+                         rope_base=model["embedding"]["pe"]["base"], tie_embeddings=theirs["task"]["tie_embedding"])
+  except (KeyError, TypeError) as error:
+    raise ValueError(f"the config in {path} lacks {error}; give one, as config.") from error
+
+
+def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """Our leaves, after all names and shapes were found right."""
+  _check_config(config)
   apart = any(name.endswith("fgate_proj.weight") for name in entries.specs())
   pieces = _pieces(config, apart)
   mapping.check(pieces, entries, config.num_layers, ignored=frozenset({_HEAD} if config.tie_embeddings else ()))
   tied = config.tie_embeddings and _HEAD in entries.specs()
   if tied and not np.array_equal(entries.read(_HEAD), entries.read(_EMBEDDING)):
     raise ValueError(f"{_HEAD!r} differs from the embedding; set tie_embeddings=False to keep it.")
-  return mapping.tree(dict(mapping.leaves(pieces, entries, config)))
+  return mapping.leaves(pieces, entries, config)
 
 
 def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np.ndarray]:

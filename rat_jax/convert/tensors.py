@@ -48,6 +48,29 @@ class InMemory:
     return self._arrays[name][rows]
 
 
+class TorchTensors:
+  """The tensors of a torch state dict; those of a memory-mapped file stay on the disk."""
+
+  def __init__(self, state_dict: Mapping[str, Any], where: str):
+    import torch
+
+    others = {name: type(value).__name__ for name, value in state_dict.items() if not isinstance(value, torch.Tensor)}
+    if others:
+      raise ValueError(f"{where}: {next(iter(others.items()))} is no tensor; a state dict holds tensors alone.")
+    self._tensors = dict(state_dict)
+
+  def specs(self) -> Mapping[str, Spec]:
+    return {name: Spec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in self._tensors.items()}
+
+  def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    import torch
+
+    part = self._tensors[name][rows]
+    if part.dtype == torch.bfloat16:  # which numpy has under another name
+      return part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+    return part.numpy()
+
+
 class SafetensorsFolder:
   """model.safetensors of a folder, or the files that its index names.
 
@@ -110,52 +133,77 @@ def _header(path: pathlib.Path) -> dict[str, Spec]:
     return {name: Spec(tuple(x.get_shape()), _DTYPES[x.get_dtype()]) for name, x in slices.items()}
 
 
-def write_safetensors(folder: pathlib.Path, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]], *,
-                      metadata: Mapping[str, str], max_file_bytes: int) -> None:
-  """Writes tensors to model.safetensors, or to several files and an index, holding one array at a time.
+def write_safetensors(folder: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]], *, count: int,
+                      metadata: Mapping[str, str], max_file_bytes: int) -> dict[str, Spec]:
+  """Writes tensors to model.safetensors, or to several files and an index, holding one at a time.
+
+  The package's own writer holds all of a file, twice. Here a file's header is written last, into room left for it.
 
   Args:
-    specs: all tensors, in the order in which `arrays` yields them.
+    count: how many tensors there are at most.
     max_file_bytes: a new file begins where a tensor would take the last beyond this.
+
+  Returns:
+    {name: shape and type} of what was written.
   """
-  files: list[list[str]] = [[]]
-  sizes = {name: int(np.prod(spec.shape, dtype=np.int64)) * jnp.dtype(spec.dtype).itemsize
-           for name, spec in specs.items()}
-  filled = 0
-  for name in specs:
-    if files[-1] and filled + sizes[name] > max_file_bytes:
-      files.append([])
-      filled = 0
-    files[-1].append(name)
-    filled += sizes[name]
-  many = len(files)
-  names = [_SINGLE] if many == 1 else [f"model-{i:05}-of-{many:05}.safetensors" for i in range(1, many + 1)]
-  source = iter(arrays)
-  for file, held in zip(names, files, strict=True):
-    _write_file(folder / file, {name: specs[name] for name in held}, sizes, source, metadata)
-  if len(files) > 1:
-    where = {name: file for file, held in zip(names, files, strict=True) for name in held}
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": where},
-                                           indent=2) + "\n")
+  writer = _Files(folder, count, metadata)
+  for name, array in arrays:
+    if writer.filled and writer.filled + array.nbytes > max_file_bytes:
+      writer.next_file()
+    writer.add(name, array)
+  return writer.close()
 
 
-def _write_file(path: pathlib.Path, specs: Mapping[str, Spec], sizes: Mapping[str, int],
-                source: Iterator[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> None:
-  """One file; the package's own writer would hold a second copy of everything in it."""
-  kinds, header, at = {dtype: kind for kind, dtype in _DTYPES.items()}, dict[str, Any](), 0
-  for name, spec in specs.items():
-    header[name] = {"dtype": kinds[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + sizes[name]]}
-    at += sizes[name]
-  text = json.dumps({"__metadata__": dict(metadata)} | header).encode()
-  text += b" " * (-len(text) % 8)
-  with path.open("wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
-    for expected, spec in specs.items():
-      name, array = next(source)
-      array = np.asarray(array, jnp.dtype(spec.dtype), order="C")
-      if name != expected or array.shape != spec.shape:
-        raise ValueError(f"{name} {array.shape} came where {expected} {spec.shape} was to be written.")
-      array.reshape(-1).view(np.uint8).tofile(file)
+class _Files:
+  """Safetensors files that are written one after another."""
+
+  _OF_TENSOR = 256  # bytes of a header for one tensor, more than any name of ours takes
+
+  def __init__(self, folder: pathlib.Path, count: int, metadata: Mapping[str, str]):
+    self._folder, self._metadata = folder, {"__metadata__": dict(metadata)}
+    self._room = 8 * -(-(len(json.dumps(self._metadata).encode()) + self._OF_TENSOR * count) // 8)
+    self._headers: list[dict[str, Any]] = []
+    self._specs: dict[str, Spec] = {}
+    self.next_file()
+
+  def next_file(self) -> None:
+    self._finish()
+    self._headers.append({})
+    self.filled = 0
+    self._file = (self._folder / f"part-{len(self._headers)}").open("wb")
+    self._file.seek(8 + self._room)
+
+  def add(self, name: str, array: np.ndarray) -> None:
+    array = np.asarray(array, order="C")
+    kinds = {jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+    self._headers[-1][name] = {"dtype": kinds[array.dtype], "shape": list(array.shape),
+                               "data_offsets": [self.filled, self.filled + array.nbytes]}
+    self._specs[name] = Spec(array.shape, str(array.dtype))
+    array.reshape(-1).view(np.uint8).tofile(self._file)
+    self.filled += array.nbytes
+
+  def _finish(self) -> None:
+    if self._headers:
+      header = json.dumps(self._metadata | self._headers[-1]).encode()
+      if len(header) > self._room:
+        raise ValueError(f"the header takes {len(header)} bytes of {self._room}; use shorter names or metadata.")
+      self._file.seek(0)
+      self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+      self._file.close()
+
+  def close(self) -> dict[str, Spec]:
+    """Ends the last file, names all, writes an index if they are several; what was written, by name."""
+    self._finish()
+    many, where, total = len(self._headers), dict[str, str](), 0
+    for i, header in enumerate(self._headers, 1):
+      name = _SINGLE if many == 1 else f"model-{i:05}-of-{many:05}.safetensors"
+      (self._folder / f"part-{i}").rename(self._folder / name)
+      where |= dict.fromkeys(header, name)
+      total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+    if many > 1:
+      index = {"metadata": {"total_size": total}, "weight_map": where}
+      (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return self._specs
 
 
 @contextlib.contextmanager
