@@ -70,7 +70,7 @@ def load_pretrained(folder: str | os.PathLike, *, place: Place = mapping.as_is) 
   config = RATPlusConfig.from_json(path.read_text())
   tensors = SafetensorsFolder(folder)
   _check(tensors.specs(), config, str(folder))
-  return config, mapping.tree({name: place(name, tensors.read(name)) for name in tensors.specs()})
+  return config, mapping.tree(((name, tensors.read(name)) for name in tensors.specs()), place)
 
 
 def _named(params: Params) -> dict[str, jax.Array | np.ndarray]:

@@ -61,9 +61,9 @@ class Runs:
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
   good = (FOLDER / "ckpt_attention.pth").read_bytes()
-  cases = {"cut.pth": (good[:len(good) // 2], "is truncated, or no file that torch.save wrote"),
-           "text.pth": (b"hello", "is truncated, or no file that torch.save wrote"),
-           "empty.pth": (b"", "is truncated, or no file that torch.save wrote")}
+  cases = {"cut.pth": (good[:len(good) // 2], "is it truncated, or no file that torch.save wrote"),
+           "text.pth": (b"hello", "is it truncated, or no file that torch.save wrote"),
+           "empty.pth": (b"", "is it truncated, or no file that torch.save wrote")}
   for name, (content, message) in cases.items():
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def transposed(leaf: str, name: str, rows: int, columns: int) -> Piece:
 
 def check(pieces: Sequence[Piece], tensors: Tensors, num_layers: int, ignored: frozenset[str] = frozenset()) -> None:
   """Raises ValueError for missing, misshapen and unknown tensors, before anything is read."""
-  found, expected = tensors.specs(), _foreign_shapes(pieces, num_layers)
+  found, expected = tensors.specs(), foreign_shapes(pieces, num_layers)
   for name, shape in expected.items():
     if name not in found:
       raise ValueError(f"the weights lack {name!r}; they hold {len(found)} tensors, for instance {sorted(found)[:3]}.")
@@ -65,7 +65,7 @@ def check(pieces: Sequence[Piece], tensors: Tensors, num_layers: int, ignored: f
     raise ValueError(f"the weights hold tensors that this config has no place for: {unknown[:5]}.")
 
 
-def _foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   for piece in pieces:
     for i in range(num_layers if piece.leaf.startswith(LAYERS) else 1):
@@ -77,22 +77,25 @@ def _foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple
 
 def leaves(pieces: Sequence[Piece], tensors: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
   """(our name, our leaf) one after another, in `config.param_dtype`; layers stacked, a tensor read at a time."""
-  dtype = jnp.dtype(config.param_dtype)
   for piece in pieces:
+    yield piece.leaf, _leaf_of(piece, tensors, config)  # no name is bound to it: it goes when the caller drops it
 
-    def read(i, piece=piece):
-      rows = slice(piece.first_row, piece.first_row + piece.shape[0])
-      return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
 
-    if not piece.leaf.startswith(LAYERS):
-      yield piece.leaf, np.ascontiguousarray(read(0), dtype)
-      continue
-    first = read(0)
-    stacked = np.empty((config.num_layers, *first.shape), dtype)
-    stacked[0] = first
-    for i in range(1, config.num_layers):
-      stacked[i] = read(i)
-    yield piece.leaf, stacked
+def _leaf_of(piece: Piece, tensors: Tensors, config: RATPlusConfig) -> np.ndarray:
+  dtype = jnp.dtype(config.param_dtype)
+
+  def read(i):
+    rows = slice(piece.first_row, piece.first_row + piece.shape[0])
+    return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
+
+  if not piece.leaf.startswith(LAYERS):
+    return np.ascontiguousarray(read(0), dtype)
+  first = read(0)
+  stacked = np.empty((config.num_layers, *first.shape), dtype)
+  stacked[0] = first
+  for i in range(1, config.num_layers):
+    stacked[i] = read(i)
+  return stacked
 
 
 def foreign(pieces: Sequence[Piece], params: Params, num_layers: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -115,15 +118,16 @@ def _leaf(params: Params, name: str) -> Any:
   return node
 
 
-def tree(named: Mapping[str, Any]) -> Params:
-  """{"layers/query": x} as {"layers": {"query": x}}."""
+def tree(named: Iterable[tuple[str, np.ndarray]], place: Place) -> Params:
+  """("layers/query", x), ... as {"layers": {"query": place("layers/query", x)}}, a leaf at a time."""
   params: Params = {}
-  for name, leaf in named.items():
+  for name, leaf in named:
     *folders, last = name.split("/")
     node = params
     for folder in folders:
       node = node.setdefault(folder, {})
-    node[last] = leaf
+    node[last] = place(name, leaf)
+    del leaf
   return params
 
 

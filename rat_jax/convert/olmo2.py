@@ -39,7 +39,7 @@ def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
     FileNotFoundError, ValueError: no config.json, another architecture, missing files, tensors that do not fit.
   """
   config, named = read_olmo2(folder, memory, gate_bias)
-  return config, mapping.tree({name: place(name, leaf) for name, leaf in named})
+  return config, mapping.tree(named, place)
 
 
 def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0
@@ -47,7 +47,7 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   """The same, the leaves one after another."""
   folder = pathlib.Path(folder)
   config = _config(folder / "config.json", memory, gate_bias)
-  tensors, pieces = SafetensorsFolder(folder), _pieces(config)
+  tensors, pieces = SafetensorsFolder(folder), pieces_of(config)
   ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
   mapping.check(pieces, tensors, config.num_layers, ignored)
   return config, itertools.chain(mapping.leaves(pieces, tensors, config), _memory(config))
@@ -67,15 +67,15 @@ def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Param
 
   Raises ValueError for a config that is no OLMo 2, and for a folder that is not empty.
   """
-  theirs = _their_config(config)
-  pieces = _pieces(config)
+  theirs = their_config(config)
+  pieces = pieces_of(config)
   with new_folder(folder) as made:
     (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     write_safetensors(made, mapping.foreign(pieces, params, config.num_layers), count=len(pieces) * config.num_layers,
                       metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
 
 
-def _pieces(config: RATPlusConfig) -> list[Piece]:
+def pieces_of(config: RATPlusConfig) -> list[Piece]:
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   n, kv, attention, mlp = config.num_heads, config.num_kv_heads, _LAYER + "self_attn.", _LAYER + "mlp."
   head = [] if config.tie_embeddings else [Piece("head", "lm_head.weight", (v, e))]
@@ -131,7 +131,7 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
   return found.pop()
 
 
-def _their_config(config: RATPlusConfig) -> dict[str, Any]:
+def their_config(config: RATPlusConfig) -> dict[str, Any]:
   needs = {"mlp": "swiglu", "output_gate": False, "norm_placement": "post", "qk_norm": True}
   for name, value in needs.items():
     if getattr(config, name) != value:

@@ -7,6 +7,7 @@ older files keep the gate apart as `fgate_proj`. A compiled model's names start 
 from __future__ import annotations
 
 import collections
+import mmap
 import os
 import pathlib
 import pickle
@@ -32,7 +33,7 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
   Raises ValueError for a config that their layer cannot be, and for missing, unknown or misshapen entries.
   """
   entries = InMemory({name.removeprefix(_PREFIX): value for name, value in state_dict.items()})
-  return mapping.tree(dict(_leaves(entries, config)))
+  return mapping.tree(_leaves(entries, config), mapping.as_is)
 
 
 def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *, place: Place = mapping.as_is
@@ -52,7 +53,7 @@ def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *
     ImportError: torch is missing.
   """
   config, named = read_ratplus(path, config)
-  return config, mapping.tree({name: place(name, leaf) for name, leaf in named})
+  return config, mapping.tree(named, place)
 
 
 def read_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None
@@ -75,14 +76,24 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
     raise ImportError("reading .pth files needs torch; run `pip install torch`.") from error
   # Their settings are EasyDicts; read as what they are underneath, they need no code of that package.
   known: list[Any] = [(collections.OrderedDict, "easydict.EasyDict")]
+
+  def load(sharing):
+    with torch.serialization.safe_globals(known), torch.serialization.set_default_mmap_options(sharing):
+      return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
   try:
-    with torch.serialization.safe_globals(known):
-      found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+      found = load(mmap.MAP_PRIVATE)
+    except RuntimeError as error:
+      if "unable to mmap" not in str(error):
+        raise
+      found = load(mmap.MAP_SHARED)  # a private mapping must fit the memory; this one needs leave to write to the file
   except pickle.UnpicklingError as error:
     raise ValueError(f"{path} holds more than tensors and settings, and unpickling that would run its code: it was not"
                      " read.") from error
   except (RuntimeError, EOFError, ValueError, OSError) as error:
-    raise ValueError(f"{path} is truncated, or no file that torch.save wrote.") from error
+    reason = str(error).strip().split("\n")[0][:120]
+    raise ValueError(f"{path} cannot be read; is it truncated, or no file that torch.save wrote? {reason}") from error
   if not isinstance(found, dict) or not isinstance(found.get("task", {}), dict):
     raise ValueError(f"{path} holds a {type(found).__name__}; a checkpoint is a dict with the weights as \"task\".")
   return found
@@ -105,7 +116,7 @@ def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.n
   """Our leaves, after all names and shapes were found right."""
   _check_config(config)
   apart = any(name.endswith("fgate_proj.weight") for name in entries.specs())
-  pieces = _pieces(config, apart)
+  pieces = pieces_of(config, apart)
   mapping.check(pieces, entries, config.num_layers, ignored=frozenset({_HEAD} if config.tie_embeddings else ()))
   tied = config.tie_embeddings and _HEAD in entries.specs()
   if tied and not np.array_equal(entries.read(_HEAD), entries.read(_EMBEDDING)):
@@ -116,12 +127,12 @@ def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.n
 def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np.ndarray]:
   """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out."""
   _check_config(config)
-  state_dict = dict(mapping.foreign(_pieces(config, gate_apart=False), params, config.num_layers))
+  state_dict = dict(mapping.foreign(pieces_of(config, gate_apart=False), params, config.num_layers))
   state_dict.setdefault(_HEAD, state_dict[_EMBEDDING])
   return {name: np.ascontiguousarray(value, np.float32) for name, value in state_dict.items()}
 
 
-def _pieces(config: RATPlusConfig, gate_apart: bool) -> list[Piece]:
+def pieces_of(config: RATPlusConfig, gate_apart: bool) -> list[Piece]:
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   pieces = [Piece("embedding", _EMBEDDING, (v, e)), Piece("final_norm", "backbone.ln.weight", (e,))]
   if not config.tie_embeddings:

@@ -151,6 +151,7 @@ def write_safetensors(folder: pathlib.Path, arrays: Iterable[tuple[str, np.ndarr
     if writer.filled and writer.filled + array.nbytes > max_file_bytes:
       writer.next_file()
     writer.add(name, array)
+    del array  # before the next is made
   return writer.close()
 
 

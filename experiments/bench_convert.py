@@ -1,0 +1,105 @@
+"""Peak memory of converting a model of 7 billion parameters from file to file.
+
+Claim: a conversion holds one stacked leaf and little else, whatever the size of the model.
+Command: python -m experiments.bench_convert          (and --from=olmo2; 45 GB of disk for a few minutes)
+Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import flags
+
+from experiments import common
+from rat_jax import RATPlusConfig
+from rat_jax.convert import mapping, olmo2, ratplus
+
+FROM = flags.DEFINE_enum("from", "ratplus", ["ratplus", "olmo2"], "Whose form: float32 .pth, bfloat16 safetensors.")
+PRESET = flags.DEFINE_string("preset", None, "Default: ratplus-7b, olmo2-7b.")
+
+
+def main() -> None:
+  folder = common.workdir("bench_convert")
+  preset = PRESET.value or f"{FROM.value}-7b"
+  config = RATPlusConfig.preset(preset)
+  source, output = folder / "source", folder / "output"
+  for path in (source, output):
+    shutil.rmtree(path, ignore_errors=True)
+  source.mkdir()
+  given = empty_pth(config, source) if FROM.value == "ratplus" else empty_olmo2(config, source)
+  command = [sys.executable, "-m", "experiments.convert", f"--from={FROM.value}", f"--source={given}",
+             f"--output={output}", *([f"--config={preset}"] if FROM.value == "ratplus" else [])]
+  start = time.perf_counter()
+  with subprocess.Popen(command) as process:
+    peak = watch(process)
+  seconds = time.perf_counter() - start
+  size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+  leaf = largest_leaf(output)
+  print(f"{preset}: {size / 1e9:.1f} GB in {seconds:.0f} s; largest leaf {leaf / 1e9:.2f} GB; peak memory of its"
+        f" own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file {peak['RssFile'] / 1e9:.2f} GB")
+  for path in (source, output):
+    shutil.rmtree(path)
+
+
+def watch(process: subprocess.Popen) -> dict[str, int]:
+  """The largest memory in bytes that a process had: its own, and pages of files that the system takes back at need."""
+  peak = {"RssAnon": 0, "RssFile": 0}
+  while process.poll() is None:
+    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines():
+      name, value = line.split(":", 1)
+      if name in peak:
+        peak[name] = max(peak[name], 1024 * int(value.split()[0]))
+    time.sleep(0.02)
+  if process.returncode:
+    raise ValueError(f"the conversion ended with {process.returncode}.")
+  return peak
+
+
+def largest_leaf(folder: pathlib.Path) -> int:
+  """Bytes of the largest tensor of a folder of safetensors."""
+  largest = 0
+  for path in folder.glob("*.safetensors"):
+    with path.open("rb") as file:
+      header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    largest = max(largest, *(end - start for start, end in ends))
+  return largest
+
+
+def empty_pth(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
+  """A .pth file of the authors' names and shapes, in float32, with no data."""
+  import torch
+  from torch._subclasses.fake_tensor import FakeTensorMode
+
+  with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+    weights = {name: torch.empty(shape) for name, shape in
+               mapping.foreign_shapes(ratplus.pieces_of(config, gate_apart=False), config.num_layers).items()}
+    torch.save({"task": weights}, folder / "model.pth")
+  return folder / "model.pth"
+
+
+def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
+  """A folder of OLMo 2's names and shapes, in bfloat16, with no data."""
+  header, at = {}, 0
+  for name, shape in mapping.foreign_shapes(olmo2.pieces_of(config), config.num_layers).items():
+    size = 2 * int(np.prod(shape))
+    header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+    at += size
+  text = json.dumps(header).encode()
+  with (folder / "model.safetensors").open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.truncate(8 + len(text) + at)
+  (folder / "config.json").write_text(json.dumps(olmo2.their_config(config) | {"dtype": "bfloat16"}))
+  return folder
+
+
+if __name__ == "__main__":
+  common.run(main)
