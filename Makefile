@@ -13,9 +13,9 @@ test: .venv/dev
 test-slow: .venv/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m slow tests
 
-# What needs torch: the RAT+ authors' files. Python 3.11, for which there is a small build.
+# What needs torch: the RAT+ authors' files, and OLMo 2 in transformers. Python 3.11, for which there is a small build.
 test-torch: .venv/dev
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_convert_torch.py
 
 lint: .venv/dev

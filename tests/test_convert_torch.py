@@ -1,4 +1,4 @@
-"""The RAT+ authors' files, which need torch to be read."""
+"""What needs torch: the RAT+ authors' files, and OLMo 2 as `transformers` runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import rat_jax
 from conftest import FIXTURES
 from rat_jax import Dense, Dilated, RATPlusLM
-from rat_jax.convert import load_ratplus, to_ratplus_state_dict
+from rat_jax.convert import export_olmo2, load_olmo2, load_ratplus, to_ratplus_state_dict
 
 torch = pytest.importorskip("torch", reason="torch reads .pth files; make test-torch installs it")
 FOLDER = FIXTURES / "ratplus"
@@ -94,3 +94,38 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
   torch.save({"task": weights, "config": {"model": {}}}, tmp_path / "config.pth")
   with pytest.raises(ValueError, match="lacks 'backbone'"):
     load_ratplus(tmp_path / "config.pth")
+
+
+@pytest.mark.parametrize(("kv_heads", "tied", "dtype", "shard"), [
+    (4, False, "float32", "1GB"), (2, False, "float32", "40KB"), (1, True, "float32", "1GB"),
+    (2, False, "bfloat16", "1GB")])
+def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard):
+  transformers = pytest.importorskip("transformers", reason="make test-torch installs transformers")
+  torch.manual_seed(kv_heads)
+  theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
+      vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+      num_key_value_heads=kv_heads, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 20000.0, "rope_type": "default"},
+      tie_word_embeddings=tied, attn_implementation="eager"))
+  with torch.no_grad():
+    for name, parameter in theirs.named_parameters():  # as drawn, norms are ones and logits all alike
+      parameter.copy_(torch.rand(parameter.shape) + 0.5 if "norm" in name else torch.randn(parameter.shape) * 0.15)
+  theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+  assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard == "40KB")
+  tokens = np.random.default_rng(0).integers(0, 61, (2, 30))
+
+  def logits_of(folder):  # read again: .to(bfloat16) rounds the rotary frequencies too
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+      return model(torch.from_numpy(tokens)).logits.numpy()
+
+  config, params = load_olmo2(tmp_path / "theirs", memory=False)
+  assert (config.param_dtype, config.rope_base, config.num_kv_heads) == (dtype, 20000.0, kv_heads)
+  exact = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+  ours = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+  with jax.default_matmul_precision("highest"):
+    logits = RATPlusLM(ours).apply({"params": exact}, tokens)
+  expected = logits_of(tmp_path / "theirs")
+  np.testing.assert_allclose(logits, expected, atol=1e-4)
+  export_olmo2(tmp_path / "ours", config, params, max_file_bytes=20_000)
+  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == getattr(torch, dtype)
+  np.testing.assert_array_equal(logits_of(tmp_path / "ours"), expected)
