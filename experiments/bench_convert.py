@@ -21,6 +21,7 @@ from absl import flags
 from experiments import common
 from rat_jax import RATPlusConfig
 from rat_jax.convert import mapping, olmo2, ratplus
+from rat_jax.convert.tensors import SafetensorsFolder
 
 FROM = flags.DEFINE_enum("from", "ratplus", ["ratplus", "olmo2"], "Whose form: float32 .pth, bfloat16 safetensors.")
 PRESET = flags.DEFINE_string("preset", None, "Default: ratplus-7b, olmo2-7b.")
@@ -42,7 +43,7 @@ def main() -> None:
     peak = watch(process)
   seconds = time.perf_counter() - start
   size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-  leaf = largest_leaf(output)
+  leaf = max(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in SafetensorsFolder(output).specs().values())
   print(f"{preset}: {size / 1e9:.1f} GB in {seconds:.0f} s; largest leaf {leaf / 1e9:.2f} GB; peak memory of its"
         f" own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file {peak['RssFile'] / 1e9:.2f} GB")
   for path in (source, output):
@@ -61,17 +62,6 @@ def watch(process: subprocess.Popen) -> dict[str, int]:
   if process.returncode:
     raise ValueError(f"the conversion ended with {process.returncode}.")
   return peak
-
-
-def largest_leaf(folder: pathlib.Path) -> int:
-  """Bytes of the largest tensor of a folder of safetensors."""
-  largest = 0
-  for path in folder.glob("*.safetensors"):
-    with path.open("rb") as file:
-      header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-    largest = max(largest, *(end - start for start, end in ends))
-  return largest
 
 
 def empty_pth(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:

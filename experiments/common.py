@@ -99,6 +99,14 @@ def read_json(path: pathlib.Path) -> Any:
     raise ValueError(f"{path} is not JSON: {error}; move it away to start anew.") from error
 
 
+def check_same_run(folder: pathlib.Path, saved: dict[str, Any], notes: dict[str, Any]) -> None:
+  """Raises ValueError where a checkpoint's notes differ from what this run would write of itself."""
+  for name, value in notes.items():
+    if saved.get(name) != value:
+      raise ValueError(f"the checkpoint in {folder} is of a run with {name}={saved.get(name)!r}, this one has"
+                       f" {value!r}; use another --workdir, or the setting of that run.")
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
   """A Markdown table whose columns line up in plain text too."""
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import rat_jax
 from experiments import common, eval_niah, hypotheses_plots, niah
-from experiments.eval_niah import COUNT, LENGTH
+from experiments.eval_niah import BATCH_SIZE, COUNT, LENGTH
 from experiments.niah_table import Row
 from pallas_kernels.gated_scan.xla import linear_scan
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusLM, Selection, SnapKV, layout as layouts, transformer
@@ -31,7 +31,6 @@ from rat_jax.modes import Mode
 
 DRAWS = flags.DEFINE_integer("draws", 5, "Seeds of the random selector.", lower_bound=1)
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
-_BATCH = 64
 
 
 def heads(model: RATPlusLM, params: Any) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def heads(model: RATPlusLM, params: Any) -> dict[str, Any]:
 
   {method: {task: [seeds][layers][heads]}} in percent, at 1/16 of the tokens.
   """
-  budget = LENGTH.value // 16
+  budget, size = LENGTH.value // 16, BATCH_SIZE.value
   methods = {"Quest 16": lambda task: Quest(budget, block=16, keep_first=False),
              "SnapKV aware": lambda task: SnapKV(budget, obs_window=task.query_length)}
   found: dict[str, Any] = {}
@@ -47,8 +46,8 @@ def heads(model: RATPlusLM, params: Any) -> dict[str, Any]:
     found[method] = {}
     for name, task in TASKS.items():
       made = eval_niah.sequences(LENGTH.value, COUNT.value)[name]
-      seeds = [np.concatenate([_hits(model, one, jax.tree.map(lambda x, i=i: x[i:i + _BATCH], made), task, build(task))
-                               for i in range(0, COUNT.value, _BATCH)]) for one in _seeds(params)]
+      seeds = [np.concatenate([_hits(model, one, jax.tree.map(lambda x, i=i: x[i:i + size], made), task, build(task))
+                               for i in range(0, COUNT.value, size)]) for one in _seeds(params)]
       found[method][name] = [(100 * hits.mean(axis=0)).tolist() for hits in seeds]
   return found
 
@@ -111,7 +110,7 @@ def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
     for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
       for attend_to in ("memory", "plain"):
         jobs[f"{mode}, select from {select_from}, attend to {attend_to}"] = functools.partial(
-            niah.which_right, model, params, made, prompts, batch_size=_BATCH, mode=mode,
+            niah.which_right, model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
             select_from=select_from, attend_to=attend_to)
   found = _side_by_side(jobs)
   return {key: {name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, found[key], strict=True)}
@@ -137,7 +136,7 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
       for label, parts, left in (("A, B", [a, b], 2), ("B under B", [b], 1)):
         prompt = LENGTH.value - left * size + task.query_length
         jobs[f"1/{n}", name, label] = functools.partial(
-            niah.which_right, model, params, parts, [prompt] * len(parts), batch_size=_BATCH, mode=mode)
+            niah.which_right, model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
   right, found = _side_by_side(jobs), dict[str, Any]()
   for budget, name, label in jobs:
     of_questions = zip(label.split(", "), right[budget, name, label], strict=True)

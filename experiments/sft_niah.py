@@ -206,14 +206,15 @@ def train() -> None:
     raise ValueError(f"--arm={arm} and --init={INIT.value}, which has memory={config.memory}; give the arm of --init.")
   seeds = jax.device_put(jnp.arange(SEEDS.value) + common.SEED.value * 1000, niah.over_seeds())
   model, plan, sets = RATPlusLM(config), stages(steps), mode_sets(arm)
-  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value or 5e-4, total_steps=steps, min_learning_rate=0.0,
+  rate = LEARNING_RATE.value or 5e-4
+  optimizer = rat_jax.make_optimizer(rate, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(WARMUP.value, steps))
   run = Checkpoints(folder / "run")
   notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
                            "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
                            "seeds": SEEDS.value, "seed": common.SEED.value,
                            "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
-                           "learning_rate": LEARNING_RATE.value or 5e-4, "warmup": WARMUP.value,
+                           "learning_rate": rate, "warmup": WARMUP.value,
                            "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "log_every": LOG_EVERY.value,
                            "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, run, notes)
@@ -282,10 +283,7 @@ def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array,
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
   if run.steps():
     state, saved = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)
-    for name in notes.keys() - {"stage", "done"}:
-      if saved.get(name) != notes[name]:
-        raise ValueError(f"the checkpoint in {run.folder} is of a run with {name}={saved.get(name)!r}, this one has"
-                         f" {notes[name]!r}; use another --workdir.")
+    common.check_same_run(run.folder, saved, {k: v for k, v in notes.items() if k not in ("stage", "done")})
     print(f"resuming from step {int(state.step)}")
     fresh, notes = dataclasses.replace(state, step=jnp.full_like(fresh.step, state.step)), saved
   return jax.device_put(fresh, niah.over_seeds()), notes

@@ -106,10 +106,7 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
            "epochs": EPOCHS.value, "seed": common.SEED.value, "answer_room": ANSWER_ROOM.value, "source": source()}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, model.config)
-    for name, value in notes.items():
-      if saved.get(name) != value:
-        raise ValueError(f"the checkpoint in {folder} is of a run with {name}={saved.get(name)!r}, this one has"
-                         f" {value!r}; use another --workdir.")
+    common.check_same_run(checkpoints.folder, saved, notes)
   print(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source()}), under"
         f" {', then '.join(map(str, modes))}, on {common.device()}", flush=True)
   train(model, optimizer, state, batch_at, steps=steps, modes=tuple(modes), notes=notes, checkpoints=checkpoints,

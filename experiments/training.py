@@ -67,10 +67,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "start": start}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
-    for name, value in notes.items():
-      if saved.get(name) != value:
-        raise ValueError(f"the checkpoint in {checkpoints.folder} is of a run with {name}={saved.get(name)!r}, this one"
-                         f" has {value!r}; use another --workdir, or the setting of that run.")
+    common.check_same_run(checkpoints.folder, saved, notes)
     print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"

@@ -19,16 +19,10 @@ class Bytes:
   def encode(self, text):
     return list(text.encode())
 
-  def decode(self, ids):
-    return bytes(ids).decode()
-
 
 class Words:
   def encode(self, text):
     return [hash(word) for word in re.findall(r"\w+|\W", text)]
-
-  def decode(self, ids):
-    raise NotImplementedError
 
 
 ESSAY = pseudo_essay(0, 3000)

@@ -13,7 +13,7 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.convert.tensors import Tensors
 
 Place = Callable[[str, np.ndarray], Any]
-LAYERS = "layers/"
+_LAYERS = "layers/"
 
 
 class Piece(NamedTuple):
@@ -33,6 +33,10 @@ class Piece(NamedTuple):
   to_ours: Callable[[np.ndarray], np.ndarray] = lambda x: x
   to_theirs: Callable[[np.ndarray], np.ndarray] = lambda x: x
   first_row: int = 0
+
+  def layers(self, num_layers: int) -> range:
+    """The layers that have this piece; (0,) for what no layer has."""
+    return range(num_layers if self.leaf.startswith(_LAYERS) else 1)
 
 
 def heads_of_rows(leaf: str, name: str, heads: int, head_dim: int, width: int, first_row: int = 0) -> Piece:
@@ -66,9 +70,10 @@ def check(pieces: Sequence[Piece], tensors: Tensors, num_layers: int, ignored: f
 
 
 def foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple[int, ...]]:
+  """{foreign name: shape} of all tensors, pieces below one another put together."""
   shapes: dict[str, tuple[int, ...]] = {}
   for piece in pieces:
-    for i in range(num_layers if piece.leaf.startswith(LAYERS) else 1):
+    for i in piece.layers(num_layers):
       name = piece.name.format(i=i)
       rows = shapes[name][0] if name in shapes else 0
       shapes[name] = (rows + piece.shape[0], *piece.shape[1:])
@@ -88,7 +93,7 @@ def _leaf_of(piece: Piece, tensors: Tensors, config: RATPlusConfig) -> np.ndarra
     rows = slice(piece.first_row, piece.first_row + piece.shape[0])
     return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
 
-  if not piece.leaf.startswith(LAYERS):
+  if not piece.leaf.startswith(_LAYERS):
     return np.ascontiguousarray(read(0), dtype)
   first = read(0)
   stacked = np.empty((config.num_layers, *first.shape), dtype)
@@ -102,20 +107,17 @@ def foreign(pieces: Sequence[Piece], params: Params, num_layers: int) -> Iterato
   """(foreign name, tensor) one after another: the inverse of `leaves`."""
   by_name: dict[str, list[tuple[Piece, int]]] = {}
   for piece in pieces:
-    for i in range(num_layers if piece.leaf.startswith(LAYERS) else 1):
+    for i in piece.layers(num_layers):
       by_name.setdefault(piece.name.format(i=i), []).append((piece, i))
   for name, of_name in by_name.items():
-    parts = [piece.to_theirs(np.asarray(_leaf(params, piece.leaf)[i] if piece.leaf.startswith(LAYERS)
-                                        else _leaf(params, piece.leaf)))
+    parts = [piece.to_theirs(np.asarray(_leaf(params, piece.leaf, i)))
              for piece, i in sorted(of_name, key=lambda one: one[0].first_row)]
     yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _leaf(params: Params, name: str) -> Any:
-  node: Any = params
-  for part in name.split("/"):
-    node = node[part]
-  return node
+def _leaf(params: Params, name: str, layer: int) -> Any:
+  """A leaf, or a layer of a stacked one."""
+  return params["layers"][name.removeprefix(_LAYERS)][layer] if name.startswith(_LAYERS) else params[name]
 
 
 def tree(named: Iterable[tuple[str, np.ndarray]], place: Place) -> Params:

@@ -76,6 +76,7 @@ def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Param
 
 
 def pieces_of(config: RATPlusConfig) -> list[Piece]:
+  """Where `Olmo2ForCausalLM` keeps our leaves, but for a memory's."""
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   n, kv, attention, mlp = config.num_heads, config.num_kv_heads, _LAYER + "self_attn.", _LAYER + "mlp."
   head = [] if config.tie_embeddings else [Piece("head", "lm_head.weight", (v, e))]
@@ -132,6 +133,7 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
 
 
 def their_config(config: RATPlusConfig) -> dict[str, Any]:
+  """The config.json of a model without its memory. Raises ValueError for a config that is no OLMo 2."""
   needs = {"mlp": "swiglu", "output_gate": False, "norm_placement": "post", "qk_norm": True}
   for name, value in needs.items():
     if getattr(config, name) != value:

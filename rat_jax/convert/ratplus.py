@@ -133,6 +133,7 @@ def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np
 
 
 def pieces_of(config: RATPlusConfig, gate_apart: bool) -> list[Piece]:
+  """Where the authors' state dict keeps our leaves; `gate_apart`: the gate as `fgate_proj`, not in `in_proj`."""
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   pieces = [Piece("embedding", _EMBEDDING, (v, e)), Piece("final_norm", "backbone.ln.weight", (e,))]
   if not config.tie_embeddings:

@@ -1,4 +1,4 @@
-"""Tensors by name, read one at a time: from a dict, or from safetensors files that stay on the disk."""
+"""Tensors by name, read one at a time: from a dict, a torch file or safetensors files, which stay on the disk."""
 
 from __future__ import annotations
 
@@ -84,10 +84,9 @@ class SafetensorsFolder:
     self._specs: dict[str, Spec] = {}
     index = folder / INDEX
     if index.exists():
-      try:
-        named = json.loads(index.read_text())["weight_map"]
-      except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index with a weight_map: {error!r}.") from error
+      named = read_json(index, "an index has a weight_map").get("weight_map")
+      if not isinstance(named, dict):
+        raise ValueError(f"{index} has weight_map={named!r}; give {{tensor: file}}.")
     elif (folder / _SINGLE).exists():
       named = None
     else:
@@ -164,7 +163,6 @@ class _Files:
     self._folder, self._metadata = folder, {"__metadata__": dict(metadata)}
     self._room = 8 * -(-(len(json.dumps(self._metadata).encode()) + self._OF_TENSOR * count) // 8)
     self._headers: list[dict[str, Any]] = []
-    self._specs: dict[str, Spec] = {}
     self.next_file()
 
   def next_file(self) -> None:
@@ -179,7 +177,6 @@ class _Files:
     kinds = {jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
     self._headers[-1][name] = {"dtype": kinds[array.dtype], "shape": list(array.shape),
                                "data_offsets": [self.filled, self.filled + array.nbytes]}
-    self._specs[name] = Spec(array.shape, str(array.dtype))
     array.reshape(-1).view(np.uint8).tofile(self._file)
     self.filled += array.nbytes
 
@@ -195,16 +192,17 @@ class _Files:
   def close(self) -> dict[str, Spec]:
     """Ends the last file, names all, writes an index if they are several; what was written, by name."""
     self._finish()
-    many, where, total = len(self._headers), dict[str, str](), 0
+    many, where, total, specs = len(self._headers), dict[str, str](), 0, dict[str, Spec]()
     for i, header in enumerate(self._headers, 1):
       name = _SINGLE if many == 1 else f"model-{i:05}-of-{many:05}.safetensors"
       (self._folder / f"part-{i}").rename(self._folder / name)
       where |= dict.fromkeys(header, name)
+      specs |= {one: Spec(tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for one, entry in header.items()}
       total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
     if many > 1:
       index = {"metadata": {"total_size": total}, "weight_map": where}
       (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return self._specs
+    return specs
 
 
 @contextlib.contextmanager
