@@ -11,14 +11,14 @@ import pathlib
 from absl import flags
 
 from experiments import common, training
-from rat_jax.train import Checkpoints
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints to start from.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained, to start from.",
+                                 required=True)
 MODE = common.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
 
 
 def main() -> None:
-  config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
+  config, params, _ = common.load_model(CHECKPOINT.value)
   training.fit(config, params, MODE.value, training.train_data("adapt"), "adapt",
                start=str(pathlib.Path(CHECKPOINT.value).absolute()))
 

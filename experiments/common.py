@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 
-from rat_jax import parse_mode
-from rat_jax.data import TokenFile, prepare, prepare_standard_library
+from rat_jax import RATPlusConfig, load_pretrained, parse_mode
+from rat_jax.axes import Params
+from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, prepare_standard_library
 from rat_jax.modes import Mode
+from rat_jax.train import Checkpoints
 
 SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written. Default: runs/<script>.")
@@ -41,6 +44,24 @@ def define_prefill_mode() -> flags.FlagHolder[Mode | None]:
                       serializer=flags.ArgumentSerializer())
 
 
+class _TokenizerParser(flags.ArgumentParser):
+  syntactic_help = "bytes, a tokenizer.json, a sentencepiece .model, a folder with one of them, or hub:NAME"
+
+  def parse(self, argument):
+    try:
+      return argument if isinstance(argument, Tokenizer) else load_tokenizer(argument)
+    except (OSError, ImportError) as error:
+      raise ValueError(str(error)) from error
+
+  def flag_type(self):
+    return "tokenizer"
+
+
+def define_tokenizer() -> flags.FlagHolder[Tokenizer]:
+  """A flag --tokenizer that holds a tokenizer, bytes by default."""
+  return flags.DEFINE(_TokenizerParser(), "tokenizer", BYTES, "Text to tokens.", serializer=flags.ArgumentSerializer())
+
+
 def run(main) -> None:
   """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
 
@@ -65,6 +86,21 @@ def workdir(script: str) -> pathlib.Path:
   folder = pathlib.Path(WORKDIR.value or f"runs/{script}")
   folder.mkdir(parents=True, exist_ok=True)
   return folder
+
+
+def load_model(folder: str) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote (no notes)."""
+  if (pathlib.Path(folder) / "config.json").is_file():
+    return *load_pretrained(folder, place=lambda name, leaf: jnp.asarray(leaf)), {}
+  return Checkpoints(folder).load_params()
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+  """Raises ValueError where a model was trained with another tokenizer, or cannot have been trained with this one."""
+  if notes.get("tokenizer", tokenizer.name) != tokenizer.name:
+    raise ValueError(f"the model was trained with the tokenizer {notes['tokenizer']}, and this is {tokenizer.name};"
+                     " give its own as --tokenizer.")
+  tokenizer.check(config)
 
 
 def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:

@@ -14,9 +14,9 @@ import rat_jax
 from experiments import common
 from rat_jax import RATPlusLM
 from rat_jax.evaluate import loss_by_mode
-from rat_jax.train import Checkpoints
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained.",
+                                 required=True)
 DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
 MODES = common.define_modes(
     ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
@@ -31,7 +31,7 @@ WINDOWS = flags.DEFINE_integer("windows", 512, "Held-out sequences that are scor
 
 def main() -> None:
   folder = common.workdir("eval_lm")
-  config, params, notes = Checkpoints(CHECKPOINT.value).load_params()
+  config, params, notes = common.load_model(CHECKPOINT.value)
   data = common.corpus(DATA.value, folder / "data")["heldout"]
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the checkpoint's vocab_size is"

@@ -15,36 +15,33 @@ from absl import flags
 import rat_jax
 from experiments import common
 from rat_jax import RATPlusLM
-from rat_jax.data import BYTES
-from rat_jax.train import Checkpoints
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained.",
+                                 required=True)
+TOKENIZER = common.define_tokenizer()
 MODES = common.define_modes(["dense"], "The mode; repeat the flag for several.")
 PREFILL_MODE = common.define_prefill_mode()
 PROMPT = flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file with the text to continue, instead of --prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens (bytes) to add.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens to add.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of this total probability.")
 
 
 def main() -> None:
-  config, params, _ = Checkpoints(CHECKPOINT.value).load_params()
-  if config.vocab_size > BYTES:
-    raise ValueError(f"the checkpoint has vocab_size={config.vocab_size}; this script writes bytes, so it serves models"
-                     f" of at most {BYTES} tokens.")
-  text = pathlib.Path(PROMPT_FILE.value).read_bytes() if PROMPT_FILE.value else PROMPT.value.encode()
-  if not text:
-    raise ValueError("the prompt is empty; give at least one byte.")
-  prompt = np.frombuffer(text, np.uint8)[None].astype(np.int32)
+  config, params, notes = common.load_model(CHECKPOINT.value)
+  common.check_tokenizer(TOKENIZER.value, config, notes)
+  text = pathlib.Path(PROMPT_FILE.value).read_text() if PROMPT_FILE.value else PROMPT.value
+  prompt = np.array([TOKENIZER.value.encode(text)], np.int32)
+  if not prompt.size:
+    raise ValueError("the prompt is empty; give at least one token.")
   for mode in MODES.value:
     start = time.perf_counter()
     new = rat_jax.generate(RATPlusLM(config), params, prompt, mode=mode, prefill_mode=PREFILL_MODE.value,
                            max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value,
                            key=jax.random.key(common.SEED.value))
-    continued = bytes(np.asarray(new)[0].astype(np.uint8).tolist()).decode("utf-8", "replace")
-    print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text.decode('utf-8', 'replace')}"
-          f"|{continued}\n")
+    continued = TOKENIZER.value.decode(np.asarray(new)[0].tolist())
+    print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
 
 
 if __name__ == "__main__":

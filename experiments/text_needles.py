@@ -1,11 +1,12 @@
 """Needle tasks in words, for `sft_niah --text` and `eval_niah --text`: a model's fine-tuning and its answers.
 
 The RAT+ authors' protocol: all tasks together, a loss on the answer alone, lr 1e-5, 4 epochs, batches of 32, prompts of
-up to T - 128 tokens. Tokens are bytes. Examples are RULER's files or our own, which give no RULER score.
+up to T - 128 tokens. Examples are RULER's files or our own, which give no RULER score.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,30 +20,19 @@ import rat_jax
 from experiments import common
 from experiments.niah_table import Row
 from rat_jax import RATPlusLM, evaluate
-from rat_jax.data import BYTES
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.loss import IGNORED
 
-TEXT = flags.DEFINE_bool("text", False, "Tasks in words, for a model of bytes (experiments.pretrain), not mini-NIAH.")
+TEXT = flags.DEFINE_bool("text", False, "Tasks in words, for a language model (experiments.pretrain), not mini-NIAH.")
+TOKENIZER = common.define_tokenizer()
 RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, <task>.jsonl or <task>/validation.jsonl."
                            " Default: tasks of our own.")
 ESSAY = flags.DEFINE_string("essay", None, "Text file that surrounds needles of our own. Default: made-up sentences.")
 EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.0)
 ANSWER_ROOM = flags.DEFINE_integer("answer_room", 128, "Tokens kept for an answer.", lower_bound=2)
-END = 0  # byte that ends an answer
-
-
-class Bytes:
-  """Bytes as tokens."""
-
-  def encode(self, text: str) -> list[int]:
-    return list(text.encode())
-
-  def decode(self, ids: Sequence[int]) -> str:
-    return bytes(ids).decode("utf-8", "replace")
 
 
 def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, list[Example]]:
@@ -51,9 +41,10 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
     found = {name: evaluate.load_ruler(_file_of(name))[:count] for name in names}
   else:
     essay = pathlib.Path(ESSAY.value).read_text() if ESSAY.value else text_niah.pseudo_essay(0, length)
+    draw = functools.partial(text_niah.examples, count=count, length=length, tokenizer=TOKENIZER.value, essay=essay,
+                             seed=seed, answer_room=ANSWER_ROOM.value)
     found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
-                    for one in text_niah.examples(text_niah.TEXT_TASKS[name], count, length, Bytes(), essay=essay,
-                                                  seed=seed, answer_room=ANSWER_ROOM.value)] for name in names}
+                    for one in draw(text_niah.TEXT_TASKS[name])] for name in names}
   for name, examples in found.items():
     for i, example in enumerate(examples):
       prompt, answer = _encoded(example)
@@ -71,7 +62,9 @@ def _file_of(name: str) -> pathlib.Path:
 
 
 def _encoded(example: Example) -> tuple[list[int], list[int]]:
-  return Bytes().encode(example.prompt), [*Bytes().encode(" " + ",".join(example.answers)), END]
+  """The prompt's tokens, and the answer's with the token that ends it."""
+  prompt, answer = TOKENIZER.value.encode_batch([example.prompt, " " + ",".join(example.answers)])
+  return prompt, [*answer, TOKENIZER.value.eod_id]
 
 
 def source() -> str:
@@ -80,10 +73,9 @@ def source() -> str:
 
 
 def load_model(folder: str) -> tuple[RATPlusLM, Any]:
-  """(model, parameters) of a folder of checkpoints. Raises ValueError for a vocabulary that holds no bytes."""
-  config, params, _ = Checkpoints(folder).load_params()
-  if config.vocab_size < BYTES:
-    raise ValueError(f"{folder} has vocab_size={config.vocab_size}; text needs the {BYTES} bytes.")
+  """(model, parameters). Raises ValueError for a model that --tokenizer does not fit."""
+  config, params, notes = common.load_model(folder)
+  common.check_tokenizer(TOKENIZER.value, config, notes)
   return RATPlusLM(config), params
 
 
@@ -103,7 +95,8 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
   state = rat_jax.init_train_state(model, params, optimizer)
   notes = {"init": str(pathlib.Path(start).absolute()), "tasks": list(names), "examples": len(examples),
            "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
-           "epochs": EPOCHS.value, "seed": common.SEED.value, "answer_room": ANSWER_ROOM.value, "source": source()}
+           "epochs": EPOCHS.value, "seed": common.SEED.value, "answer_room": ANSWER_ROOM.value, "source": source(),
+           "tokenizer": TOKENIZER.value.name}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, model.config)
     common.check_same_run(checkpoints.folder, saved, notes)
@@ -115,7 +108,7 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
 
 
 def answer_batch(examples: Sequence[Example], length: int) -> dict[str, jax.Array]:
-  """Prompts, answers and padding, int32 [B, T]; only an answer's tokens, END with them, are targets."""
+  """Prompts, answers and padding, int32 [B, T]; only an answer's tokens, its end with them, are targets."""
   tokens, targets = np.zeros((len(examples), length), np.int32), np.full((len(examples), length), IGNORED, np.int32)
   for i, example in enumerate(examples):
     prompt, answer = _encoded(example)
@@ -146,12 +139,12 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
 
 def _answers(model: RATPlusLM, params: Any, examples: Sequence[Example], mode: Mode, prefill_mode: Mode | None,
              length: int, first: int) -> list[str]:
-  prompts = [_encoded(example)[0] for example in examples]
+  prompts, end = [_encoded(example)[0] for example in examples], TOKENIZER.value.eod_id
   tokens = np.zeros((len(prompts), length - ANSWER_ROOM.value), np.int32)
   for i, prompt in enumerate(prompts):
     tokens[i, :len(prompt)] = prompt
   new = rat_jax.generate(model, params, tokens, np.array([len(prompt) for prompt in prompts]), mode=mode,
-                         prefill_mode=prefill_mode, max_new_tokens=ANSWER_ROOM.value, eos_id=END,
+                         prefill_mode=prefill_mode, max_new_tokens=ANSWER_ROOM.value, eos_id=end,
                          row_ids=jnp.arange(first, first + len(prompts)))
-  ids = [row[:row.index(END)] if END in row else row for row in np.asarray(new).tolist()]
-  return [Bytes().decode([i for i in row if i < BYTES]).strip() for row in ids]
+  ids = [row[:row.index(end)] if end in row else row for row in np.asarray(new).tolist()]
+  return [TOKENIZER.value.decode(row).strip() for row in ids]

@@ -64,7 +64,8 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   state = rat_jax.init_train_state(model, params, optimizer)
   notes = {"modes": [str(mode) for mode in modes], "combine": COMBINE.value, "seed": common.SEED.value,
            "batch_size": BATCH_SIZE.value, "length": LENGTH.value, "documents_apart": DOCUMENTS_APART.value,
-           "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "start": start}
+           "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "tokenizer": data.sidecar.tokenizer,
+           "start": start}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     common.check_same_run(checkpoints.folder, saved, notes)

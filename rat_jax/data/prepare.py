@@ -1,4 +1,4 @@
-"""Text in, token files out: bytes as tokens, split by document into train and held-out."""
+"""Text in, token files out, split by document into train and held-out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from rat_jax.data.token_file import TokenFile, write_token_file
+from rat_jax.data.tokenizer import BYTES, Tokenizer
 
-BYTES = 256
-END_OF_DOCUMENT = 0  # NUL is in no text file: a file that holds one is refused as binary
 _PIECE = 1 << 16
+_AT_A_TIME = 64  # documents that a tokenizer, which uses all processors, gets at once
 
 
 def prepare(source: str | os.PathLike, folder: str | os.PathLike, *, heldout: float = 0.05, pattern: str = "*",
-            skip: Collection[str] = ()) -> dict[str, TokenFile]:
+            skip: Collection[str] = (), tokenizer: Tokenizer = BYTES) -> dict[str, TokenFile]:
   """Writes `folder`/train.bin and heldout.bin, with sidecars, from a text file or a folder of text files.
 
   A file is a document; a single file is cut into documents of about 64 KiB at line ends. Documents are
@@ -29,6 +29,7 @@ def prepare(source: str | os.PathLike, folder: str | os.PathLike, *, heldout: fl
       are no UTF-8 text are passed over.
     heldout: the share of documents that is held out, in (0, 1).
     skip: names of sub-folders that are passed over.
+    tokenizer: text to tokens; its end-of-document token follows every document.
 
   Returns:
     {"train": TokenFile, "heldout": TokenFile}.
@@ -50,18 +51,24 @@ def prepare(source: str | os.PathLike, folder: str | os.PathLike, *, heldout: fl
   parts = {"heldout": documents[:cut], "train": documents[cut:]}
   folder.mkdir(parents=True, exist_ok=True)
   for name, part in parts.items():
-    write_token_file(folder / f"{name}.bin", (np.frombuffer(d, np.uint8) for d in part), vocab_size=BYTES,
-                     eod_id=END_OF_DOCUMENT, tokenizer="bytes", source=str(source))
+    write_token_file(folder / f"{name}.bin", _tokens(part, tokenizer), vocab_size=tokenizer.vocab_size,
+                     eod_id=tokenizer.eod_id, tokenizer=tokenizer.name, source=str(source))
   return {name: TokenFile(folder / f"{name}.bin") for name in parts}
 
 
-def prepare_standard_library(folder: str | os.PathLike) -> dict[str, TokenFile]:
+def prepare_standard_library(folder: str | os.PathLike, tokenizer: Tokenizer = BYTES) -> dict[str, TokenFile]:
   """`prepare` on the source text of the Python standard library: real text that every machine has.
 
   Left out are installed packages, tests, and the code pages of `encodings`, a hundred copies of one table.
   """
   return prepare(sysconfig.get_paths()["stdlib"], folder, pattern="*.py", skip={
-      "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
+      "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}, tokenizer=tokenizer)
+
+
+def _tokens(documents: list[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+  for first in range(0, len(documents), _AT_A_TIME):
+    for ids in tokenizer.encode_batch([one.decode() for one in documents[first:first + _AT_A_TIME]]):
+      yield np.array(ids, np.int64)
 
 
 def _documents(source: pathlib.Path, pattern: str, skip: Collection[str]) -> Iterator[bytes]:

@@ -1,0 +1,135 @@
+"""Tokenizers: bytes, a `tokenizers` JSON, a sentencepiece model, or a Hugging Face folder that holds one of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from rat_jax.config import RATPlusConfig
+
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_HUB = "hub:"
+_PADDING = 1024  # models round their vocabulary up by less than this
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Text to token ids and back. No id of its own is added to a text, and none is hidden in one.
+
+  Attributes:
+    name: what it is, with a digest of its file: equal names are equal tokenizers.
+    vocab_size: the largest id and one.
+    eod_id: the id that ends a document or an answer.
+    encode_batch: texts -> a list of ids for each.
+    decode: ids -> text; ids that it does not know are left out.
+  """
+
+  name: str
+  vocab_size: int
+  eod_id: int
+  encode_batch: Callable[[Sequence[str]], list[list[int]]]
+  decode: Callable[[Sequence[int]], str]
+
+  def encode(self, text: str) -> list[int]:
+    return self.encode_batch([text])[0]
+
+  def check(self, config: RATPlusConfig) -> None:
+    """Raises ValueError where a model's vocabulary is not this one, rounded up a little or not."""
+    if not 0 <= config.vocab_size - self.vocab_size < _PADDING:
+      raise ValueError(f"vocab_size={config.vocab_size} of the model does not fit the tokenizer {self.name} of"
+                       f" {self.vocab_size} tokens; use the tokenizer that the model was trained with.")
+
+
+def _decode_bytes(ids: Sequence[int]) -> str:
+  return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+# NUL ends a document: it is in no text file, for a file that holds one is refused as binary.
+BYTES = Tokenizer("bytes", 256, 0, lambda texts: [list(text.encode()) for text in texts], _decode_bytes)
+
+
+def load_tokenizer(source: str | os.PathLike, end: str | None = None) -> Tokenizer:
+  """The tokenizer that `source` names.
+
+  Args:
+    source: "bytes"; a tokenizer.json of the `tokenizers` package; a sentencepiece .model; a folder with one of them;
+      "hub:NAME", a model on the Hugging Face hub, whose tokenizer files are fetched. All others are local.
+    end: the token that ends a document. Default: eos_token of tokenizer_config.json beside the file, sentencepiece's
+      own, else the common one that the vocabulary holds.
+
+  Raises:
+    FileNotFoundError: no such file. ValueError: a file that is no tokenizer, or an unknown end.
+    ImportError: the extra "hf" is not installed.
+  """
+  if source == "bytes":
+    return BYTES
+  path = pathlib.Path(source)
+  if str(source).startswith(_HUB):
+    path = _downloaded(str(source).removeprefix(_HUB))
+  if path.is_dir():
+    inside = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+    if not inside:
+      raise FileNotFoundError(f"{path} holds neither tokenizer.json nor tokenizer.model.")
+    path = inside[0]
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; give \"bytes\", a file, a folder, or {_HUB}NAME to download one.")
+  return (_from_json if path.suffix == ".json" else _from_sentencepiece)(path, end)
+
+
+def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
+  library = _library("tokenizers")
+  try:
+    made = library.Tokenizer.from_file(str(path))
+  except Exception as error:  # the package raises no narrower type
+    raise ValueError(f"{path} is no JSON file of the tokenizers package: {error}") from error
+  made.encode_special_tokens = True  # "</s>" in a text is four characters
+  made.no_truncation()
+  made.no_padding()
+  ids = made.get_vocab(with_added_tokens=True)
+  beside = path.with_name("tokenizer_config.json")
+  if end is None and beside.is_file():
+    said = json.loads(beside.read_text()).get("eos_token")
+    end = said.get("content") if isinstance(said, dict) else said
+  ends = [end] if end is not None else [token for token in _ENDS if token in ids]
+  if not ends or ends[0] not in ids:
+    raise ValueError(f"{path} has no end-of-document token {end or 'of the common ones'}; name one of its tokens.")
+  size = max(ids.values()) + 1
+  return Tokenizer(_name(path), size, ids[ends[0]],
+                   lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
+                   lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True))
+
+
+def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
+  library = _library("sentencepiece")
+  made = library.SentencePieceProcessor()
+  try:
+    made.LoadFromSerializedProto(path.read_bytes())
+  except RuntimeError as error:
+    raise ValueError(f"{path} is no sentencepiece model: {error}") from error
+  size = made.vocab_size()
+  eod = made.eos_id() if end is None else made.piece_to_id(end)
+  if eod < 0 or (end is not None and made.id_to_piece(eod) != end):
+    raise ValueError(f"{path} has no end-of-document token {end or 'of its own'}; name one of its tokens.")
+  return Tokenizer(_name(path), size, eod, lambda texts: made.encode(list(texts)),
+                   lambda some: made.decode([int(i) for i in some if i < size]))
+
+
+def _name(path: pathlib.Path) -> str:
+  return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def _downloaded(name: str) -> pathlib.Path:
+  hub = _library("huggingface_hub")
+  patterns = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+  return pathlib.Path(hub.snapshot_download(name, allow_patterns=patterns))
+
+
+def _library(name: str):
+  try:
+    return __import__(name)
+  except ImportError as error:
+    raise ImportError(f"{name} is not installed; pip install 'rat_jax[hf]'.") from error

@@ -1,0 +1,125 @@
+"""Tokenizers: what is encoded is what was said, and a model of another vocabulary is refused."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, strategies as st
+
+from experiments import common
+from rat_jax import RATPlusConfig, RATPlusLM, save_pretrained
+from rat_jax.data import BYTES, load_tokenizer, prepare
+
+TEXT = "Needles lie in haystacks. The number of the blue lamp is 4711; who finds it?\n" * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A byte-level BPE tokenizer as a Hugging Face folder, and a sentencepiece model in a folder of its own."""
+  made = tmp_path_factory.mktemp("tokenizers")
+  bpe = tokenizers.ByteLevelBPETokenizer()
+  bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<unk>", "<|endoftext|>", "</s>"])
+  (made / "hf").mkdir()
+  bpe.save(str(made / "hf" / "tokenizer.json"))
+  (made / "text.txt").write_text(TEXT)
+  (made / "sp").mkdir()
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(made / "text.txt"), model_prefix=str(made / "sp" / "tokenizer"), vocab_size=300, byte_fallback=True,
+      hard_vocab_limit=False, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2)
+  return made
+
+
+@pytest.mark.parametrize("source", ["hf", "hf/tokenizer.json", "sp", "sp/tokenizer.model"])
+def test_files_give_what_their_own_libraries_give(folder, source):
+  ours = load_tokenizer(folder / source)
+  text = "The blue lamp é 4711"
+  if source.startswith("hf"):
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json"))
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert (ours.eod_id, ours.vocab_size) == (theirs.token_to_id("<|endoftext|>"), theirs.get_vocab_size())
+  else:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sp" / "tokenizer.model"))
+    assert ours.encode(text) == theirs.encode(text)
+    assert (ours.eod_id, ours.vocab_size) == (theirs.eos_id(), theirs.vocab_size())
+  assert ours.decode([*ours.encode(text), ours.vocab_size + 5]) == text
+  assert "sha256:" in ours.name
+  assert load_tokenizer(folder / source).name == ours.name
+
+
+@given(text=st.text())
+def test_text_comes_back(folder, text):
+  for one in (BYTES, load_tokenizer(folder / "hf")):
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+      assert one.decode(one.encode(text)) == text
+
+
+def test_an_end_that_is_written_in_a_text_is_no_end(folder):
+  for one in (load_tokenizer(folder / "hf"), load_tokenizer(folder / "sp")):
+    assert one.eod_id not in one.encode("a</s>b<|endoftext|>c")
+
+
+def test_the_end_can_be_named_and_is_read_from_the_folder(folder):
+  by_name = load_tokenizer(folder / "hf", end="</s>").eod_id
+  assert by_name == tokenizers.Tokenizer.from_file(str(folder / "hf" / "tokenizer.json")).token_to_id("</s>")
+  beside = folder / "hf" / "tokenizer_config.json"
+  beside.write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+  assert load_tokenizer(folder / "hf").eod_id == by_name
+  beside.unlink()
+  with pytest.raises(ValueError, match="no end-of-document token <end>"):
+    load_tokenizer(folder / "hf", end="<end>")
+  with pytest.raises(ValueError, match="no end-of-document token <end>"):
+    load_tokenizer(folder / "sp", end="<end>")
+
+
+def test_bad_sources_are_named(folder):
+  with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+    load_tokenizer(folder / "nowhere")
+  with pytest.raises(FileNotFoundError, match="neither tokenizer"):
+    load_tokenizer(folder)
+  for name in ("broken.json", "broken.model"):
+    (folder / name).write_text("{")
+    with pytest.raises(ValueError, match=name):
+      load_tokenizer(folder / name)
+
+
+def test_a_model_of_another_vocabulary_is_refused(folder):
+  one = load_tokenizer(folder / "hf")
+  one.check(RATPlusConfig(one.vocab_size, 1, 8, 1))
+  one.check(RATPlusConfig(one.vocab_size + 64, 1, 8, 1))
+  for size in (one.vocab_size - 1, one.vocab_size + 1024):
+    with pytest.raises(ValueError, match=f"vocab_size={size} of the model does not fit"):
+      one.check(RATPlusConfig(size, 1, 8, 1))
+
+
+@pytest.mark.parametrize("source", ["hf", "sp"])
+def test_token_files_hold_the_documents(folder, tmp_path, source):
+  one, texts = load_tokenizer(folder / source), {f"Document {i}: the lamp é is {i}.\n" for i in range(150)}
+  (tmp_path / "texts").mkdir()
+  for i, text in enumerate(sorted(texts)):
+    (tmp_path / "texts" / f"{i}.txt").write_text(text)
+  files = prepare(tmp_path / "texts", tmp_path / "out", tokenizer=one)
+  sidecar = files["train"].sidecar
+  assert (sidecar.tokenizer, sidecar.vocab_size, sidecar.eod_id) == (one.name, one.vocab_size, one.eod_id)
+  ids = np.concatenate([file.tokens for file in files.values()])
+  ends = np.flatnonzero(ids == one.eod_id)
+  starts = [0, *(ends[:-1] + 1)]
+  assert {one.decode(ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)} == texts
+
+
+def test_a_saved_model_refuses_a_tokenizer_that_it_was_not_trained_with(folder, tmp_path):
+  config = RATPlusConfig(256, 1, 8, 1)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  save_pretrained(tmp_path / "saved", config, params)
+  found, _, notes = common.load_model(str(tmp_path / "saved"))
+  assert (found, notes) == (config, {})
+  common.check_tokenizer(BYTES, config, notes)
+  common.check_tokenizer(BYTES, config, {"tokenizer": "bytes"})
+  with pytest.raises(ValueError, match="vocab_size=256 of the model does not fit"):
+    common.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
+  with pytest.raises(ValueError, match=r"trained with the tokenizer bytes, and this is tokenizer\.json"):
+    common.check_tokenizer(load_tokenizer(folder / "hf"), config, {"tokenizer": "bytes"})
