@@ -2,24 +2,27 @@
 
 Commands: python -m experiments.convert --from=ratplus --source=model.pth --output=runs/ratplus-7b
           python -m experiments.convert --from=olmo2 --source=OLMo-2-1124-7B --output=runs/olmo2-7b-memory
+          python -m experiments.convert --from=checkpoints --source=runs/pretrain/checkpoints --output=runs/mine
 Then: config, params = rat_jax.load_pretrained("runs/ratplus-7b"). --nomemory leaves OLMo 2 as it was released.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pathlib
 
 from absl import flags
 
 from experiments import common
-from rat_jax import RATPlusConfig
+from rat_jax import RATPlusConfig, save_pretrained
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.pretrained import write_pretrained
+from rat_jax.train import Checkpoints
 
-FROM = flags.DEFINE_enum("from", None, ["ratplus", "olmo2"], "Whose checkpoint it is.", required=True)
-SOURCE = flags.DEFINE_string("source", None, "A .pth file (ratplus), or a folder (olmo2).", required=True)
+FROM = flags.DEFINE_enum("from", None, ["ratplus", "olmo2", "checkpoints"], "Whose it is.", required=True)
+SOURCE = flags.DEFINE_string("source", None, "A .pth file (ratplus), or a folder.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "A new folder.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file"
                              " without one.")
@@ -31,6 +34,10 @@ def main() -> None:
   source = pathlib.Path(SOURCE.value)
   if FROM.value == "ratplus":
     config, leaves = read_ratplus(source, _config())
+  elif FROM.value == "checkpoints":
+    config, params, notes = Checkpoints(source).load_params()
+    save_pretrained(OUTPUT.value, config, params, about={"source": str(source), "trained": json.dumps(notes)})
+    return
   else:
     config, leaves = read_olmo2(source, MEMORY.value, GATE_BIAS.value)
   about = {"source": str(source), "sha256": _digest(source)}

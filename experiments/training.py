@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -37,13 +38,14 @@ def train_data(script: str) -> TokenFile:
 
 
 def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: TokenFile, script: str,
-        start: str | None = None) -> None:
+        start: str | None = None, rates: Sequence[tuple[str, float]] = ()) -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Args:
     params: where to start; None is a fresh draw from --seed.
     modes: one loss for each.
     start: the checkpoint that `params` come from.
+    rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
 
   Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches or start.
   """
@@ -53,7 +55,8 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   folder = common.workdir(script)
   model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
   optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=STEPS.value,
-                                     warmup_steps=int(WARMUP.value * STEPS.value), weight_decay=WEIGHT_DECAY.value)
+                                     warmup_steps=int(WARMUP.value * STEPS.value), weight_decay=WEIGHT_DECAY.value,
+                                     rates=rates)
 
   def batch_at(step):
     return data.batch(step, batch_size=BATCH_SIZE.value, length=LENGTH.value, seed=common.SEED.value,
@@ -65,7 +68,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   notes = {"modes": [str(mode) for mode in modes], "combine": COMBINE.value, "seed": common.SEED.value,
            "batch_size": BATCH_SIZE.value, "length": LENGTH.value, "documents_apart": DOCUMENTS_APART.value,
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "tokenizer": data.sidecar.tokenizer,
-           "start": start}
+           "start": start, "rates": [list(one) for one in rates]}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     common.check_same_run(checkpoints.folder, saved, notes)

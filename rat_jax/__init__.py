@@ -5,7 +5,7 @@ from rat_jax.attention import attend
 from rat_jax.cache import Cache, cache_bytes
 from rat_jax.compression import compress
 from rat_jax.config import RATPlusConfig
-from rat_jax.costs import tokens_read
+from rat_jax.costs import tokens_read, training_flops
 from rat_jax.generation import generate
 from rat_jax.inference import decode_step, extend, prefill
 from rat_jax.inspection import inspect
@@ -33,5 +33,6 @@ __all__ = [
     "Cache", "Dense", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig", "RATPlusLM",
     "Selection", "SnapKV", "StreamingLLM", "__version__", "attend", "cache_bytes", "compress", "convert", "decode_step",
     "evaluate", "extend", "generate", "init_train_state", "inspect", "load_pretrained", "make_optimizer", "memory",
-    "parse_mode", "prefill", "save_pretrained", "select", "tokens_read", "train_step", "visible",
+    "parse_mode", "prefill", "save_pretrained", "select", "tokens_read", "train_step", "training_flops",
+    "visible",
 ]

@@ -1,9 +1,13 @@
-"""What a mode costs: the keys that a query reads. (What a cache stores is `rat_jax.cache.cache_bytes`.)"""
+"""What a mode costs: keys that a query reads, operations of training. (A cache's size: `rat_jax.cache.cache_bytes`.)"""
 
 from __future__ import annotations
 
+import math
+
+import jax
 import numpy as np
 
+from rat_jax import transformer
 from rat_jax.config import RATPlusConfig
 from rat_jax.layout import check_count
 from rat_jax.modes import BlockMode, Mode, SnapKV, check_modes, layer_modes, visible
@@ -24,6 +28,20 @@ def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: i
     if one not in counts:
       counts[one] = _count(one, length, prompt_length)
   return tuple(counts[one] for one in layer_modes(mode, config.num_layers))
+
+
+def training_flops(config: RATPlusConfig, mode: Mode, length: int) -> float:
+  """Floating-point operations per token, forward and backward, of training under a mode on sequences of `length`.
+
+  6 for every entry of a matrix that a token is multiplied by, and 12 N H for every key that its query reads (the mean
+  of 64 positions). Norms, the memory, softmax, selection and what is computed twice to save memory are not counted.
+  """
+  layers = jax.eval_shape(transformer.initializers(config)["layers"], jax.random.key(0))
+  matrices = sum(math.prod(leaf.shape) for name, leaf in layers.items() if not name.endswith(("_norm", "_bias")))
+  positions = np.unique(np.linspace(1, length, 64).astype(int)).tolist()
+  keys = np.mean([tokens_read(config, mode, at) for at in positions], axis=0).sum()
+  matrices += config.vocab_size * config.embed_dim  # the head
+  return 6.0 * matrices + 12.0 * config.num_heads * config.head_dim * float(keys)
 
 
 def _count(mode: Mode, length: int, prompt_length: int | None) -> int:

@@ -13,12 +13,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
+from rat_jax.convert.added_memory import memory_leaves
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.version import __version__
@@ -50,15 +50,8 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   tensors, pieces = SafetensorsFolder(folder), pieces_of(config)
   ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
   mapping.check(pieces, tensors, config.num_layers, ignored)
-  return config, itertools.chain(mapping.leaves(pieces, tensors, config), _memory(config))
-
-
-def _memory(config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
-  """The leaves of a memory that starts as the identity."""
-  if config.gate_bias is not None:
-    shape, dtype = (config.num_kv_heads, config.head_dim), jnp.dtype(config.param_dtype)
-    yield "layers/memory_gate", np.zeros((config.num_layers, config.embed_dim, *shape), dtype)
-    yield "layers/memory_gate_bias", np.full((config.num_layers, *shape), config.gate_bias, dtype)
+  added = ((f"layers/{name}", leaf) for name, leaf in memory_leaves(config).items()) if memory else ()
+  return config, itertools.chain(mapping.leaves(pieces, tensors, config), added)
 
 
 def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,

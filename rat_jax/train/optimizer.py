@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +21,40 @@ class Optimizer(NamedTuple):
     transform: optax.inject_hyperparams over AdamW.
     schedule: the learning rate of a batch, from its number (0, 1, ...).
     clip_norm: the gradient's global norm is scaled down to this before an update.
+    rates: factors of the learning rate by parameter, as `make_optimizer` takes them.
   """
 
   transform: optax.GradientTransformation
   schedule: Callable[[Array], Array]
   clip_norm: float
+  rates: tuple[tuple[str, float], ...] = ()
+
+  def factor(self, path: tuple[Any, ...]) -> float:
+    """The factor of the learning rate of the parameter at a path of the tree."""
+    return _factor(self.rates, path)
+
+
+def _factor(rates: Sequence[tuple[str, float]], path: tuple[Any, ...]) -> float:
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return next((factor for pattern, factor in rates if fnmatch.fnmatchcase(name, pattern)), 1.0)
 
 
 def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int = 0, min_learning_rate: float = 1e-6,
-                   b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1, clip_norm: float = 1.0) -> Optimizer:
+                   b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1, clip_norm: float = 1.0,
+                   rates: Sequence[tuple[str, float]] = ()) -> Optimizer:
   """AdamW (eps 1e-8, decay on every parameter) with linear warm-up and a cosine down to `min_learning_rate`.
 
   The schedule counts batches, not updates: ARL's two updates of a batch share one rate. Batch e of w warm-up
-  batches has rate learning_rate * (e+1) / w. Raises ValueError for values out of range.
+  batches has rate learning_rate * (e+1) / w.
+
+  Args:
+    rates: (pattern, factor) pairs; the first pattern (`fnmatch`) that fits a parameter's name, such as
+      "layers/memory_gate*", multiplies its learning rate. A parameter of factor 0 is frozen: it has no moments, and its
+      gradient is no part of the norm.
+
+  Raises ValueError for values out of range.
   """
+  rates = tuple((str(pattern), float(factor)) for pattern, factor in rates)
   if learning_rate <= 0 or min_learning_rate < 0:
     raise ValueError(f"learning_rate={learning_rate}, min_learning_rate={min_learning_rate}; use a rate above 0 and a"
                      " minimum of 0 or more.")
@@ -41,6 +63,9 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
                      " many of warm-up.")
   if clip_norm <= 0:
     raise ValueError(f"clip_norm={clip_norm}; use a number above 0 (inf for no clipping).")
+  for pattern, factor in rates:
+    if not 0 <= factor < math.inf:
+      raise ValueError(f"rates: {pattern!r} has the factor {factor}; use 0 (frozen) or more.")
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
@@ -49,10 +74,18 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
     cosine = min_learning_rate + (learning_rate - min_learning_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
     return jnp.where(count < warmup_steps, warmup, cosine)
 
-  adamw = optax.inject_hyperparams(
-      optax.adamw, static_args=("b1", "b2", "eps", "weight_decay"), hyperparam_dtype=jnp.float32)(
-      learning_rate=learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay)
-  return Optimizer(adamw, schedule, clip_norm)
+  def adamw(learning_rate):
+    every = optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay)
+    if not rates:
+      return every
+    scaled = lambda updates, _: jax.tree.map_with_path(lambda path, u: u * _factor(rates, path), updates)
+    return optax.chain(optax.masked(every, _trained), optax.stateless(scaled))
+
+  def _trained(tree):
+    return jax.tree.map_with_path(lambda path, _: _factor(rates, path) > 0, tree)
+
+  injected = optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(learning_rate=learning_rate)
+  return Optimizer(injected, schedule, clip_norm, rates)
 
 
 def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Array
@@ -61,7 +94,7 @@ def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grad
 
   Returns the new parameters, the new optimizer state and the norm before clipping.
   """
-  grads = as_float32(grads)
+  grads = jax.tree.map_with_path(lambda path, g: g if optimizer.factor(path) else jnp.zeros_like(g), as_float32(grads))
   norm = optax.tree.norm(grads)
   scale = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-6))
   grads = jax.tree.map(lambda g: g * scale, grads)
