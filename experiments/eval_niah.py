@@ -34,7 +34,7 @@ CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* ch
                                         required=True)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence.", lower_bound=16)
 COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all checkpoints and seeds.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Sequences at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences at a time.", lower_bound=1)
 ONLY = flags.DEFINE_multi_string("only", [], "Rows of the table to compute, by their start, such as \"Quest 16, 1/8\";"
                                  " repeat it for several.")
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
@@ -47,7 +47,8 @@ SPACING = flags.DEFINE_integer("spacing", 0, "Tokens that a needle and the fille
                                " half a needle per window of D at most.", lower_bound=0)
 NEAR_MISS = flags.DEFINE_float("near_miss", 0.0, "Share of needles whose key differs from the asked one in its last"
                                " symbol alone.", 0.0, 1.0)
-WORKERS = flags.DEFINE_integer("workers", 8, "Rows that are compiled at a time.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. Default: 8 on a GPU, else 1.",
+                               lower_bound=1)
 DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
 
 
@@ -133,10 +134,15 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict
 Compute = Callable[[Row, list[str]], dict[str, dict[str, Any]]]
 
 
+@functools.cache
+def opened(checkpoint: str) -> tuple[str, Compute]:
+  """(what tells the model and its sequences apart, what makes its cells)."""
+  return (text_cells if text_needles.TEXT.value else mini_cells)(checkpoint)
+
+
 def mini_cells(checkpoint: str) -> tuple[str, Compute]:
-  """(what tells the model and its sequences apart, what makes cells of mini-NIAH)."""
+  """`opened` for mini-NIAH."""
   config, params = niah.load(checkpoint)
-  sequences(LENGTH.value, COUNT.value)  # once, before the threads
 
   def compute(row, names):
     free = []
@@ -150,7 +156,7 @@ def mini_cells(checkpoint: str) -> tuple[str, Compute]:
 
 
 def text_cells(checkpoint: str) -> tuple[str, Compute]:
-  """The same for tasks in words."""
+  """`opened` for tasks in words."""
   model, params = text_needles.load_model(checkpoint)
   examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, DATA_SEED)
   return f"{checkpoint} {niah.fingerprint(params)}, {text_needles.source()}", lambda row, names: text_needles.cells(
@@ -171,8 +177,16 @@ def rows_to_compute() -> list[Row]:
   return rows
 
 
+def compute(job: tuple[str, str, list[str]]) -> dict[str, dict[str, Any]]:
+  """The cells of (checkpoint, row's label, tasks)."""
+  checkpoint, label, names = job
+  row = next(row for row in rows_to_compute() if row.label == label)
+  return opened(checkpoint)[1](row, names)
+
+
 def main() -> None:
-  niah.prepare_threads()
+  niah.share_device()
+  opened.cache_clear()
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
   results = common.read_json(path)
@@ -180,24 +194,22 @@ def main() -> None:
   if unknown:
     raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
   rows, names = rows_to_compute(), TASK_NAMES.value
-  makers = {checkpoint: (text_cells if text_needles.TEXT.value else mini_cells)(checkpoint)
-            for checkpoint in CHECKPOINTS.value}
 
-  def key(checkpoint, row, name):
-    return f"{makers[checkpoint][0]}|{LENGTH.value}|{COUNT.value}|{row.label}|{name}"
+  def key(checkpoint, label, name):
+    return f"{opened(checkpoint)[0]}|{LENGTH.value}|{COUNT.value}|{label}|{name}"
 
-  for checkpoint, (_, compute) in makers.items():
-    jobs = [functools.partial(compute, row, [name for name in names if key(checkpoint, row, name) not in results])
-            for row in rows]
-    done = niah.side_by_side(jobs, WORKERS.value)
-    with tqdm(done, total=len(rows), desc=checkpoint, unit="row", disable=None) as bar:
-      for i, found in bar:
-        results |= {key(checkpoint, rows[i], name): one for name, one in found.items()}
-        common.write_json(path, results)
-        if bar.disable:
-          print(f"{checkpoint}: {rows[i].label}", flush=True)
-  table = {checkpoint: {row.label: {name: results[key(checkpoint, row, name)] for name in names} for row in rows}
-           for checkpoint in makers}
+  every = [(checkpoint, row.label, [name for name in names if key(checkpoint, row.label, name) not in results])
+           for checkpoint in CHECKPOINTS.value for row in rows]
+  jobs = [job for job in every if job[2]]
+  with tqdm(niah.side_by_side(compute, jobs, WORKERS.value), total=len(jobs), unit="row", disable=None) as bar:
+    for i, found in bar:
+      checkpoint, label, _ = jobs[i]
+      results |= {key(checkpoint, label, name): one for name, one in found.items()}
+      common.write_json(path, results)
+      if bar.disable:
+        print(f"{checkpoint}: {label}", flush=True)
+  table = {checkpoint: {row.label: {name: results[key(checkpoint, row.label, name)] for name in names} for row in rows}
+           for checkpoint in CHECKPOINTS.value}
   text = niah_report.report(table)
   measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
   print(f"{measure}, in percent, on {common.device()}\n\n{text}")

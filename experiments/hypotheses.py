@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,35 +85,27 @@ def random_choice(model: RATPlusLM, params: Any) -> dict[str, Any]:
     yield "SnapKV aware", Row("", lambda task: (SnapKV(quarter, obs_window=task.query_length, **options), None),
                               at_answer=True)
 
-  jobs = {(method, draw): functools.partial(eval_niah.cells, model, params, row, list(TASKS.values()))
-          for draw in range(DRAWS.value) for method, row in rows(draw)}
   found: dict[str, Any] = {}
-  for (method, _), cells in sorted(_side_by_side(jobs).items()):
-    for name, cell in cells.items():
-      found.setdefault(method, {}).setdefault(name, []).append(cell["accuracy"])
+  for draw in range(DRAWS.value):
+    for method, row in rows(draw):
+      for name, cell in eval_niah.cells(model, params, row, list(TASKS.values())).items():
+        found.setdefault(method, {}).setdefault(name, []).append(cell["accuracy"])
   return found
-
-
-def _side_by_side(jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-  """The results of jobs, under their keys."""
-  keys = list(jobs)
-  return {keys[i]: result for i, result in niah.side_by_side(list(jobs.values()), eval_niah.WORKERS.value)}
 
 
 def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """Choosing by keys with or without the memory, and attending with or without it: {setting: {task: [seeds]}}."""
-  every, jobs = eval_niah.sequences(LENGTH.value, COUNT.value), {}
+  every, found = eval_niah.sequences(LENGTH.value, COUNT.value), {}
   made = [every[name] for name in TASKS]
   prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
   for mode in (Dense(), *(Quest(LENGTH.value // n, block=16, keep_first=False) for n in (8, 16))):
     for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
       for attend_to in ("memory", "plain"):
-        jobs[f"{mode}, select from {select_from}, attend to {attend_to}"] = functools.partial(
-            niah.which_right, model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
-            select_from=select_from, attend_to=attend_to)
-  found = _side_by_side(jobs)
-  return {key: {name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, found[key], strict=True)}
-          for key in jobs}
+        right = niah.which_right(model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
+                                 select_from=select_from, attend_to=attend_to)
+        found[f"{mode}, select from {select_from}, attend to {attend_to}"] = {
+            name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, right, strict=True)}
+  return found
 
 
 def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
@@ -122,7 +113,7 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
 
   {budget: {task: {"A", "B", "B under B": [seeds]}}} in percent. Both questions are about keys of the same context.
   """
-  jobs: dict[tuple[str, str, str], Callable[[], np.ndarray]] = {}
+  found: dict[str, Any] = {}
   for name in ("multikey_1", *HARD):
     task = TASKS[name]
     keys = None if task.filler == "needles" else (4, 4)
@@ -133,15 +124,11 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
     a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))
     for n in (4, 8, 16):
       mode = SnapKV(LENGTH.value // n, obs_window=task.query_length)
-      for label, parts, left in (("A, B", [a, b], 2), ("B under B", [b], 1)):
+      for labels, parts, left in ((("A", "B"), [a, b], 2), (("B under B",), [b], 1)):
         prompt = LENGTH.value - left * size + task.query_length
-        jobs[f"1/{n}", name, label] = functools.partial(
-            niah.which_right, model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
-  right, found = _side_by_side(jobs), dict[str, Any]()
-  for budget, name, label in jobs:
-    of_questions = zip(label.split(", "), right[budget, name, label], strict=True)
-    found.setdefault(budget, {}).setdefault(name, {}).update(
-        {question: (100 * one.mean(axis=1)).tolist() for question, one in of_questions})
+        right = niah.which_right(model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
+        found.setdefault(f"1/{n}", {}).setdefault(name, {}).update(
+            {question: (100 * one.mean(axis=1)).tolist() for question, one in zip(labels, right, strict=True)})
   return found
 
 
@@ -196,8 +183,15 @@ OF_MEMORY = ("two_by_two", "reach")  # what attention has no answer to
 ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 
 
+def compute(job: tuple[str, str]) -> dict[str, Any]:
+  """The numbers of (part, checkpoint)."""
+  part, checkpoint = job
+  config, params = niah.load(checkpoint)
+  return PARTS[part](RATPlusLM(config), params)
+
+
 def main() -> None:
-  niah.prepare_threads()
+  niah.share_device()
   folder = common.workdir("hypotheses")
   path = folder / "results.json"
   results: dict[str, Any] = common.read_json(path)
@@ -207,23 +201,26 @@ def main() -> None:
   least = 16 * (max(task.query_length for task in TASKS.values()) + 1)
   if LENGTH.value < least:
     raise ValueError(f"--length={LENGTH.value}: SnapKV at 1/16 has no room beside a question; use {least} or more.")
-  names = [pathlib.Path(checkpoint).name for checkpoint in eval_niah.CHECKPOINTS.value]
-  if len(set(names)) < len(names):
-    raise ValueError(f"--checkpoint={eval_niah.CHECKPOINTS.value}: two have one name; give folders of different names.")
-  shown: dict[str, dict[str, Any]] = {part: {} for part in ONLY_PARTS.value}
-  for checkpoint, name in zip(eval_niah.CHECKPOINTS.value, names, strict=True):
+  checkpoints = eval_niah.CHECKPOINTS.value
+  names = {checkpoint: pathlib.Path(checkpoint).name for checkpoint in checkpoints}
+  if len(set(names.values())) < len(checkpoints):
+    raise ValueError(f"--checkpoint={checkpoints}: two have one name; give folders of different names.")
+  keys: dict[tuple[str, str], str] = {}
+  for checkpoint in checkpoints:
     config, params = niah.load(checkpoint)
-    model = RATPlusLM(config)
     of_run = f"{checkpoint} {niah.fingerprint(params)}|{LENGTH.value}|{COUNT.value}|{DRAWS.value}"
-    for part in tqdm(ONLY_PARTS.value, desc=name, unit="part", disable=None):
-      if not config.memory and part in OF_MEMORY:
-        continue
-      key = f"{part}|{of_run}"
-      if key not in results:
-        results[key] = PARTS[part](model, params)
-        common.write_json(path, results)
-        print(f"{name}: {part} done", flush=True)
-      shown[part][name] = results[key]
+    keys |= {(part, checkpoint): f"{part}|{of_run}" for part in ONLY_PARTS.value
+             if config.memory or part not in OF_MEMORY}
+  jobs = [job for job, key in keys.items() if key not in results]
+  done = niah.side_by_side(compute, jobs, eval_niah.WORKERS.value)
+  with tqdm(done, total=len(jobs), unit="part", disable=None) as bar:
+    for i, found in bar:
+      results[keys[jobs[i]]] = found
+      common.write_json(path, results)
+      if bar.disable:
+        print(f"{names[jobs[i][1]]}: {jobs[i][0]} done", flush=True)
+  shown = {part: {names[checkpoint]: results[keys[part, checkpoint]] for checkpoint in checkpoints
+                  if (part, checkpoint) in keys} for part in ONLY_PARTS.value}
   for part in ONLY_PARTS.value:
     hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
   print(report(shown))

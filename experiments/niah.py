@@ -5,23 +5,22 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
+import multiprocessing
 import os
 import pathlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.needles import answered
 from rat_jax.train import Checkpoints
-
-DEVICE = threading.Lock()  # held by a batch of `which_right`: programs compile side by side and run one by one
 
 
 @functools.cache
@@ -48,25 +47,45 @@ def load(folder: str) -> tuple[RATPlusConfig, Any]:
   return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
 
-def prepare_threads() -> None:
-  """Makes it safe to compile while other programs run; to be called before JAX does anything.
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
-  XLA times kernels on the GPU while it compiles and records programs as graphs: each spoils the other, and more threads
-  than one end in an error of cuDNN (jax 0.11.2). Both are turned off.
+
+def share_device() -> None:
+  """Leaves room on the device for other processes; to be called before JAX does anything."""
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None
+                 ) -> Iterator[tuple[int, Result]]:
+  """(number, compute(job)) of every job as it is done.
+
+  Compiling takes longer than running, and a program with a cuDNN kernel cannot be loaded while another thread uses the
+  GPU (jax 0.11.2): so jobs run in processes of their own, which share it. These parse the flags of this one.
+
+  Args:
+    compute: a function of a module; what it takes and gives is pickled.
+    workers: processes; 1 is this one. Default: 8 on a GPU, else 1.
   """
-  given = os.environ.get("XLA_FLAGS", "")
-  os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
-
-
-def side_by_side(jobs: Sequence[Callable[[], Any]], workers: int = 8) -> Iterator[tuple[int, Any]]:
-  """(number, result) of every job as it is done; so many at a time, for the sake of what they compile."""
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    futures = {pool.submit(job): i for i, job in enumerate(jobs)}
+  if workers is None:
+    workers = 8 if jax.default_backend() == "gpu" else 1
+  if workers == 1:
+    yield from ((i, compute(job)) for i, job in enumerate(jobs))
+    return
+  given = flags.FLAGS.flags_into_string().splitlines()
+  with concurrent.futures.ProcessPoolExecutor(
+      workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(given,)) as pool:
+    futures = {pool.submit(compute, job): i for i, job in enumerate(jobs)}
     try:
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+def _begin(given: list[str]) -> None:
+  share_device()
+  flags.FLAGS(["worker", *given], known_only=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -90,16 +109,12 @@ def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Arr
   room = max(1, batch_size // len(parts))
   every = max(n for n in range(1, room + 1) if count % n == 0)  # sequences of each part in a batch
   of_rows = tuple(prompt for prompt in prompts for _ in range(every))
-  program, right = None, []
+  right = []
   for first in range(0, count, every):
-    with DEVICE:
-      cut = [jax.tree.map(lambda x, first=first: x[first:first + every], part) for part in parts]
-      batch = jax.tree.map(lambda *x: jnp.concatenate(x), *cut)
-      ids = jnp.tile(jnp.arange(first, first + every, dtype=jnp.int32), len(parts))
-    if program is None:
-      program = _answered.lower(model, of_rows, tuple(arguments.items()), params, batch, ids).compile()
-    with DEVICE:
-      right.append(np.asarray(program(params, batch, ids)))
+    cut = [jax.tree.map(lambda x, first=first: x[first:first + every], part) for part in parts]
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *cut)
+    ids = jnp.tile(jnp.arange(first, first + every, dtype=jnp.int32), len(parts))
+    right.append(np.asarray(_answered(model, of_rows, tuple(arguments.items()), params, batch, ids)))
   return np.concatenate([x.reshape(len(x), len(parts), every) for x in right], axis=2).swapaxes(0, 1)
 
 

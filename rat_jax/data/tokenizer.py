@@ -21,6 +21,7 @@ class Tokenizer:
   """Text to token ids and back. No id of its own is added to a text, and none is hidden in one.
 
   Attributes:
+    source: what `load_tokenizer` takes; `str` of a tokenizer.
     name: what it is, with a digest of its file: equal names are equal tokenizers.
     vocab_size: the largest id and one.
     eod_id: the id that ends a document or an answer.
@@ -28,11 +29,15 @@ class Tokenizer:
     decode: ids -> text; ids that it does not know are left out.
   """
 
+  source: str
   name: str
   vocab_size: int
   eod_id: int
   encode_batch: Callable[[Sequence[str]], list[list[int]]]
   decode: Callable[[Sequence[int]], str]
+
+  def __str__(self) -> str:
+    return self.source
 
   def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0]
@@ -49,7 +54,7 @@ def _decode_bytes(ids: Sequence[int]) -> str:
 
 
 # NUL ends a document: it is in no text file, for a file that holds one is refused as binary.
-BYTES = Tokenizer("bytes", 256, 0, lambda texts: [list(text.encode()) for text in texts], _decode_bytes)
+BYTES = Tokenizer("bytes", "bytes", 256, 0, lambda texts: [list(text.encode()) for text in texts], _decode_bytes)
 
 
 def load_tokenizer(source: str | os.PathLike, end: str | None = None) -> Tokenizer:
@@ -98,7 +103,7 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   if not ends or ends[0] not in ids:
     raise ValueError(f"{path} has no end-of-document token {end or 'of the common ones'}; name one of its tokens.")
   size = max(ids.values()) + 1
-  return Tokenizer(_name(path), size, ids[ends[0]],
+  return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
                    lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True))
 
@@ -114,7 +119,7 @@ def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
   eod = made.eos_id() if end is None else made.piece_to_id(end)
   if eod < 0 or (end is not None and made.id_to_piece(eod) != end):
     raise ValueError(f"{path} has no end-of-document token {end or 'of its own'}; name one of its tokens.")
-  return Tokenizer(_name(path), size, eod, lambda texts: made.encode(list(texts)),
+  return Tokenizer(str(path), _name(path), size, eod, lambda texts: made.encode(list(texts)),
                    lambda some: made.decode([int(i) for i in some if i < size]))
 
 
