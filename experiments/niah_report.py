@@ -22,6 +22,7 @@ _BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
 
 
 MATCHED = 95.0  # percent that every task needs under Dense for a comparison
+_BY_SEED = ("accuracy", "error_over_examples", "right")  # what of a cell is a list over seeds
 
 
 def is_whole(by_task: Mapping[str, dict[str, Any]]) -> bool:
@@ -38,12 +39,13 @@ def standard_error(values: np.ndarray) -> float:
   return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else float("nan")
 
 
-def report(cells: Cells) -> str:
+def report(every: Cells) -> str:
   """Everything that is told in words and numbers, as Markdown."""
+  cells = matched(every)
   parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
            "differences": differences(cells) if len(cells) > 1 else "",
            "as in the paper: second / first checkpoint": side_by_side(cells) if len(cells) > 1 else "",
-           "not matched": unmatched(cells), "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
+           "not matched": unmatched(every), "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
   return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
 
 
@@ -94,14 +96,40 @@ def side_by_side(cells: Cells) -> str:
   return markdown_table(["mode", *tasks], lines)
 
 
+def _too_low(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[int, str]:
+  """{seed: "task accuracy, ..."} of the seeds that are too low under Dense to be compared under sparse modes."""
+  low: dict[int, list[str]] = {}
+  for task, cell in rows.get("dense", {}).items():
+    for seed, accuracy in enumerate(cell.get("accuracy", [])):
+      if accuracy < MATCHED:
+        low.setdefault(seed, []).append(f"{task} {accuracy:.1f}")
+  return {seed: ", ".join(tasks) for seed, tasks in sorted(low.items())}
+
+
+def _seeds(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> int:
+  return max((len(cell.get("accuracy", [])) for by_task in rows.values() for cell in by_task.values()), default=0)
+
+
+def matched(cells: Cells) -> Cells:
+  """The cells without seeds that are too low under Dense; with all seeds of a checkpoint where none is high enough."""
+  kept = {}
+  for checkpoint, rows in cells.items():
+    low = _too_low(rows)
+    out = low if len(low) < _seeds(rows) else {}
+    kept[checkpoint] = {label: {task: {
+        name: [one for i, one in enumerate(value) if i not in out] if name in _BY_SEED else value
+        for name, value in cell.items()} for task, cell in by_task.items()} for label, by_task in rows.items()}
+  return kept
+
+
 def unmatched(cells: Cells) -> str:
-  """The checkpoints whose dense accuracy is too low, in some task and seed, to be compared under sparse modes."""
+  """A line for every seed that is too low under Dense."""
   lines = []
   for checkpoint, rows in cells.items():
-    low = [f"{task} {min(cell['accuracy']):.1f}" for task, cell in rows.get("dense", {}).items()
-           if "blank" not in cell and min(cell["accuracy"]) < MATCHED]
-    if low:
-      lines.append(f"{checkpoint}, dense accuracy of the worst seed below {MATCHED:g}: {', '.join(low)}")
+    low = _too_low(rows)
+    fate = "left out" if len(low) < _seeds(rows) else "kept, for want of others"
+    lines += [f"{pathlib.Path(checkpoint).name}, seed {seed}, {fate}: dense accuracy below {MATCHED:g} in {tasks}"
+              for seed, tasks in low.items()]
   return "\n".join(lines)
 
 
@@ -152,8 +180,9 @@ def differences(cells: Cells) -> str:
   return markdown_table(["mode", "difference", "s.e. examples", "s.e. seeds", *tasks], lines)
 
 
-def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
-  """Accuracy against the share of the tokens that is read: a panel for every method, a dot for every seed."""
+def draw_budgets(every: Cells, path: pathlib.Path) -> None:
+  """Accuracy against the share of the tokens that is read: a panel for every method, a dot for every matched seed."""
+  cells = matched(every)
   families: dict[str, list[tuple[int, str]]] = {}
   for label in next(iter(cells.values())):
     match = _BUDGET.fullmatch(label)

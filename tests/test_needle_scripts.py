@@ -229,13 +229,28 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   assert table[2] == ["dense", "one", "75.0", f"5.0, {error:.1f}", "75.0", "80 70"]
   assert table[-1][2:] == ["", "", "", ""]
   assert niah_report.side_by_side(full).splitlines()[2].split("|")[2].strip() == "50.0 / 75.0"
-  assert niah_report.unmatched(full).splitlines()[0].endswith("worst seed below 95: t 70.0")
+  assert niah_report.unmatched(full).splitlines()[1] == (
+      "one, seed 1, kept, for want of others: dense accuracy below 95 in t 70.0")
   partly = {"x/one": {"dense": {"t": cell_of(a, b), "u": {"blank": "no room"}}}}
   line = niah_report.table(partly).splitlines()[2]
   assert [part.strip() for part in line.split("|")[3:-1]] == ["", "", "75.0", "", ""]
   assert niah_report.blanks(partly) == "dense (u): no room"
   niah_report.draw_budgets(full, tmp_path / "none.png")  # nothing to draw
   assert not (tmp_path / "none.png").exists()
+
+
+def test_a_seed_that_is_not_matched_is_named_and_left_out():
+  good, bad, sparse = [1] * 10, [0] + [1] * 9, [1, 0] * 5
+  cells = {"x/one": {"dense": {"t": cell_of(good, bad, good)}, "Quest, 1/4": {"t": cell_of(sparse, good, good)}},
+           "x/two": {"dense": {"t": cell_of(bad)}, "Quest, 1/4": {"t": {"blank": "no room"}}}}
+  left = niah_report.matched(cells)
+  assert left["x/one"]["Quest, 1/4"]["t"]["accuracy"] == [50.0, 100.0]
+  np.testing.assert_array_equal(niah.from_hex(left["x/one"]["Quest, 1/4"]["t"]), [sparse, good])
+  assert left["x/two"] == cells["x/two"]
+  assert niah_report.unmatched(cells).splitlines() == [
+      "one, seed 1, left out: dense accuracy below 95 in t 90.0",
+      "two, seed 0, kept, for want of others: dense accuracy below 95 in t 90.0"]
+  assert " 50 100 " in niah_report.report(cells)
 
 
 @pytest.mark.slow
