@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from rat_jax import transformer
 from rat_jax.config import RATPlusConfig
 from rat_jax.layout import check_count
-from rat_jax.modes import BlockMode, Mode, SnapKV, check_modes, layer_modes, visible
+from rat_jax.modes import BlockMode, Mode, SelectingMode, SnapKV, check_modes, layer_modes, visible
 
 
 def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: int | None = None) -> tuple[int, ...]:
@@ -38,10 +39,19 @@ def training_flops(config: RATPlusConfig, mode: Mode, length: int) -> float:
   """
   layers = jax.eval_shape(transformer.initializers(config)["layers"], jax.random.key(0))
   matrices = sum(math.prod(leaf.shape) for name, leaf in layers.items() if not name.endswith(("_norm", "_bias")))
-  positions = np.unique(np.linspace(1, length, 64).astype(int)).tolist()
-  keys = np.mean([tokens_read(config, mode, at) for at in positions], axis=0).sum()
+  check_modes(mode, None, config)
+  keys = sum(_mean_keys(one, length) for one in layer_modes(mode, config.num_layers))
   matrices += config.vocab_size * config.embed_dim  # the head
-  return 6.0 * matrices + 12.0 * config.num_heads * config.head_dim * float(keys)
+  return 6.0 * matrices + 12.0 * config.num_heads * config.head_dim * keys
+
+
+@functools.cache
+def _mean_keys(mode: Mode, length: int) -> float:
+  positions = np.unique(np.linspace(1, length, 64).astype(int))
+  if isinstance(mode, SelectingMode):
+    return float(np.mean([_count(mode, at, None) for at in positions.tolist()]))
+  seen = np.asarray(visible(mode, positions - 1, np.arange(length))).sum(axis=-1)
+  return float(seen.reshape(-1, len(positions)).max(axis=0).mean())
 
 
 def _count(mode: Mode, length: int, prompt_length: int | None) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -27,7 +30,8 @@ def _bounded_number_of_programs():
     jax.clear_caches()
 
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+ROOT = pathlib.Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 # Our own paths against each other: the largest difference, as a share of the tensor's largest entry.
 OPERATION = 1e-5          # float32, one operation
@@ -55,6 +59,18 @@ def assert_logits_close(actual, expected, dtype, message=""):
     second, first = np.moveaxis(np.sort(expected, axis=-1)[..., -2:], -1, 0)
     clear = first - second > BFLOAT16_MARGIN * np.abs(expected).max()
     assert (actual.argmax(-1) == expected.argmax(-1))[clear].all(), message
+
+
+def run_python(*arguments, devices=1, check=True):
+  """Python in a process of its own, from the root: what it prints, or, unchecked, its errors."""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+                              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+                        check=False)
+  if check:
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+  return done.stderr
 
 
 class Fixture:

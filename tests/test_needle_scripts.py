@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,6 +14,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import rat_jax
+from conftest import run_python
 from experiments import eval_niah, niah, niah_report, niah_table, text_needles
 from needle_model import trained
 from rat_jax import RATPlusConfig, RATPlusLM
@@ -25,7 +22,6 @@ from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
 
-ROOT = pathlib.Path(__file__).parents[1]
 LENGTH = 128
 
 
@@ -131,17 +127,6 @@ print(hashlib.sha256(b"".join(np.asarray(made[name]).tobytes() for name in sorte
 """
   digests = {run_python("-c", code, str(n), devices=n) for n in (1, 4)}
   assert len(digests) == 1
-
-
-def run_python(*arguments, devices=1, check=True):
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-  done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-                        check=False)
-  if check:
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-  return done.stderr
 
 
 TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--width=16", "--heads=2", "--dtype=float32",

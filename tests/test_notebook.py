@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 
 import jupytext
 import nbclient
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from conftest import ROOT
+
 NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
 
 
