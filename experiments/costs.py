@@ -1,16 +1,18 @@
-"""What each mode reads and stores: keys per query and cache size of a preset at several lengths. Computes nothing else.
+"""What a preset weighs, and what each mode reads and stores of it at several lengths. Runs no model.
 
 Command: python -m experiments.costs --preset=ratplus-7b
 """
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 import rat_jax
 from experiments import common
-from rat_jax import RATPlusConfig
+from rat_jax import RATPlusConfig, RATPlusLM
 
 PRESET = flags.DEFINE_string("preset", "ratplus-7b", "The model (RATPlusConfig.preset).")
 LENGTHS = flags.DEFINE_multi_integer("length", [4096, 32768, 131072], "Tokens of a row; repeat the flag for several.")
@@ -33,7 +35,10 @@ def main() -> None:
       cells.append(f"{keys:,.0f} / {size / 2**20:,.0f} MiB")
     rows.append([str(mode), *cells])
   table = common.markdown_table(["mode", *(f"T = {length:,}" for length in LENGTHS.value)], rows)
-  print(f"{PRESET.value}, one row, {config.dtype}: keys that the first step after a prompt reads / cache bytes\n")
+  drawn = jax.eval_shape(RATPlusLM(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  size = sum(leaf.size for leaf in jax.tree.leaves(drawn))
+  print(f"{PRESET.value}: {size / 1e9:.2f}B parameters, {2 * size / 1e9:.1f} GB in bfloat16. One row, {config.dtype}:"
+        " keys that the first step after a prompt reads / cache bytes\n")
   print(table)
   (folder / "table.md").write_text(table + "\n")
   common.write_json(folder / "results.json", {"preset": PRESET.value, "modes": result})
