@@ -1,6 +1,7 @@
-"""Peak memory of converting a model of 7 billion parameters from file to file.
+"""Peak memory of converting a model of 7 billion parameters from file to file, and of loading it.
 
-Claim: a conversion holds one stacked leaf and little else, whatever the size of the model.
+Claim: a conversion holds one stacked leaf and little else, whatever the size of the model; loading adds a leaf to the
+model.
 Command: python -m experiments.bench_convert          (and --from=olmo2; 45 GB of disk for a few minutes)
 Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
 """
@@ -8,6 +9,7 @@ Makes a checkpoint of the preset's shape with no data in it, which takes no room
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import struct
@@ -23,6 +25,11 @@ from rat_jax import RATPlusConfig
 from rat_jax.convert import mapping, olmo2, ratplus
 from rat_jax.convert.tensors import SafetensorsFolder
 
+_LOAD = """
+import sys, jax, rat_jax
+rat_jax.load_pretrained(sys.argv[1], place=lambda name, leaf: jax.block_until_ready(jax.device_put(leaf)))
+"""
+LOAD = flags.DEFINE_bool("load", False, "Load what was written too, to the CPU: it takes as much memory as the model.")
 FROM = flags.DEFINE_enum("from", "ratplus", ["ratplus", "olmo2"], "Whose form: float32 .pth, bfloat16 safetensors.")
 PRESET = flags.DEFINE_string("preset", None, "Default: ratplus-7b, olmo2-7b.")
 
@@ -38,16 +45,25 @@ def main() -> None:
   given = empty_pth(config, source) if FROM.value == "ratplus" else empty_olmo2(config, source)
   command = [sys.executable, "-m", "experiments.convert", f"--from={FROM.value}", f"--source={given}",
              f"--output={output}", *([f"--config={preset}"] if FROM.value == "ratplus" else [])]
-  start = time.perf_counter()
-  with subprocess.Popen(command) as process:
-    peak = watch(process)
-  seconds = time.perf_counter() - start
+  seconds, peak = run(command)
   size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
   leaf = max(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in SafetensorsFolder(output).specs().values())
   print(f"{preset}: {size / 1e9:.1f} GB in {seconds:.0f} s; largest leaf {leaf / 1e9:.2f} GB; peak memory of its"
         f" own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file {peak['RssFile'] / 1e9:.2f} GB")
+  if LOAD.value:
+    seconds, peak = run([sys.executable, "-c", _LOAD, str(output)])
+    print(f"loaded in {seconds:.0f} s; peak memory of its own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file"
+          f" {peak['RssFile'] / 1e9:.2f} GB")
   for path in (source, output):
     shutil.rmtree(path)
+
+
+def run(command: list[str]) -> tuple[float, dict[str, int]]:
+  """(seconds, peak memory) of a command."""
+  start = time.perf_counter()
+  with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+    peak = watch(process)
+  return time.perf_counter() - start, peak
 
 
 def watch(process: subprocess.Popen) -> dict[str, int]:
@@ -60,7 +76,7 @@ def watch(process: subprocess.Popen) -> dict[str, int]:
         peak[name] = max(peak[name], 1024 * int(value.split()[0]))
     time.sleep(0.02)
   if process.returncode:
-    raise ValueError(f"the conversion ended with {process.returncode}.")
+    raise ValueError(f"{process.args!r} ended with {process.returncode}.")
   return peak
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import rat_jax
-from conftest import FIXTURES
+from conftest import FIXTURES, run_python
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.convert import export_olmo2, load_olmo2
 
@@ -156,6 +156,34 @@ def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
   (folder / "config.json").write_text(other.to_json())
   with pytest.raises(ValueError, match="the config wants"):
     rat_jax.load_pretrained(folder)
+
+
+def test_leaves_are_placed_on_many_devices_as_they_come(tmp_path):
+  """OLMo 2 and a folder of our own, sharded over four devices: the same arrays, a leaf at a time."""
+  code = f"""
+import weakref, jax, numpy as np, rat_jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+alive = []
+def place(name, leaf):
+  assert not any(one() is not None for one in alive), "an earlier leaf is still held"
+  alive.append(weakref.ref(leaf))
+  split = PartitionSpec(*("fsdp" if size % 4 == 0 and axis == leaf.ndim - 1 else None
+                          for axis, size in enumerate(leaf.shape)))
+  return jax.block_until_ready(jax.device_put(np.array(leaf), NamedSharding(mesh, split)))
+def compare(load, source):
+  alive.clear()
+  config, placed = load(source, place=place)
+  _, plain = load(source)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), placed, plain)
+  query = placed["layers"]["query"]
+  assert query.addressable_shards[0].data.size * 4 == query.size
+  return config, plain
+config, params = compare(rat_jax.convert.load_olmo2, {str(OLMO2)!r})
+rat_jax.save_pretrained({str(tmp_path / 'saved')!r}, config, params)
+compare(rat_jax.load_pretrained, {str(tmp_path / 'saved')!r})
+"""
+  run_python("-c", code, devices=4)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):

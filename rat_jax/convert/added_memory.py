@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +21,11 @@ def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = -12.0) 
   if config.memory:
     raise ValueError("memory=True: the model has a memory already.")
   config = dataclasses.replace(config, memory=True, gate_bias=gate_bias)
-  return config, params | {"layers": params["layers"] | memory_leaves(config)}
+  return config, params | {"layers": params["layers"] | dict(memory_leaves(config))}
 
 
-def memory_leaves(config: RATPlusConfig) -> dict[str, np.ndarray]:
-  """The entries of "layers" that a memory adds, as they start: no gate weights, and the bias."""
+def memory_leaves(config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """The entries of "layers" that a memory adds, as they start, one after another: no gate weights, and the bias."""
   shape, dtype = (config.num_kv_heads, config.head_dim), jnp.dtype(config.param_dtype)
-  return {"memory_gate": np.zeros((config.num_layers, config.embed_dim, *shape), dtype),
-          "memory_gate_bias": np.full((config.num_layers, *shape), config.gate_bias, dtype)}
+  yield "memory_gate", np.zeros((config.num_layers, config.embed_dim, *shape), dtype)
+  yield "memory_gate_bias", np.full((config.num_layers, *shape), config.gate_bias, dtype)

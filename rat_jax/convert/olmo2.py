@@ -50,7 +50,7 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   tensors, pieces = SafetensorsFolder(folder), pieces_of(config)
   ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
   mapping.check(pieces, tensors, config.num_layers, ignored)
-  added = ((f"layers/{name}", leaf) for name, leaf in memory_leaves(config).items()) if memory else ()
+  added = ((f"layers/{name}", leaf) for name, leaf in memory_leaves(config)) if memory else ()
   return config, itertools.chain(mapping.leaves(pieces, tensors, config), added)
 
 
