@@ -34,7 +34,7 @@ CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* ch
                                         required=True)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence.", lower_bound=16)
 COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all checkpoints and seeds.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
 ONLY = flags.DEFINE_multi_string("only", [], "Rows of the table to compute, by their start, such as \"Quest 16, 1/8\";"
                                  " repeat it for several.")
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")

@@ -74,7 +74,7 @@ def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers:
     return
   given = flags.FLAGS.flags_into_string().splitlines()
   with concurrent.futures.ProcessPoolExecutor(
-      workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(given,)) as pool:
+      workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(given, 0.9 / workers)) as pool:
     futures = {pool.submit(compute, job): i for i, job in enumerate(jobs)}
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -83,8 +83,9 @@ def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers:
       pool.shutdown(cancel_futures=True)
 
 
-def _begin(given: list[str]) -> None:
+def _begin(given: list[str], share: float) -> None:
   share_device()
+  os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"  # what it has held it does not give back
   flags.FLAGS(["worker", *given], known_only=True)
 
 
