@@ -5,6 +5,8 @@ Claim: attention and RAT+ both learn to find needles; what differs is what spars
 Cost of three seeds on one H100: RAT+ 8.5 minutes with compilation.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
 Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32
+Text beside the needles:  --lm_data=runs/data --lm_rows=16
+A memory for attention that was trained so:  --init=runs/niah/attention --arm=ratplus --memory_rate=10
 Words:  --text --init=runs/pretrain/checkpoints   fine-tunes one model by the RAT+ authors' protocol (text_needles.py).
 Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
@@ -30,11 +32,13 @@ from tqdm import tqdm
 import rat_jax
 from experiments import common, niah, text_needles
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.convert import add_memory
+from rat_jax.data import BYTES
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
-from rat_jax.train import Checkpoints, Optimizer, TrainState, drop_metrics
+from rat_jax.train import IGNORED, Checkpoints, Optimizer, TrainState, drop_metrics
 
 # Batches by arm: 16000 updates for all, one of a batch for attention and RAT+ without ARL, two for the others.
 STEPS_OF = {"ratplus": 8000, "attention": 16000, "sparse_branch": 8000, "ratplus_dense": 16000, "ratplus_mixed": 8000}
@@ -63,6 +67,11 @@ LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. D
                                    lower_bound=0.0)
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
 LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.")
+LM_DATA = flags.DEFINE_string("lm_data", None, "Folder of prepare_data, as bytes: text that is learned too.")
+LM_ROWS = flags.DEFINE_integer("lm_rows", 0, "Rows of text in every batch, beside those of the stage.", lower_bound=0)
+GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates start of a memory that is added to --init.")
+MEMORY_RATE = flags.DEFINE_float("memory_rate", 1.0, "The memory's learning rate over that of the rest.",
+                                 lower_bound=0.0)
 DILATION = flags.DEFINE_integer("dilation", 16, "ARL's dilation.", lower_bound=1)
 LAYERS = flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", 256, "Model width E.", lower_bound=2)
@@ -134,12 +143,14 @@ class Programs:
 
   def __init__(self, model: RATPlusLM, optimizer: Optimizer, plan: list[Stage], sets: list[tuple[Mode, ...]],
                state: TrainState, seeds: jax.Array):
+    self._text = tuple(jax.device_put(one, NamedSharding(niah.mesh(), PartitionSpec())) for one in text())
+
     def of_stage(stage):
-      batches = self._compile(functools.partial(_batch, stage), seeds)
+      batches = self._compile(functools.partial(_batch, stage), seeds, shared=self._text)
       return batches, self._compile(functools.partial(_accuracy, model, sets[0][-1], stage.length), state.params)
 
     def of_update(stage, modes):
-      batch = jax.eval_shape(jax.vmap(lambda seed: _batch(stage, seed, 0)), seeds)
+      batch = jax.eval_shape(jax.vmap(lambda seed: _batch(stage, seed, 0, *self._text)), seeds)
       step = lambda s, b, _: rat_jax.train_step(model, optimizer, s, b, modes=modes)
       return self._compile(step, state, batch, donate=True)
 
@@ -150,18 +161,18 @@ class Programs:
       self._others = {stage: future.result() for stage, future in others.items()}
 
   @staticmethod
-  def _compile(f: Callable, *of_seeds: Any, donate: bool = False) -> Any:
-    """f(*of_seeds, number) of one seed -> the program of all seeds; `number` is shared."""
-    axis = PartitionSpec("seeds")
-    mapped = jax.shard_map(lambda *a: jax.vmap(lambda *b: f(*b, a[-1]))(*a[:-1]), mesh=niah.mesh(), check_vma=False,
-                           in_specs=(axis,) * len(of_seeds) + (PartitionSpec(),), out_specs=axis)
+  def _compile(f: Callable, *of_seeds: Any, shared: tuple[jax.Array, ...] = (), donate: bool = False) -> Any:
+    """f(*of_seeds, number, *shared) of one seed -> the program of all seeds, which share number and `shared`."""
+    axis, n = PartitionSpec("seeds"), len(of_seeds)
+    mapped = jax.shard_map(lambda *a: jax.vmap(lambda *b: f(*b, *a[n:]))(*a[:n]), mesh=niah.mesh(), check_vma=False,
+                           in_specs=(axis,) * n + (PartitionSpec(),) * (1 + len(shared)), out_specs=axis)
     spread = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=niah.over_seeds()), of_seeds)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(niah.mesh(), PartitionSpec()))
-    return jax.jit(mapped, donate_argnums=(0,) if donate else ()).lower(*spread, number).compile()
+    return jax.jit(mapped, donate_argnums=(0,) if donate else ()).lower(*spread, number, *shared).compile()
 
   def train(self, stage: Stage, modes: tuple[Mode, ...], state: TrainState, seeds: jax.Array, step: int
             ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batches = self._others[stage][0](seeds, np.int32(step))
+    batches = self._others[stage][0](seeds, np.int32(step), *self._text)
     return self._update[stage, modes](state, batches, np.int32(step))
 
   def accuracy(self, stage: Stage, params: Any, step: int) -> np.ndarray:
@@ -169,12 +180,33 @@ class Programs:
     return np.asarray(self._others[stage][1](params, np.int32(step)))
 
 
-def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int) -> dict[str, jax.Array]:
-  """The batch [B, T] of a step and a seed; answers weigh as much as they are rare."""
+def text() -> tuple[np.ndarray, ...]:
+  """The tokens of --lm_data, for `_batch`; empty without. Raises ValueError for text that is not bytes."""
+  if not LM_ROWS.value:
+    return ()
+  if LM_DATA.value is None:
+    raise ValueError(f"--lm_rows={LM_ROWS.value} without --lm_data; give a folder of prepare_data.")
+  file = common.corpus(LM_DATA.value, common.workdir(f"niah/{ARM.value}") / "data")["train"]
+  if file.sidecar.tokenizer != BYTES.name:
+    raise ValueError(f"--lm_data={LM_DATA.value} has the tokenizer {file.sidecar.tokenizer}; use {BYTES.name}.")
+  return (np.asarray(file.tokens),)
+
+
+def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Array) -> dict[str, jax.Array]:
+  """The batch [B, T] of a step and a seed; answers weigh as much as they are rare, rows of `text` as much again."""
   made = mini_niah.batch(stage.mixture, stage.length, seed, step)
   answers, counted = made["answers"], made["targets"] != -100
   weights = answers / jnp.maximum(jnp.sum(answers), 1) + LM_WEIGHT.value * counted / jnp.sum(counted)
-  return {"tokens": made["tokens"], "targets": made["targets"], "weights": weights}
+  batch = {"tokens": made["tokens"], "targets": made["targets"], "weights": weights}
+  if text:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)  # `mini_niah.batch` folds `step` alone
+    starts = jax.random.randint(key, (LM_ROWS.value,), 0, len(text[0]) - stage.length - 1)
+    rows = jax.vmap(lambda at: jax.lax.dynamic_slice(text[0], (at,), (stage.length + 1,)))(starts).astype(jnp.int32)
+    targets = jnp.where(rows[:, :-1] == BYTES.eod_id, IGNORED, rows[:, 1:])
+    counted = targets != IGNORED
+    read = {"tokens": rows[:, :-1], "targets": targets, "weights": counted / jnp.sum(counted)}
+    batch = {name: jnp.concatenate([batch[name], read[name]]) for name in batch}
+  return batch
 
 
 def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.Array) -> jax.Array:
@@ -202,20 +234,26 @@ def train() -> None:
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
                      " devices (CUDA_VISIBLE_DEVICES).")
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
+  if INIT.value and arm.startswith("ratplus") and not config.memory:
+    params = jax.vmap(lambda p: add_memory(config, p, GATE_BIAS.value)[1])(params)
+    config = dataclasses.replace(config, memory=True, gate_bias=GATE_BIAS.value)
   if config.memory != arm.startswith("ratplus"):
     raise ValueError(f"--arm={arm} and --init={INIT.value}, which has memory={config.memory}; give the arm of --init.")
   seeds = jax.device_put(jnp.arange(SEEDS.value) + common.SEED.value * 1000, niah.over_seeds())
   model, plan, sets = RATPlusLM(config), stages(steps), mode_sets(arm)
   rate = LEARNING_RATE.value or 5e-4
+  rates = [("layers/memory_gate*", MEMORY_RATE.value)] if MEMORY_RATE.value != 1 else []
   optimizer = rat_jax.make_optimizer(rate, total_steps=steps, min_learning_rate=0.0,
-                                     warmup_steps=min(WARMUP.value, steps))
+                                     warmup_steps=min(WARMUP.value, steps), rates=rates)
   run = Checkpoints(folder / "run")
   notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
                            "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
                            "seeds": SEEDS.value, "seed": common.SEED.value,
                            "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
                            "learning_rate": rate, "warmup": WARMUP.value,
-                           "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "log_every": LOG_EVERY.value,
+                           "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value,
+                           "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
+                           "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value, "log_every": LOG_EVERY.value,
                            "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, run, notes)
   step, at, done = int(state.step[0]), notes["stage"], notes["done"]

@@ -168,6 +168,44 @@ def test_a_short_training_learns_the_easiest_task(tmp_path):
   assert last["step"] <= 1200
 
 
+@pytest.mark.slow
+def test_text_is_learned_beside_needles_and_a_memory_is_added(tmp_path):
+  """A batch's rows of text are windows of the file; attention trained so is given a memory that learns faster."""
+  (tmp_path / "texts").mkdir()
+  for i in range(30):
+    (tmp_path / "texts" / f"{i}.txt").write_text("".join(chr(97 + (i + j) % 26) for j in range(400)))
+  code = """
+import sys, numpy as np
+from absl import flags
+from experiments import sft_niah
+flags.FLAGS(sys.argv)
+(text,) = sft_niah.text()
+stage = sft_niah.stages(8)[0]
+made = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5, text).items()}
+alone = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5).items()}
+assert made["tokens"].shape == (10, 96) and alone["tokens"].shape == (8, 96)
+for name in made:
+  np.testing.assert_array_equal(made[name][:8], alone[name])
+whole = bytes(text)
+for tokens, targets in zip(made["tokens"][8:], made["targets"][8:]):
+  assert bytes(tokens.astype(np.uint8)) in whole
+  assert ((targets == np.append(tokens[1:], targets[-1])) | (tokens == 0)).all()
+  assert (targets[tokens == 0] == -100).all()
+np.testing.assert_allclose(made["weights"][8:].sum(), 1, rtol=1e-5)
+"""
+  options = [*TOY, "--lm_rows=2", f"--lm_data={tmp_path}/texts"]
+  run_python("-c", code, *options, f"--workdir={tmp_path}/none")
+  run_python("-m", "experiments.sft_niah", *options, "--arm=attention", f"--workdir={tmp_path}/attention")
+  run_python("-m", "experiments.sft_niah", *options, "--arm=ratplus", "--memory_rate=10",
+             f"--init={tmp_path}/attention", f"--workdir={tmp_path}/memory")
+  config, params = niah.load(str(tmp_path / "memory"))
+  _, before = niah.load(str(tmp_path / "attention"))
+  assert (config.memory, config.gate_bias, config.mlp_dim) == (True, -12.0, 4 * 16 + 8)
+  assert (np.abs(np.asarray(params["layers"]["memory_gate"])).max(axis=(1, 2, 3, 4)) > 1e-4).all()
+  moved = np.abs(np.asarray(params["layers"]["memory_gate_bias"]) + 12).max()
+  assert moved > 2 * np.abs(np.asarray(params["layers"]["query"] - before["layers"]["query"])).max()
+
+
 def test_answers_of_a_whole_batch_agree_with_the_logits():
   model, params = trained()
   made = jax.jit(lambda: mini_niah.batch((Rows(TASKS["single_2"], 16),), LENGTH, 5, 0))()
