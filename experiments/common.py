@@ -120,10 +120,10 @@ def device() -> str:
   return first.device_kind if first.platform != "cpu" else "CPU"
 
 
-def write_json(path: pathlib.Path, result: Any) -> None:
+def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
   """Writes it whole or not at all."""
   beside = path.with_name(path.name + ".new")
-  beside.write_text(json.dumps(result, indent=2) + "\n")
+  beside.write_text(json.dumps(result, indent=indent) + "\n")
   os.replace(beside, path)
 
 

@@ -214,6 +214,7 @@ def main() -> None:
   measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
   print(f"{measure}, in percent, on {common.device()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n")
+  common.write_json(folder / "accuracies.json", niah_report.accuracies_by_name(table), indent=None)
   niah_report.draw_budgets(table, folder / "budgets.png")
 
 

@@ -157,7 +157,7 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def distance(model: RATPlusLM, params: Any) -> dict[str, Any]:
-  """Accuracy by the distance from the needle's end to the next kept token, under dilation alone.
+  """Accuracy by the distance from the value's last symbol to the next kept token, under dilation alone.
 
   {mode: {"right": [seeds][D], "count": [D]}}, over all tasks that ask for one value, in percent.
   """
@@ -168,8 +168,8 @@ def distance(model: RATPlusLM, params: Any) -> dict[str, Any]:
     row = Row("", functools.partial(lambda mode, task: (mode, None), mode))
     right = eval_niah.which_right(model, params, row, tasks)
     made = eval_niah.sequences(LENGTH.value, COUNT.value)
-    ends = {task.name: np.asarray(made[task.name]["golden"]).max(axis=1) + 1 for task in tasks}
-    away = np.concatenate([(dilation - 1 - ends[task.name]) % dilation for task in tasks])
+    last = {task.name: np.asarray(made[task.name]["golden"]).max(axis=1) for task in tasks}
+    away = np.concatenate([(dilation - 1 - last[task.name]) % dilation for task in tasks])
     rights = np.concatenate([right[task.name] for task in tasks], axis=1)
     count = np.bincount(away, minlength=dilation)
     found[str(mode)] = {"count": count.tolist(), "right": [

@@ -58,6 +58,13 @@ def _scored(cells: Cells, score: str) -> Cells:
                        for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
 
 
+def accuracies_by_name(cells: Cells) -> dict[str, dict[str, dict[str, Any]]]:
+  """{checkpoint's name: {row: {task: the seeds' accuracies, or why it is blank}}}: what is kept of large tables."""
+  return {pathlib.Path(checkpoint).name: {label: {
+      task: [round(x, 2) for x in cell["accuracy"]] if "accuracy" in cell else cell["blank"]
+      for task, cell in by_task.items()} for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
+
+
 def by_example(cell: dict[str, Any]) -> np.ndarray:
   """What every example scored, as shares, means over seeds."""
   return np.array(cell["by_example"]) / 100 if "by_example" in cell else niah.from_hex(cell).mean(axis=0)

@@ -49,7 +49,8 @@ def main_rows(length: int) -> list[Row]:
       moba, end = functools.partial(MoBA, length // n // block, block=block, keep_first=first), ", first" * first
       rows.append(step(f"MoBA {block} decode, 1/{n}{end}", moba, prefill_mode=Dense()))
       rows.append(_prompt(length, f"MoBA {block} prompt, 1/{n}{end}", moba))
-    rows.append(step(f"MoBA {block} everywhere, 1/{n}", MoBA, length // n // block, block=block, keep_first=False))
+  for n in (4, 8):
+    rows.append(step(f"MoBA 16 everywhere, 1/{n}", MoBA, length // n // 16, block=16, keep_first=False))
   for n in (4, 8, 16, 32):
     rows.append(_aware(f"SnapKV aware, 1/{n}", length // n))
     rows.append(dataclasses.replace(step(f"SnapKV blind, 1/{n}", SnapKV, length // n, obs_window=8),

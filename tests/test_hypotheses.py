@@ -129,10 +129,10 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
   assert sum(by_distance["count"]) == COUNT * len(tasks)
   assert np.average(by_distance["right"][0], weights=by_distance["count"]) == pytest.approx(
       np.mean([cell["accuracy"][0] for cell in cells.values()]))
-  rights = [[] for _ in range(8)]  # by the steps from a needle's end to a token that is kept
+  rights = [[] for _ in range(8)]  # by the steps from a value's last symbol to a token that is kept
   for name, cell in cells.items():
     golden = np.asarray(eval_niah.sequences(LENGTH, COUNT)[name]["golden"])
-    for end, right in zip(golden.max(axis=1) + 1, niah.from_hex(cell)[0], strict=True):
-      rights[next(d for d in range(8) if (end + d + 1) % 8 == 0)].append(right)
+    for last, right in zip(golden.max(axis=1), niah.from_hex(cell)[0], strict=True):
+      rights[next(d for d in range(8) if (last + d + 1) % 8 == 0)].append(right)
   assert by_distance["count"] == [len(x) for x in rights]
   assert by_distance["right"][0] == pytest.approx([100 * np.mean(x) if x else 0.0 for x in rights])
