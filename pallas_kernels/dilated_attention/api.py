@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, softmax
-from pallas_kernels.dilated_attention import xla
+from pallas_kernels.dilated_attention import cudnn, folded, xla
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
 Array = jax.Array
-_AVAILABLE = {"xla": xla.dilated_attention}
+_AVAILABLE = {"xla": "any", "cudnn": "NVIDIA GPUs"}
 
 
 def dilated_attention(
@@ -37,21 +37,26 @@ def dilated_attention(
     sinks: first tokens that every later query sees, >= 0.
     segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
-    implementation: None or "xla".
+    implementation: None, "xla", or "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows).
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.
 
   Raises:
     ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
-    NotImplementedError: a known implementation that this operation does not have.
+    NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
   name = dispatch.resolve("dilated_attention", implementation, _AVAILABLE)
   _check(q, k, v, dilation, window, sinks, segment_ids)
+  if name == "cudnn":
+    reason = "packed rows, whose positions restart, do not fold" if segment_ids is not None else cudnn.unsupported(q, k)
+    if reason:
+      raise NotImplementedError(f"implementation='cudnn': {reason}; use implementation=None.")
+    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
   if segment_ids is None and strided + 2 * window + sinks < length:
-    return _AVAILABLE[name](q, k, v, dilation, window, sinks)
+    return xla.dilated_attention(q, k, v, dilation, window, sinks)
   return _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids)
 
 

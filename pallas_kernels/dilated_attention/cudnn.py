@@ -1,0 +1,50 @@
+"""Causal attention by cuDNN, its log-sum-exp in float32 and its gradient under a log-sum-exp from outside.
+
+`jax.nn.dot_product_attention` rounds the log-sum-exp to the queries' type and drops its cotangent. The primitives
+beneath it do neither; they are no public interface of jax, and this file is the only one that knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
+from pallas_kernels import softmax
+
+Array = jax.Array
+MAX_WIDTH = 128  # of a head
+
+
+def forward(q: Array, k: Array, v: Array, window: int | None) -> softmax.Part:
+  out, lse = fused._dot_product_attention_fwd_p_wrapper.bind(
+      q, k, v, *_unused(q, 7), is_training=True, **_settings(q, window))
+  return out, jnp.moveaxis(lse, 1, 2)
+
+
+def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array
+             ) -> tuple[Array, Array, Array]:
+  return fused._dot_product_attention_bwd_p_wrapper.bind(
+      q, k, v, *_unused(q, 7), jnp.moveaxis(lse, 2, 1), out, d_out, **_settings(q, window))
+
+
+def unsupported(q: Array, k: Array) -> str | None:
+  """Why cuDNN does not serve these arrays, or None."""
+  if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+    return f"cuDNN takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
+  if q.shape[-1] % 8 or q.shape[-1] > MAX_WIDTH:
+    return f"cuDNN takes heads of a multiple of 8 up to {MAX_WIDTH} wide, these are {q.shape[-1]}"
+  return None
+
+
+def _unused(q: Array, count: int) -> list[Array]:
+  """Bias, lengths, offsets and page tables, which are not there."""
+  return [jnp.zeros(0, q.dtype)] * count
+
+
+def _settings(q: Array, window: int | None) -> dict[str, Any]:
+  return {"scale": q.shape[-1]**-0.5, "seed": 0, "dropout_rate": 0.0, "variadic_args": (False, False),
+          "mask_type": fused.MaskType.CAUSAL, "layout": fused.AttentionLayout.BTNH.value,
+          "sliding_window_length": None if window is None else window + 1}

@@ -1,0 +1,192 @@
+"""Dilated attention as ordinary causal attention of length T/D, by whatever kernel does that fastest.
+
+The strided keys that query t sees beyond its window and sinks are a prefix of the representatives k[D-1::D]. Write
+t - W - D (1 + S0 // D) = D m + r with 0 <= r < D: the prefix ends with number m of those that are no sinks. So with
+the queries of one r as heads of their own, N D heads in all, the strided part is plain causal attention over T/D
+keys. The window is causal attention with a sliding window; the sinks are a few scores. The three are disjoint, and
+one softmax joins them by log-sum-exp.
+
+The gradient of a softmax over parts needs the joint output and log-sum-exp in every part, which no library kernel's
+own gradient takes from outside: one rule for the whole (`_backward`) hands them to every part.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import softmax
+from pallas_kernels.products import einsum_float32
+
+Array = jax.Array
+Gradients = tuple[Array, Array, Array]
+
+
+class Causal(Protocol):
+  """Causal attention with its softmax laid open. `window`: keys before the query that it sees; None for all."""
+
+  def forward(self, q: Array, k: Array, v: Array, window: int | None) -> softmax.Part:
+    """(output [B, T, N, H], log-sum-exp float32 [B, T, N]) of q [B, T, N, H] and k, v [B, T, K, H]."""
+
+  def backward(self, q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array
+               ) -> Gradients:
+    """Gradients of q, k, v where these keys are a part of a softmax whose output is `out`, its log-sum-exp `lse`."""
+
+
+class Pattern(NamedTuple):
+  """What is static of a call."""
+
+  dilation: int | None
+  window: int
+  sinks: int
+
+  @property
+  def offset(self) -> int:
+    """The first query that sees a strided key beyond window and sinks."""
+    return self.window + self.dilation * (1 + self.sinks // self.dilation) if self.dilation else 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> Array:
+  """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
+  return _forward(q, k, v, pattern, causal)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
+  parts = [_window_forward(q, k, v, pattern, causal)]
+  if pattern.sinks:
+    parts.append(softmax.attend_part(q, k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)))
+  if pattern.dilation and pattern.offset < q.shape[1]:
+    parts.append(_strided_forward(q, k, v, pattern, causal))
+  outs, lses = zip(*parts, strict=True)
+  lse = functools.reduce(jnp.logaddexp, lses)
+  out = sum(jnp.exp(one - lse)[..., None] * out for one, out in zip(lses, outs, strict=True)).astype(q.dtype)
+  return out, (q, k, v, out, lse)
+
+
+def _backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Gradients:
+  q, k, v, out, lse = residuals
+  parts = [_window_backward(q, k, v, pattern, causal, out, lse, d_out)]
+  if pattern.sinks:
+    parts.append(_sinks_backward(q, k, v, pattern, out, lse, d_out))
+  if pattern.dilation and pattern.offset < q.shape[1]:
+    parts.append(_strided_backward(q, k, v, pattern, causal, out, lse, d_out))
+  summed = [sum(one.astype(jnp.float32) for one in of_input) for of_input in zip(*parts, strict=True)]
+  return tuple(d.astype(x.dtype) for d, x in zip(summed, (q, k, v), strict=True))  # type: ignore[return-value]
+
+
+dilated_attention.defvjp(_forward, _backward)
+
+
+# The window: the W keys before the query and its own.
+
+
+def _window_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
+  if pattern.window == 0:  # one key: its score is the log-sum-exp, its value the output
+    repeats = q.shape[2] // v.shape[2]
+    return jnp.repeat(v.astype(jnp.float32), repeats, axis=2), _own_scores(q, k)
+  return causal.forward(q, k, v, _reach(pattern, q))
+
+
+def _window_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out) -> Gradients:
+  if pattern.window:
+    return causal.backward(q, k, v, _reach(pattern, q), out, lse, d_out)
+  grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
+  weight = jnp.exp(_own_scores(q, k) - lse)[..., None]
+  d_score = weight * jnp.sum((_heads(v, q) - out.astype(jnp.float32)) * d_out.astype(jnp.float32), -1, keepdims=True)
+  d_score *= q.shape[-1]**-0.5
+  return (d_score * _heads(k, q), jnp.sum(grouped(d_score * q.astype(jnp.float32)), axis=3),
+          jnp.sum(grouped(weight * d_out.astype(jnp.float32)), axis=3))
+
+
+def _reach(pattern: Pattern, q: Array) -> int | None:
+  return pattern.window if pattern.window < q.shape[1] - 1 else None
+
+
+def _heads(x: Array, q: Array) -> Array:
+  """[B, T, K, H] -> float32 [B, T, N, H], a key/value head for each query head."""
+  return jnp.repeat(x.astype(jnp.float32), q.shape[2] // x.shape[2], axis=2)
+
+
+def _own_scores(q: Array, k: Array) -> Array:
+  return jnp.sum(q.astype(jnp.float32) * _heads(k, q), axis=-1) * q.shape[-1]**-0.5
+
+
+# The sinks: the first S0 keys, where the window does not show them.
+
+
+def _sinks_seen(q: Array, pattern: Pattern) -> Array:
+  t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(min(pattern.sinks, q.shape[1]))
+  return (t - s > pattern.window)[None, None]
+
+
+def _sinks_backward(q, k, v, pattern: Pattern, out, lse, d_out) -> Gradients:
+  k, v, length = k[:, :pattern.sinks], v[:, :pattern.sinks], k.shape[1]
+  grouped = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, *x.shape[3:])
+  scores = einsum_float32("btkgh,bskh->bkgts", grouped(q), k) * q.shape[-1]**-0.5
+  of_rows = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]  # [B, T, N] -> [B, K, G, T, 1]
+  weights = jnp.where(_sinks_seen(q, pattern)[:, :, None], jnp.exp(scores - of_rows(lse)), 0.0)
+  delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+  d_scores = weights * (einsum_float32("btkgh,bskh->bkgts", grouped(d_out), v) - of_rows(delta)) * q.shape[-1]**-0.5
+  d_q = einsum_float32("bkgts,bskh->btkgh", d_scores.astype(q.dtype), k).reshape(q.shape)
+  d_k = einsum_float32("bkgts,btkgh->bskh", d_scores.astype(q.dtype), grouped(q))
+  d_v = einsum_float32("bkgts,btkgh->bskh", weights.astype(q.dtype), grouped(d_out))
+  rest = ((0, 0), (0, length - k.shape[1]), (0, 0), (0, 0))
+  return d_q, jnp.pad(d_k, rest), jnp.pad(d_v, rest)
+
+
+# The strided keys, folded.
+
+
+def _strided_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
+  folded, length = _fold(q, k, pattern), q.shape[1]
+  keys, values = (_representatives(x, pattern, folded.shape[1]) for x in (k, v))
+  out, lse = causal.forward(folded, keys, values, None)
+  out = _unfold(out, k, pattern, length)
+  lse = _unfold(lse[..., None], k, pattern, length, softmax.NOTHING)[..., 0]
+  return out, lse
+
+
+def _strided_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out) -> Gradients:
+  length = q.shape[1]
+  folded, out, d_out = (_fold(x, k, pattern) for x in (q, out, d_out))
+  lse = _fold(lse[..., None], k, pattern)[..., 0]
+  keys, values = (_representatives(x, pattern, folded.shape[1]) for x in (k, v))
+  d_q, d_k, d_v = causal.backward(folded, keys, values, None, out, lse, d_out)
+  return (_unfold(d_q, k, pattern, length), _scatter(d_k, pattern, k), _scatter(d_v, pattern, v))
+
+
+def _fold(x: Array, k: Array, pattern: Pattern) -> Array:
+  """[B, T, N, X] -> [B, M, N D, X]: rows from the offset on, filled up with zeros; heads in the order K, G, D."""
+  d, kv = pattern.dilation or 1, k.shape[2]
+  x = x[:, pattern.offset:]
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % d), (0, 0), (0, 0)))
+  b, t, n, width = x.shape
+  x = x.reshape(b, t // d, d, kv, n // kv, width)
+  return x.transpose(0, 1, 3, 4, 2, 5).reshape(b, t // d, n * d, width)
+
+
+def _unfold(x: Array, k: Array, pattern: Pattern, length: int, fill: float = 0.0) -> Array:
+  """The inverse of `_fold`; rows before the offset are `fill`."""
+  d, kv = pattern.dilation or 1, k.shape[2]
+  b, m, heads, width = x.shape
+  x = x.reshape(b, m, kv, heads // (kv * d), d, width).transpose(0, 1, 4, 2, 3, 5)
+  x = x.reshape(b, m * d, heads // d, width)[:, :length - pattern.offset]
+  return jnp.pad(x, ((0, 0), (pattern.offset, 0), (0, 0), (0, 0)), constant_values=fill)
+
+
+def _representatives(x: Array, pattern: Pattern, count: int) -> Array:
+  """The first `count` of the strided keys that are no sinks: [B, count, K, H]."""
+  d = pattern.dilation or 1
+  first = d * (1 + pattern.sinks // d) - 1
+  return x[:, first:first + d * (count - 1) + 1:d]
+
+
+def _scatter(d_x: Array, pattern: Pattern, x: Array) -> Array:
+  """Gradients of the representatives at their places among those of all keys."""
+  d = pattern.dilation or 1
+  first = d * (1 + pattern.sinks // d) - 1
+  return jnp.zeros(x.shape, d_x.dtype).at[:, first:first + d * (d_x.shape[1] - 1) + 1:d].set(d_x)

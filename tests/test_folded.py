@@ -1,0 +1,110 @@
+"""Dilated attention folded into causal attention: values and gradients in float64, and its form for cuDNN."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import pallas_kernels
+from conftest import GRADIENT, OPERATION, assert_close
+from pallas_kernels import softmax
+from pallas_kernels.dilated_attention import folded
+from pallas_kernels.dilated_attention.reference import dilated_pattern
+
+
+def causal_mask(length, window):
+  t, s = np.arange(length)[:, None], np.arange(length)
+  return (s <= t) & (t - s <= (length if window is None else window))
+
+
+def forward(q, k, v, window):
+  return softmax.attend_part(q, k, v, causal_mask(q.shape[1], window)[None, None])
+
+
+def backward(q, k, v, window, out, lse, d_out):
+  """The gradient by hand: weights exp(score - lse) of a softmax that has other parts too."""
+  repeats, scale = q.shape[2] // k.shape[2], q.shape[3]**-0.5
+  keys, values = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+  scores = jnp.einsum("btnh,bsnh->bnts", q, keys) * scale
+  weights = jnp.where(causal_mask(q.shape[1], window), jnp.exp(scores - jnp.moveaxis(lse, 1, 2)[..., None]), 0)
+  delta = jnp.moveaxis(jnp.sum(out * d_out, axis=-1), 1, 2)[..., None]
+  d_scores = weights * (jnp.einsum("btnh,bsnh->bnts", d_out, values) - delta) * scale
+  of_group = lambda x: x.reshape(*x.shape[:2], -1, repeats, x.shape[3]).sum(axis=3)
+  return (jnp.einsum("bnts,bsnh->btnh", d_scores, keys), of_group(jnp.einsum("bnts,btnh->bsnh", d_scores, q)),
+          of_group(jnp.einsum("bnts,btnh->bsnh", weights, d_out)))
+
+
+PLAIN = types.SimpleNamespace(forward=forward, backward=backward)
+
+
+def expected(q, k, v, pattern):
+  """Masked softmax attention in float64."""
+  repeats = q.shape[2] // k.shape[2]
+  k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+  t, s = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])
+  seen = dilated_pattern(t, s, *pattern) & (s <= t)
+  scores = jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[3]**-0.5, -jnp.inf)
+  return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
+
+
+def check(length, pattern, heads, groups, seed=0):
+  rng = np.random.default_rng(seed)
+  q, d_out = rng.standard_normal((2, 2, length, heads * groups, 4))
+  k, v = rng.standard_normal((2, 2, length, heads, 4))
+  with jax.enable_x64():
+    values, pull = jax.vjp(lambda *a: expected(*a, pattern), *(jnp.asarray(x, jnp.float64) for x in (q, k, v)))
+    gradients = pull(jnp.asarray(d_out))
+    values, gradients = np.asarray(values), [np.asarray(x) for x in gradients]
+  ours, pull = jax.vjp(lambda *a: folded.dilated_attention(*a, pattern, PLAIN),
+                       *(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+  assert_close(ours, values, OPERATION, pattern)
+  for name, gradient, theirs in zip("qkv", pull(jnp.asarray(d_out, jnp.float32)), gradients, strict=True):
+    assert_close(gradient, theirs, GRADIENT, f"{name} {pattern}")
+
+
+@pytest.mark.parametrize(("length", "pattern"), [
+    (24, (4, 0, 0)), (23, (4, 0, 0)), (3, (4, 0, 0)), (4, (4, 0, 0)), (5, (4, 0, 0)), (25, (4, 3, 0)),
+    (25, (4, 0, 3)), (25, (4, 5, 4)), (26, (4, 2, 9)), (21, (4, 40, 2)), (21, (4, 19, 2)), (21, (4, 0, 40)),
+    (20, (None, 5, 2)), (20, (None, 0, 0)), (17, (1, 0, 0)), (17, (1, 3, 2)), (30, (16, 1, 1))])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 3)])
+def test_values_and_gradients_in_float64(length, pattern, heads):
+  check(length, folded.Pattern(*pattern), *heads)
+
+
+@given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 12), st.integers(0, 12),
+       st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+def test_any_pattern(length, dilation, window, sinks, seed):
+  check(length, folded.Pattern(dilation, window, sinks), 1, 2, seed)
+
+
+@pytest.mark.parametrize("pattern", [{"dilation": 16}, {"dilation": 64, "window": 256, "sinks": 4},
+                                     {"dilation": None, "window": 1024, "sinks": 4}])
+def test_what_cudnn_is_given(pattern):
+  """Lowered for a GPU with none at hand: causal attention forward and backward, with an outside log-sum-exp."""
+  q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)
+
+  def loss(q, k, v):
+    return jnp.sum(pallas_kernels.dilated_attention(q, k, v, implementation="cudnn", **pattern).astype(jnp.float32))
+
+  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+  parts = (pattern["dilation"] is not None) + ("window" in pattern)
+  assert text.count("__cudnn$fmhaSoftmaxBackward") == text.count("__cudnn$fmhaSoftmax(") == parts
+  if pattern["dilation"]:
+    folded_queries = (4096 - pattern.get("window", 0)) // pattern["dilation"] - 1
+    assert f"tensor<1x{folded_queries}x{8 * pattern['dilation']}x128xbf16>" in text
+
+
+def test_what_cudnn_does_not_take_is_said():
+  q = jnp.zeros((1, 32, 2, 16))
+  half, packed = q.astype(jnp.bfloat16), jnp.ones((1, 32), jnp.int32)
+  for x, segments, reason in ((q, None, "q is float32"), (half[..., :12], None, "multiple of 8"),
+                              (half, packed, "packed rows")):
+    with pytest.raises(NotImplementedError, match=reason):
+      pallas_kernels.dilated_attention(x, x, x, dilation=4, segment_ids=segments, implementation="cudnn")
