@@ -20,6 +20,7 @@ import rat_jax
 from experiments import common, training
 from rat_jax import Dense, RATPlusConfig
 from rat_jax.convert import add_memory
+from rat_jax.costs import PEAK_FLOPS
 from rat_jax.train import ARL
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained: an attention model,"
@@ -33,7 +34,7 @@ FREEZE = flags.DEFINE_multi_string("freeze", [], "Parameters that stay as they a
                                    " repeat it for several.")
 COST = flags.DEFINE_string("cost", None, "Print what the retrofit of this preset takes in chip-hours, and do no more.")
 UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Share of a chip's peak that --cost assumes.", 0.01, 1.0)
-PEAKS = {"H100": 989e12, "TPU v5p": 459e12, "TPU v6e": 918e12}  # bfloat16 operations per second, by their makers
+CHIPS = {"H100": "NVIDIA H100 80GB HBM3", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # as --cost names them
 
 
 def main() -> None:
@@ -60,9 +61,9 @@ def cost(config: RATPlusConfig) -> str:
   rows = []
   for modes in (MODES.value, [Dense()]):
     total = tokens * sum(rat_jax.training_flops(config, mode, length) for mode in modes)
-    hours = [f"{total / peak / UTILISATION.value / 3600:,.0f}" for peak in PEAKS.values()]
+    hours = [f"{total / PEAK_FLOPS[kind] / UTILISATION.value / 3600:,.0f}" for kind in CHIPS.values()]
     rows.append([", then ".join(map(str, modes)), f"{tokens / 1e9:.1f}B", f"{total:.2e}", *hours])
-  header = ["updates of a batch", "tokens", "operations", *(f"{chip}, hours" for chip in PEAKS)]
+  header = ["updates of a batch", "tokens", "operations", *(f"{chip}, hours" for chip in CHIPS)]
   return f"at {UTILISATION.value:.0%} of the peak\n\n{common.markdown_table(header, rows)}"
 
 

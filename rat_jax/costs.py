@@ -13,6 +13,10 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.layout import check_count
 from rat_jax.modes import BlockMode, Mode, SelectingMode, SnapKV, check_modes, layer_modes, visible
 
+# Operations per second of matrix products in bfloat16, as the makers state them, by `jax.Device.device_kind`.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+              "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
+
 
 def tokens_read(config: RATPlusConfig, mode: Mode, length: int, prompt_length: int | None = None) -> tuple[int, ...]:
   """Keys that the query at position length-1 reads, for every layer; where that depends on data or head, the most.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
 
 from rat_jax import ablation, attention, layout as layouts, transformer
-from rat_jax.axes import Array, Lengths, Logits, Positions, SegmentIds, Tokens
+from rat_jax.axes import Array, Lengths, Logits, Positions, SegmentIds, Stream, Tokens
 from rat_jax.config import RATPlusConfig
 from rat_jax.modes import Dense, Mode, SelectingMode, SnapKV, check_modes, layer_modes, layer_runs
 
@@ -23,13 +23,22 @@ class RATPlusLM(nn.Module):
 
   config: RATPlusConfig
 
-  @nn.compact
-  def __call__(self, tokens: Tokens, *, mode: Mode = Dense(), segment_ids: SegmentIds | None = None,
-               positions: Positions | None = None, lengths: Lengths | None = None,
-               prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None, row_ids: Array | None = None,
-               select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory"
-               ) -> Logits:
-    """Logits of whole sequences.
+  def setup(self) -> None:
+    self.weights = {name: self.param(name, draw) for name, draw in transformer.initializers(self.config).items()}
+
+  def __call__(self, tokens: Tokens, **arguments: Any) -> Logits:
+    """Logits of whole sequences, float32 [B, T, V]; arguments and errors as in `stream`.
+
+    Rows of padding are finite and otherwise unspecified.
+    """
+    return transformer.logits(self.config, self.weights, self.stream(tokens, **arguments))
+
+  def stream(self, tokens: Tokens, *, mode: Mode = Dense(), segment_ids: SegmentIds | None = None,
+             positions: Positions | None = None, lengths: Lengths | None = None,
+             prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None, row_ids: Array | None = None,
+             select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory"
+             ) -> Stream:
+    """The residual stream of whole sequences after the last layer, float32 [B, T, E]: logits but for norm and head.
 
     Args:
       tokens: int [B, T].
@@ -46,9 +55,6 @@ class RATPlusLM(nn.Module):
       select_from, attend_to: "plain" takes keys (and values) without the memory for choosing, or for attention: an
         experiment (`rat_jax.ablation`).
 
-    Returns:
-      float32 [B, T, V]. Rows of padding are finite and otherwise unspecified.
-
     Raises:
       ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length, SnapKV or
         `prefill_mode` without `prompt_lengths`, positions other than 0..T-1 under a mode that chooses by the query.
@@ -64,13 +70,11 @@ class RATPlusLM(nn.Module):
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     prompts = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
     row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
-    params = {name: self.param(name, draw) for name, draw in transformer.initializers(config).items()}
     run = transformer.hidden_states
     if (select_from, attend_to) != ("memory", "memory"):
       run = functools.partial(ablation.hidden_states, select_from=select_from, attend_to=attend_to)
-    x = run(config, params, tokens, mode, layout, prompts=prompts, prefill_mode=prefill_mode,
-            row_ids=row_ids)
-    return transformer.logits(config, params, x)
+    return run(config, self.weights, tokens, mode, layout, prompts=prompts, prefill_mode=prefill_mode,
+               row_ids=row_ids)
 
 
 def _chooses(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None) -> bool:

@@ -15,8 +15,10 @@ import pytest
 import rat_jax
 from conftest import GRADIENT, assert_close
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.costs import PEAK_FLOPS
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import Checkpoints, cross_entropy, train
+from rat_jax.train.loss import sequence_loss
 from rat_jax.train.step import _train_step
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
@@ -42,6 +44,38 @@ def mean_loss(params, batch, mode):
   total, count = cross_entropy(MODEL.apply({"params": params}, batch["tokens"], mode=mode,
                                            segment_ids=batch.get("segment_ids")), batch["targets"])
   return total / count
+
+
+def test_the_loss_in_chunks_is_the_loss(monkeypatch):
+  """Values and gradients, whatever the chunks; also with weights and ignored targets."""
+  params, batch = fresh_state().params, batch_at(0)
+  batch["weights"] = np.random.default_rng(1).random(batch["targets"].shape).astype(np.float32)
+
+  def plain(p):
+    total, count = cross_entropy(MODEL.apply({"params": p}, batch["tokens"], mode=MODES[0]), batch["targets"],
+                                 batch["weights"])
+    return total / count
+
+  expected = jax.value_and_grad(plain)(params)
+  for chunk in (1 << 27, 31 * 48, 31 * 17, 31):  # all 48 tokens at once, also counted; 17; one
+    monkeypatch.setattr("rat_jax.train.loss._LOGITS", chunk)
+
+    def chunked(p):
+      total, count = sequence_loss(MODEL, p, batch, mode=MODES[0])
+      return total / count
+
+    for found, known in zip(*map(jax.tree.leaves, (jax.value_and_grad(chunked)(params), expected)), strict=True):
+      assert_close(found, known, GRADIENT)
+
+
+def test_utilisation_is_operations_over_the_peak(tmp_path, monkeypatch):
+  """As if a CPU did a million operations a second: the share follows from the rate of the same line."""
+  monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
+  plain = lambda step: batch_at(step) | {"targets": batch_at(step)["tokens"]}  # every token counts
+  train(MODEL, OPTIMIZER, fresh_state(), plain, steps=2, modes=MODES, log_every=2, metrics_path=tmp_path / "lines")
+  line = json.loads((tmp_path / "lines").read_text().splitlines()[-1])
+  flops = sum(rat_jax.training_flops(CONFIG, mode, 12) for mode in MODES)
+  assert line["utilisation"] == pytest.approx(line["tokens_per_second"] * flops / 1e6)
 
 
 def test_the_summed_form_is_one_update_on_the_summed_loss():
@@ -122,6 +156,7 @@ def test_stop_and_resume_is_bitwise_equal(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(6))
   assert all(len(line["loss"]) == 2 and line["tokens_per_second"] > 0 for line in lines)
+  assert all(line["utilisation"] is None for line in lines)  # a CPU's peak is not known
   config, params, _ = checkpoints.load_params()
   assert config == CONFIG
   jax.tree.map(np.testing.assert_array_equal, params, straight.params)

@@ -13,7 +13,7 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
-from rat_jax.train.loss import IGNORED, check_batch, cross_entropy
+from rat_jax.train.loss import IGNORED, check_batch, sequence_loss
 
 
 def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str, Any]], modes: Sequence[Mode],
@@ -52,6 +52,4 @@ def _loss(model, mode, prompt_length, params, batch):
   if prompt_length is not None:
     prompts = jnp.full(tokens.shape[0], prompt_length, jnp.int32)
     targets = jnp.where(jnp.arange(tokens.shape[1]) < prompt_length, IGNORED, targets)
-  logits = model.apply({"params": params}, tokens, mode=mode, segment_ids=batch.get("segment_ids"),
-                       prompt_lengths=prompts)
-  return cross_entropy(logits, targets)
+  return sequence_loss(model, params, {**batch, "targets": targets}, mode=mode, prompt_lengths=prompts)

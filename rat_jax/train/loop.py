@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from rat_jax.costs import PEAK_FLOPS, training_flops
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
@@ -31,7 +32,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
 
   Args:
     batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
-    log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines.
+    log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines. The
+      "utilisation" of a line is `rat_jax.training_flops` over the chips' peak; null for an unknown chip.
     checkpoints, save_every: where and how often to save; the last state is saved too.
     notes: what a checkpoint is to say of the run besides its step; plain JSON.
     label: what the progress bar says; where there is no terminal, a line is printed now and then instead.
@@ -44,7 +46,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
     raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
                                       accumulation=accumulation), donate_argnums=0)
-  first = int(state.step)
+  first, flops = int(state.step), 0.0
   later = [step for step in checkpoints.steps() if step > first] if checkpoints is not None else []
   if checkpoints is not None and later:
     raise ValueError(f"{checkpoints.folder} has checkpoints of steps {later}, and this state is at step {first}: they"
@@ -58,11 +60,14 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
     for step in range(first, steps):
       batch = batch_at(step)
       check_batch(batch, model.config.vocab_size)
+      if step == first:
+        flops = sum(training_flops(model.config, mode, np.shape(batch["tokens"])[1]) for mode in modes)
+        flops *= np.size(batch["tokens"])
       state, metrics = step_fn(state, batch)
       pending.append(metrics)
       saves = checkpoints is not None and ((save_every and (step + 1) % save_every == 0) or step + 1 == steps)
       if (step + 1) % log_every == 0 or step + 1 == steps or saves:
-        lines = list(_fetch(pending, step + 1 - len(pending), clock))
+        lines = list(_fetch(pending, step + 1 - len(pending), clock, flops))
         pending = []
         _write(lines, metrics_path)
         _check(lines, modes, checkpoints)
@@ -87,13 +92,17 @@ def drop_metrics(path: pathlib.Path, first: int) -> None:
       path.write_text("".join(kept))
 
 
-def _fetch(pending: list[dict[str, Any]], first: int, clock: float) -> Iterator[dict[str, Any]]:
+def _fetch(pending: list[dict[str, Any]], first: int, clock: float, flops: float) -> Iterator[dict[str, Any]]:
+  """The metrics of batches since `clock` as JSON; `flops` are the operations of one."""
+  chips = pending[0]["loss"].sharding.device_set
   fetched = [jax.tree.map(np.asarray, metrics) for metrics in pending]  # waits for the device
-  rate = sum(int(metrics["tokens"]) for metrics in fetched) / (time.perf_counter() - clock)
+  seconds = time.perf_counter() - clock
+  rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
+  peak = len(chips) * PEAK_FLOPS.get(next(iter(chips)).device_kind, float("nan"))
   for i, metrics in enumerate(fetched):
     yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
            "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),
-           "tokens_per_second": rate}
+           "tokens_per_second": rate, "utilisation": flops * len(fetched) / seconds / peak}
 
 
 def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:

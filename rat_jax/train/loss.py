@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax import layout as layouts
-from rat_jax.axes import Array, Logits
+from rat_jax import layout as layouts, transformer
+from rat_jax.axes import Array, Logits, Params
+from rat_jax.model import RATPlusLM
 
 IGNORED = -100  # a target that does not count
+_LOGITS = 1 << 27  # logits that are held at a time, 512 MiB
 
 
 def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
@@ -34,10 +36,40 @@ def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
                        f" {IGNORED} where none counts.")
 
 
-def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) -> tuple[Array, Array]:
-  """(sum of -log p(target) in nats, number of targets) over the targets [B, T] that are not `IGNORED`; float32.
+def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **arguments: Any
+                  ) -> tuple[Array, Array]:
+  """`cross_entropy` of a batch under `arguments` of `model.apply`, without the logits of all tokens at once.
 
-  With weights [B, T], both are weighted: their quotient is the weighted mean.
+  Logits, and their gradients, are made for some tokens at a time: at a vocabulary of 100 thousand, those of a batch of
+  8 x 4096 tokens would take 13 GB.
+  """
+  stream: Any = model.apply({"params": params}, batch["tokens"], method="stream",
+                            segment_ids=batch.get("segment_ids"), **arguments)
+  weights = batch["weights"] if "weights" in batch else jnp.ones(batch["targets"].shape, jnp.float32)
+  tokens = batch["targets"].size
+  chunks = -(-tokens * model.config.vocab_size // _LOGITS)
+  size = -(-tokens // chunks)
+
+  def split(x, fill):
+    x = x.reshape(tokens, *x.shape[2:])
+    x = jnp.pad(x, ((0, chunks * size - tokens),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+    return x.reshape(chunks, size, *x.shape[1:])
+
+  def of_chunk(sums, chunk):
+    x, targets, weights = chunk
+    total, count = cross_entropy(transformer.logits(model.config, params, x), targets, weights)
+    return (sums[0] + total, sums[1] + count), None
+
+  parts = (split(stream, 0), split(jnp.asarray(batch["targets"]), IGNORED), split(jnp.asarray(weights), 0))
+  if chunks == 1:
+    return of_chunk((0.0, 0.0), jax.tree.map(lambda x: x[0], parts))[0]
+  return jax.lax.scan(jax.checkpoint(of_chunk), (jnp.float32(0), jnp.float32(0)), parts)[0]
+
+
+def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) -> tuple[Array, Array]:
+  """(sum of -log p(target) in nats, number of targets) over the targets [...] that are not `IGNORED`; float32.
+
+  With weights [...], both are weighted: their quotient is the weighted mean.
   """
   counted = targets != IGNORED
   safe = jnp.where(counted, targets, 0)

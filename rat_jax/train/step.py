@@ -20,7 +20,7 @@ from rat_jax.axes import Array, Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
-from rat_jax.train.loss import IGNORED, check_batch, cross_entropy
+from rat_jax.train.loss import IGNORED, check_batch, sequence_loss
 from rat_jax.train.optimizer import Optimizer
 
 Batch = dict[str, Array]
@@ -98,8 +98,7 @@ def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tu
 
   def loss_fn(params, part):
     def mean_loss(mode):
-      logits: Any = model.apply({"params": params}, part["tokens"], mode=mode, segment_ids=part.get("segment_ids"))
-      total, count = cross_entropy(logits, part["targets"], part.get("weights"))
+      total, count = sequence_loss(model, params, part, mode=mode)
       return total / jnp.where(count > 0, count, 1)
 
     losses = jnp.stack([mean_loss(mode) for mode in modes])
