@@ -1,13 +1,18 @@
-"""Times decoding under several modes against dense decoding, in one run, on caches filled with random numbers.
+"""Times a whole model under several modes against dense attention, in one run: prefill, decoding, a training step.
 
+Claim: a decode step reads what its mode chose, a dilated prefill computes what it sees, and both save time.
 Command: python -m experiments.bench_model --mode=dense --mode=quest:0.0625 --context=16384
+A preset through files: --preset=olmo2-7b --dtype=bfloat16 --through_files --part=prefill --part=decode
+Weights are random, decoding starts from caches of random numbers, medians are of several rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,21 +22,43 @@ from absl import flags
 
 import rat_jax
 from experiments import common
-from rat_jax import RATPlusConfig, RATPlusLM, cache as caches
+from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
+from rat_jax.axes import Params
+from rat_jax.costs import PEAK_FLOPS
 from rat_jax.modes import Mode
+from rat_jax.train import ARL
 
 MODES = common.define_modes(
     ["dense", "dilated:16", "quest:0.0625", "moba:0.0625", "dilated_topk:64,0.0625", "snapkv:0.0625"],
     "A mode; repeat the flag for several.")
-CONTEXT = flags.DEFINE_integer("context", 16384, "Tokens in the cache.", lower_bound=1)
+PARTS = flags.DEFINE_multi_enum("part", ["decode"], ["prefill", "decode", "train"], "What to time; repeat it.")
+CONTEXT = flags.DEFINE_integer("context", 16384, "Tokens in the cache, of the prompt, or of a training row.",
+                               lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows.", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", None, "Tokens of the prompt at a time.", lower_bound=1)
+PRESET = flags.DEFINE_string("preset", None, "A ready-made size instead of those below.")
+MEMORY = flags.DEFINE_bool("memory", True, "Give a preset of OLMo 2 a memory.")
+THROUGH_FILES = flags.DEFINE_bool("through_files", False, "Write the weights as save_pretrained does and time loading.")
 LAYERS = flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", 512, "Model width E.", lower_bound=2)
 HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Type of matrix products and caches.")
-STEPS = flags.DEFINE_integer("steps", 16, "Timed steps of a round.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Type of matrix products and caches, and of"
+                          " parameters that are not trained.")
+STEPS = flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)
+
+
+def configuration() -> RATPlusConfig:
+  choices: dict[str, Any] = {"dtype": DTYPE.value, "param_dtype": "float32" if "train" in PARTS.value else DTYPE.value}
+  if PRESET.value is None:
+    choices["num_kv_heads"] = KV_HEADS.value
+    return RATPlusConfig(vocab_size=256, num_layers=LAYERS.value, embed_dim=WIDTH.value, num_heads=HEADS.value,
+                         **choices)
+  config = RATPlusConfig.preset(PRESET.value)
+  if MEMORY.value and not config.memory:
+    choices |= {"memory": True, "gate_bias": -12.0}
+  return dataclasses.replace(config, **choices)
 
 
 def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, steps: int) -> caches.Cache:
@@ -48,43 +75,122 @@ def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, st
   return dataclasses.replace(cache, lengths=lengths, prompt_lengths=prompt, runs=jax.tree.unflatten(structure, leaves))
 
 
-def seconds_per_step(model: RATPlusLM, params, mode: Mode) -> float:
-  """The median over the rounds of the time of a step, host work included."""
+Measured = tuple[float, float]  # (seconds, bytes that the program needs: arguments, results and what is between)
+
+
+def decode(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+  """A decode step, host work included."""
   rounds, steps = ROUNDS.value, STEPS.value
   cache = random_cache(model.config, mode, BATCH_SIZE.value, CONTEXT.value, rounds * steps + 1)
-  step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2)  # the cache is updated in place
   tokens = jnp.ones(BATCH_SIZE.value, jnp.int32)
-  logits, cache = step(params, tokens, cache)
-  jax.block_until_ready(logits)
-  times = []
-  for _ in range(rounds):
-    start = time.perf_counter()
+  step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2)  # the cache is updated in place
+  compiled = step.lower(params, tokens, cache).compile()
+  carried = [compiled(params, tokens, cache)]
+
+  def run():
     for _ in range(steps):
-      logits, cache = step(params, tokens, cache)
-    jax.block_until_ready(logits)
-    times.append((time.perf_counter() - start) / steps)
-  return float(np.median(times))
+      carried[0] = compiled(params, tokens, carried[0][1])
+    return carried[0][0]
+
+  return median_seconds(run) / steps, needs(compiled)
+
+
+def prefill(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+  """A prompt of `context` tokens in every row."""
+  shape = (BATCH_SIZE.value, CONTEXT.value)
+  tokens = jax.random.randint(jax.random.key(common.SEED.value), shape, 0, model.config.vocab_size)
+  compiled = jax.jit(lambda params, tokens: rat_jax.prefill(
+      model, params, tokens, mode=mode, max_length=CONTEXT.value, chunk=CHUNK.value)).lower(params, tokens).compile()
+  return median_seconds(lambda: compiled(params, tokens)), needs(compiled)
+
+
+def train(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+  """A batch of training: ARL's two updates for a sparse mode, two dense ones for Dense."""
+  modes = (mode, ARL[1])
+  optimizer = rat_jax.make_optimizer(1e-5, total_steps=1000)
+  draw = np.random.default_rng(common.SEED.value)
+  tokens = draw.integers(0, model.config.vocab_size, (BATCH_SIZE.value, CONTEXT.value), np.int32)
+  batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
+  carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.copy, params), optimizer)]
+  step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes), donate_argnums=0)
+  compiled = step.lower(carried[0], batch).compile()
+
+  def run():
+    carried[0], metrics = compiled(carried[0], batch)
+    return metrics
+
+  return median_seconds(run), needs(compiled)
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+  """The median over rounds, after one that is not counted."""
+  times = []
+  for _ in range(1 + ROUNDS.value):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    times.append(time.perf_counter() - start)
+  return float(np.median(times[1:]))
+
+
+def needs(compiled: Any) -> float:
+  """Bytes that a compiled program needs; nan where the platform does not say."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return float("nan")
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes)
+
+
+def weights(config: RATPlusConfig, folder) -> Params:
+  """Random parameters; with --through_files, as they come back from a folder of save_pretrained."""
+  params = jax.jit(RATPlusLM(config).init)(jax.random.key(common.SEED.value), np.zeros((1, 8), np.int32))["params"]
+  if not THROUGH_FILES.value:
+    return params
+  shutil.rmtree(folder, ignore_errors=True)
+  start = time.perf_counter()
+  rat_jax.save_pretrained(folder, config, params)
+  written = time.perf_counter()
+  del params
+  _, params = rat_jax.load_pretrained(folder, place=lambda _, leaf: jax.block_until_ready(jax.device_put(leaf)))
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+  print(f"{size:.1f} GB written in {written - start:.0f} s, loaded in {time.perf_counter() - written:.0f} s")
+  shutil.rmtree(folder)
+  return params
 
 
 def main() -> None:
-  folder = common.workdir("bench_model")
-  sizes: dict[str, Any] = {"num_heads": HEADS.value, "num_kv_heads": KV_HEADS.value, "dtype": DTYPE.value}
-  config = RATPlusConfig(vocab_size=256, num_layers=LAYERS.value, embed_dim=WIDTH.value, **sizes)
-  model = RATPlusLM(config)
-  params = jax.jit(model.init)(jax.random.key(common.SEED.value), np.zeros((1, 8), np.int32))["params"]
-  dense = seconds_per_step(model, params, rat_jax.Dense())
-  rows, result = [], {}
-  for mode in MODES.value:
-    seconds = dense if mode == rat_jax.Dense() else seconds_per_step(model, params, mode)
+  folder, config = common.workdir("bench_model"), configuration()
+  model, params = RATPlusLM(config), weights(config, common.workdir("bench_model") / "weights")
+  print(f"{PRESET.value or 'a model'}: {config.num_layers} layers of width {config.embed_dim}, {config.num_heads}/"
+        f"{config.num_kv_heads} heads, {config.dtype}; batch {BATCH_SIZE.value}, {CONTEXT.value} tokens, on"
+        f" {common.device()}", flush=True)
+  result: dict[str, Any] = {"device": common.device(), "config": config.to_json(), "batch_size": BATCH_SIZE.value,
+                            "context": CONTEXT.value}
+  text = []
+  for part in PARTS.value:
+    found = {mode: {"prefill": prefill, "decode": decode, "train": train}[part](model, params, mode)
+             for mode in dict.fromkeys([Dense(), *MODES.value])}
+    result[part] = {str(mode): {"seconds": seconds, "bytes": size} for mode, (seconds, size) in found.items()}
+    text.append(table(part, config, found))
+    print(f"\n{text[-1]}", flush=True)
+  (folder / "table.md").write_text("\n\n".join(text) + "\n")
+  common.write_json(folder / "results.json", result)
+
+
+def table(part: str, config: RATPlusConfig, found: dict[Mode, Measured]) -> str:
+  """A line for every mode."""
+  tokens = BATCH_SIZE.value * (1 if part == "decode" else CONTEXT.value)
+  peak, rows = PEAK_FLOPS.get(common.device()), []
+  for mode, (seconds, size) in found.items():
     keys = float(np.mean(rat_jax.tokens_read(config, mode, CONTEXT.value, prompt_length=CONTEXT.value - 1)))
-    result[str(mode)] = {"seconds_per_step": seconds, "keys_per_query": keys, "dense_over_this": dense / seconds}
-    rows.append([str(mode), f"{keys:g}", f"{seconds * 1e3:.2f}", f"{dense / seconds:.1f}"])
-  table = common.markdown_table(["mode", "keys per query", "ms per step", "times faster than dense"], rows)
-  print(f"decoding at a context of {CONTEXT.value}, batch {BATCH_SIZE.value}, {config.num_layers} layers of width"
-        f" {config.embed_dim}, {config.num_heads}/{config.num_kv_heads} heads, {config.dtype}, {common.device()}")
-  print(table)
-  (folder / "table.md").write_text(table + "\n")
-  common.write_json(folder / "results.json", {"device": common.device(), "config": config.to_json(), "decode": result})
+    row = [str(mode), f"{keys:g}", f"{seconds * 1e3:.2f}", f"{tokens / seconds:,.0f}",
+           f"{found[Dense()][0] / seconds:.1f}", f"{size / 1e9:.1f}"]
+    if part == "train":
+      flops = tokens * sum(rat_jax.training_flops(config, one, CONTEXT.value) for one in (mode, ARL[1]))
+      row.append(f"{100 * flops / seconds / peak:.0f}%" if peak else "unknown chip")
+    rows.append(row)
+  header = [part, "keys per query", "ms", "tokens/s", "times faster than dense", "GB"]
+  return common.markdown_table(header + ["of the peak"] * (part == "train"), rows)
 
 
 if __name__ == "__main__":
