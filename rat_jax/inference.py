@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import softmax
+from pallas_kernels import decode_attention, softmax
 from rat_jax import attention, cache as caches, compression, layout as layouts, selection, transformer
 from rat_jax.axes import Array, Lengths, Logits, Params, Positions, Stream, Tokens
 from rat_jax.block_step import attend_step
 from rat_jax.cache import Cache, KVCache, Slots
 from rat_jax.layout import Layout
 from rat_jax.model import RATPlusLM
-from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes
+from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes, visible
 from rat_jax.selection import Origin
 from rat_jax.transformer import Attended
 
@@ -265,13 +265,17 @@ def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCac
   positions = layout.positions
   if isinstance(rule, BlockMode):
     return _attend_cached_blocks(run, rule, positions, at, kv, cache, origin)
-  old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
   if kv.positions is not None:  # all that was kept and generated
     rule, cached = Dense(), kv.positions
   else:
     cached = Slots.of(run.mode, cache.max_length).readable(cache.lengths)
-  return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached),
-                        attention.attend_keys(at.q, at.k, at.v, rule, positions, positions)])
+  own = attention.attend_keys(at.q, at.k, at.v, rule, positions, positions)
+  if positions.shape[1] > 1:
+    old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
+    return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached), own])
+  seen = visible(rule, positions if cached.ndim == 2 else positions[:, None], cached)
+  out, lse = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2))
+  return softmax.merge([(out[:, None], lse[:, None]), own])
 
 
 def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, cache: Cache,
