@@ -147,7 +147,7 @@ def test_rows_that_see_nothing_have_finite_gradients():
 def test_masks_set_every_visible_row_once():
   masks_of = jax.jit(mosaic_gpu._masks, static_argnums=0)
   for rows in (1, 64, 65, 130):
-    for tile_rows in (8, 64):
+    for tile_rows in (8, 60):
       cut = mosaic_gpu._Cut(1, 2, 2, rows, 128, jnp.dtype("bfloat16"), Tuning(tile_rows))
       visible = np.random.default_rng(rows).random((1, 1, rows)) < 0.5
       masks, count = masks_of(cut, visible)
@@ -168,6 +168,8 @@ def test_small_batches_split_the_cache():
   splits = {batch: mosaic_gpu._Cut(batch, 32, 32, 4097, 128, jnp.dtype("bfloat16"), Tuning()).splits
             for batch in (1, 4, 13, 256)}
   assert splits == {1: 13, 4: 4, 13: 1, 256: 1}
+  uneven = mosaic_gpu._Cut(1, 1, 1, 5 * 64, 128, jnp.dtype("bfloat16"), Tuning(splits=4))
+  assert (uneven.tiles, uneven.tiles_per_split, uneven.splits) == (5, 2, 3)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
@@ -204,3 +206,10 @@ def test_what_the_kernel_refuses(shape, message):
 def test_bad_tuning(change):
   with pytest.raises(ValueError, match=f"Tuning: {next(iter(change))}="):
     Tuning(**change)
+
+
+def test_tiles_fit_shared_memory():
+  shape = Shape(1, 4097, 1, 1, 256, "float32")
+  jax.eval_shape(mosaic_gpu.decode_attention, *shape.arguments())
+  with pytest.raises(ValueError, match="stages=2 of 128 rows are 524288 bytes"):
+    jax.eval_shape(functools.partial(mosaic_gpu.decode_attention, tuning=Tuning(128, splits=1)), *shape.arguments())

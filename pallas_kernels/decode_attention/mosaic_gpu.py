@@ -34,6 +34,8 @@ Array = jax.Array
 _WIDTHS = (64, 128, 256)
 _HEADS_PER_BLOCK = 4  # more queries and outputs than this leave too few registers
 _BLOCKS = 3 * 132  # what an H100 or H200 runs at a time
+_TILE_BYTES = 16384
+_SHARED_BYTES = 220 * 1024  # for tiles; a block has 227 KiB, and some are for the rest
 _COPY_WORDS = 32  # an asynchronous copy goes to a multiple of 128 bytes in shared memory
 
 
@@ -42,19 +44,20 @@ class Tuning:
   """How the work is cut.
 
   Attributes:
-    tile_rows: cache rows per tile, rounded up to the rows that a warpgroup takes at a time.
+    tile_rows: cache rows per tile, rounded up to the rows that a warpgroup takes at a time; None makes tiles of 16 KiB.
     stages: tiles that are in shared memory at a time.
     splits: blocks that share the cache of a head; None chooses by the shapes.
   """
 
-  tile_rows: int = 64
+  tile_rows: int | None = None
   stages: int = 2
   splits: int | None = None
 
   def __post_init__(self):
-    for name, least, most in (("tile_rows", 1, 256), ("stages", 1, 8)):
-      if not least <= getattr(self, name) <= most:
-        raise ValueError(f"Tuning: {name}={getattr(self, name)}; use {least}..{most}.")
+    if not 1 <= self.stages <= 8:
+      raise ValueError(f"Tuning: stages={self.stages}; use 1..8.")
+    if self.tile_rows is not None and not 1 <= self.tile_rows <= 256:  # an asynchronous copy takes no more
+      raise ValueError(f"Tuning: tile_rows={self.tile_rows}; use 1..256, or None to choose by the shapes.")
     if self.splits is not None and self.splits < 1:
       raise ValueError(f"Tuning: splits={self.splits}; use at least 1, or None to choose by the shapes.")
 
@@ -74,7 +77,7 @@ class _Cut:
   @property
   def lanes(self) -> int:
     """Lanes that share a cache row, 16 bytes at a time."""
-    return min(32, self.width * jnp.dtype(self.dtype).itemsize // 16)
+    return min(32, self.row_bytes // 16)
 
   @property
   def step(self) -> int:
@@ -88,13 +91,18 @@ class _Cut:
     return max(n for n in range(1, _HEADS_PER_BLOCK + 1) if group % n == 0)
 
   @property
-  def tiles(self) -> int:
-    return -(-self.rows // self.tuning.tile_rows)
+  def row_bytes(self) -> int:
+    return self.width * jnp.dtype(self.dtype).itemsize
 
   @property
   def tile(self) -> int:
-    """Rows of a tile: the tiles are as equal as the step lets them be."""
-    return -(-self.rows // (self.tiles * self.step)) * self.step
+    """Rows of a tile: tiles are as equal as the step lets them be."""
+    tiles = -(-self.rows // (self.tuning.tile_rows or _TILE_BYTES // self.row_bytes))
+    return -(-self.rows // (tiles * self.step)) * self.step
+
+  @property
+  def tiles(self) -> int:
+    return -(-self.rows // self.tile)
 
   @property
   def copied(self) -> int:
@@ -107,18 +115,17 @@ class _Cut:
     return -(-self.tile // _COPY_WORDS) * _COPY_WORDS
 
   @property
-  def stages(self) -> int:
-    return min(self.tuning.stages, self.tiles_per_split)
+  def tiles_per_split(self) -> int:
+    splits = self.tuning.splits or -(-_BLOCKS // (self.batch * self.heads // self.block_heads))
+    return -(-self.tiles // min(splits, self.tiles))
 
   @property
   def splits(self) -> int:
-    if self.tuning.splits is not None:
-      return min(self.tuning.splits, self.tiles)
-    return min(-(-_BLOCKS // (self.batch * self.heads // self.block_heads)), self.tiles)
+    return -(-self.tiles // self.tiles_per_split)
 
   @property
-  def tiles_per_split(self) -> int:
-    return -(-self.tiles // self.splits)
+  def stages(self) -> int:
+    return min(self.tuning.stages, self.tiles_per_split)
 
   def starts(self) -> Array:
     """The first row of every tile, int32 [tiles]."""
@@ -163,6 +170,10 @@ def _check(cut: _Cut) -> None:
   if cut.width not in _WIDTHS:
     raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes heads of H in {_WIDTHS}, not"
                               f" {cut.width}.")
+  tiles = 2 * cut.stages * cut.tile * cut.row_bytes
+  if tiles > _SHARED_BYTES:
+    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer, a"
+                     f" block has {_SHARED_BYTES}.")
 
 
 def _masks(cut: _Cut, visible: Array) -> tuple[Array, Array]:

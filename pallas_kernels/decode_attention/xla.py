@@ -1,8 +1,8 @@
 """Decode attention in plain JAX: keys and values are read where they lie, in their own type, with no copy of either.
 
 With one query per key/value head both products are matrix times vector, which is no work for matrix units: written as
-a product and a sum in float32 each fuses into one pass over the keys, or the values, with type and mask applied on the
-way. Grouped query heads share what is read, so there the products stay matrix products.
+a product and a sum in float32 each is made to fuse, on GPUs and TPUs, into one pass over the keys, or the values, with
+type and mask applied on the way. Grouped query heads share what is read, so there the products stay matrix products.
 """
 
 from __future__ import annotations
