@@ -101,6 +101,15 @@ def test_the_kernel_takes_a_mask_for_every_head():
   check(interpreted(shape, Tuning(tile_rows=16)), q, keys, values, visible)
 
 
+@pytest.mark.parametrize("implementation", [xla.decode_attention, functools.partial(
+    mosaic_gpu.decode_attention, interpret=InterpretGPUParams())], ids=["xla", "mosaic_gpu"])
+def test_one_layer_of_a_cache_of_several(implementation):
+  q, keys, values, visible = draw(Shape(2, 10, 2, 1, 64, "float32"))
+  keys, values = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.nan)]) for x in (keys, values))
+  out, _ = jax.jit(implementation)(*map(jnp.asarray, (q, keys, values, visible)), layer=jnp.int32(1))
+  assert_close(out, reference.decode_attention(q, keys[1], values[1], visible)[0], OPERATION)
+
+
 def test_the_kernel_with_large_scores():
   shape = Shape(1, 20, 1, 1, 64, "float32")
   q, keys, values, visible = draw(shape)
@@ -181,6 +190,7 @@ def test_small_batches_split_the_cache():
     (dict(q=np.zeros((2, 4, 8), jnp.bfloat16)), ValueError, "give them one floating type"),
     (dict(visible=np.zeros((2, 5), np.int32)), ValueError, r"visible is int32 \(2, 5\); give bool"),
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
+    (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
     (dict(implementation="mosaic_gpu"), NotImplementedError, "runs on Hopper GPUs and newer, not on 'cpu'"),

@@ -11,12 +11,13 @@ from pallas_kernels.decode_attention import xla
 Array = jax.Array
 
 
-def _mosaic_gpu(q: Array, keys: Array, values: Array, visible: Array) -> tuple[Array, Array]:
+def _mosaic_gpu(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None
+                ) -> tuple[Array, Array]:
   # Only who runs it needs Pallas' GPU part: to import it takes a while, and not every platform has it.
   from pallas_kernels.decode_attention import mosaic_gpu
 
   mosaic_gpu.check_device()
-  return mosaic_gpu.decode_attention(q, keys, values, visible)
+  return mosaic_gpu.decode_attention(q, keys, values, visible, layer)
 
 
 _AVAILABLE = {"xla": xla.decode_attention, "mosaic_gpu": _mosaic_gpu}
@@ -28,6 +29,7 @@ def decode_attention(
     values: Array,
     visible: Array,
     *,
+    layer: Array | int | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
   """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
@@ -39,6 +41,8 @@ def decode_attention(
     q: [B, N, H], already rotated.
     keys, values: [B, K, R, H], N a multiple of K; the rows of a head lie together.
     visible: bool, the cache rows that a row reads: [B, R], or [B, K, R] where heads differ.
+    layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
+      here rather than hand over slices: before a kernel a slice is a copy.
     implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
       bfloat16 or all float32 and H of 64, 128 or 256; it has no gradient, and over several devices it belongs inside
       `jax.shard_map`.
@@ -52,23 +56,24 @@ def decode_attention(
   """
   name = dispatch.resolve("decode_attention", implementation, _AVAILABLE)
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
-  _check(q, keys, values, visible)
-  return _AVAILABLE[name](q, keys, values, visible)
+  _check(q, keys, values, visible, layer)
+  return _AVAILABLE[name](q, keys, values, visible, layer)
 
 
-def _check(q, keys, values, visible):
-  if q.ndim != 3 or keys.ndim != 4 or keys.shape != values.shape:
+def _check(q, keys, values, visible, layer):
+  if q.ndim != 3 or keys.ndim != (4 if layer is None else 5) or keys.shape != values.shape:
+    cache = "[B, K, R, H]" if layer is None else "[L, B, K, R, H], as layer is given"
     raise ValueError(f"q, keys, values have shapes {q.shape}, {keys.shape}, {values.shape}; give q [B, N, H] and keys,"
-                     " values [B, K, R, H].")
-  if q.shape[0] != keys.shape[0] or q.shape[2] != keys.shape[3]:
+                     f" values {cache}.")
+  b, kv, rows, h = keys.shape[-4:]
+  if q.shape[0] != b or q.shape[2] != h:
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; B and H must be the same.")
   if min(*q.shape, *keys.shape) < 1:
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; every axis must have at least one entry.")
-  if q.shape[1] % keys.shape[1]:
-    raise ValueError(f"q has {q.shape[1]} heads and keys {keys.shape[1]}; the first must be a multiple of the second.")
+  if q.shape[1] % kv:
+    raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")
   if not q.dtype == keys.dtype == values.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
     raise ValueError(f"q, keys, values are {q.dtype}, {keys.dtype}, {values.dtype}; give them one floating type.")
-  b, kv, rows, _ = keys.shape
   if visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
     raise ValueError(f"visible is {visible.dtype} {visible.shape}; give bool [B, R] = {(b, rows)} or"
                      f" [B, K, R] = {(b, kv, rows)}.")

@@ -145,8 +145,8 @@ def check_device() -> None:
                               " implementation=None to take the fastest one that serves.")
 
 
-def decode_attention(q: Array, keys: Array, values: Array, visible: Array, *, tuning: Tuning | None = None,
-                     interpret: Any = None) -> tuple[Array, Array]:
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None, *,
+                     tuning: Tuning | None = None, interpret: Any = None) -> tuple[Array, Array]:
   """As `api.decode_attention`.
 
   Args:
@@ -155,11 +155,14 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, *, tu
 
   Raises NotImplementedError for types and widths that it does not serve.
   """
-  batch, kv_heads, rows, width = keys.shape
+  batch, kv_heads, rows, width = keys.shape[-4:]
   cut = _Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
   _check(cut)
   visible = visible[:, None] if visible.ndim == 2 else visible
-  out, lse = _kernel(cut, visible.shape[1], interpret)(q, keys, values, *_masks(cut, visible))
+  # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
+  keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
+  start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
+  out, lse = _kernel(cut, visible.shape[1], interpret)(q, keys, values, start, *_masks(cut, visible))
   return _merge(out, lse)
 
 
@@ -172,8 +175,8 @@ def _check(cut: _Cut) -> None:
                               f" {cut.width}.")
   tiles = 2 * cut.stages * cut.tile * cut.row_bytes
   if tiles > _SHARED_BYTES:
-    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer, a"
-                     f" block has {_SHARED_BYTES}.")
+    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
+                     f" a block has {_SHARED_BYTES}.")
 
 
 def _masks(cut: _Cut, visible: Array) -> tuple[Array, Array]:
@@ -203,7 +206,10 @@ def _merge(outs: Array, lses: Array) -> tuple[Array, Array]:
 
 
 def _kernel(cut: _Cut, mask_heads: int, interpret: Any):
-  """The kernel: (q, keys, values, masks, tiles to read) -> (out [splits, B, N, H], lse [splits, B, N])."""
+  """The kernel: (q, keys, values, first row, masks, tiles to read) -> (out [splits, B, N, H], lse [splits, B, N]).
+
+  Row b of the batch has its keys and values in row `first row` + b.
+  """
   tile = plgpu.SMEM((cut.stages, cut.tile, cut.width), cut.dtype)
   return plgpu.kernel(
       functools.partial(_block, cut, mask_heads, _Arrays.of(cut, interpret)),
@@ -275,14 +281,15 @@ class _Arrays:
     return plgpu.layout_cast(x, layout) if self.layouts else x
 
 
-def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, mask_ref, count_ref, out_ref, lse_ref, *,
-           q_tile, k_tiles, v_tiles, mask_tiles, partial, q_copied, k_copied, v_copied):
+def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, out_ref,
+           lse_ref, *, q_tile, k_tiles, v_tiles, mask_tiles, partial, q_copied, k_copied, v_copied):
   """What one block does: query heads `head` on, of row `row`, over the tiles of one split."""
   split, heads = lax.axis_index("split"), lax.axis_index("heads")
   blocks = cut.heads // cut.block_heads
   row, head = lax.div(heads, jnp.int32(blocks)), lax.rem(heads, jnp.int32(blocks)) * cut.block_heads
   kv_head = lax.div(head, jnp.int32(cut.heads // cut.kv_heads))
   mask_head = kv_head if mask_heads > 1 else 0
+  cache_row = start_ref[0] + row
   first = split * cut.tiles_per_split
   count = jnp.minimum(count_ref[row, mask_head] - first, cut.tiles_per_split)
 
@@ -290,14 +297,16 @@ def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, mas
     start = jnp.minimum((first + t) * cut.tile, cut.rows - cut.copied)
     return lax.rem(t, jnp.int32(cut.stages)), pl.ds(start, cut.copied)
 
+  filled = pl.ds(0, cut.copied)
+
   def fetch_keys(t):
     slot, rows = place(t)
-    plgpu.copy_gmem_to_smem(k_ref.at[row, kv_head, rows], k_tiles.at[slot, pl.ds(0, cut.copied)], k_copied.at[slot])
+    plgpu.copy_gmem_to_smem(k_ref.at[cache_row, kv_head, rows], k_tiles.at[slot, filled], k_copied.at[slot])
     plgpu.copy_gmem_to_smem(mask_ref.at[row, mask_head, first + t], mask_tiles.at[slot], k_copied.at[slot])
 
   def fetch_values(t):
     slot, rows = place(t)
-    plgpu.copy_gmem_to_smem(v_ref.at[row, kv_head, rows], v_tiles.at[slot, pl.ds(0, cut.copied)], v_copied.at[slot])
+    plgpu.copy_gmem_to_smem(v_ref.at[cache_row, kv_head, rows], v_tiles.at[slot, filled], v_copied.at[slot])
 
   def refill(t, fetch):  # the slot of tile t, which all threads have read
     @pl.when(t + cut.stages < count)

@@ -16,8 +16,11 @@ from pallas_kernels.softmax import NOTHING
 Array = jax.Array
 
 
-def decode_attention(q: Array, keys: Array, values: Array, visible: Array) -> tuple[Array, Array]:
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None
+                     ) -> tuple[Array, Array]:
   """As `api.decode_attention`. Differentiable."""
+  if layer is not None:
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
   b, n, h = q.shape
   kv = keys.shape[1]
   seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
