@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import softmax
+from pallas_kernels import decode_attention, softmax
 from rat_jax import attention, cache as caches, compression, layout as layouts, selection, transformer
 from rat_jax.axes import Array, Lengths, Logits, Params, Positions, Stream, Tokens
 from rat_jax.block_step import attend_step
 from rat_jax.cache import Cache, KVCache, Slots
 from rat_jax.layout import Layout
 from rat_jax.model import RATPlusLM
-from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes
+from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes, visible
 from rat_jax.selection import Origin
 from rat_jax.transformer import Attended
 
@@ -219,13 +219,15 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
   for run, kv in zip(cache.layer_runs, cache.runs, strict=True):
     rule = run.form if prompt else run.mode
 
-    def layer(x, at_layer, run=run, rule=rule):
+    def layer(x, at_layer, run=run, rule=rule, whole=kv):
       p, state, kv, index = at_layer
       origin = _origin(cache, index)
 
       def attend(at):
         if fresh:
           return attention.attend_sequence(at.q, at.k, at.v, rule, layout, origin)
+        if tokens.shape[1] == 1 and not isinstance(rule, BlockMode):
+          return _attend_step(run, rule, layout, at, whole, cache, index)
         return _attend_cached(run, rule, layout, at, kv, cache, origin)
 
       x, state, at = transformer.block(config, p, x, layout, state, attend)
@@ -259,19 +261,35 @@ def _new_rows(run: Run, at: Attended, kv: KVCache, layout: Layout, cache: Cache)
   return new
 
 
+def _attend_step(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, layer: Array) -> Array:
+  """`_attend_cached` of one token a row, in `layer` of the model; `kv` is of the whole run, so nothing is sliced."""
+  index = layer - run.start
+  rule, cached = _cached_positions(run, rule, kv.positions, cache)
+  if kv.positions is not None:
+    cached = cached[index]
+  seen = visible(rule, layout.positions if cached.ndim == 2 else layout.positions[:, None], cached)
+  out, lse = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2), layer=index)
+  own = attention.attend_keys(at.q, at.k, at.v, rule, layout.positions, layout.positions)
+  return softmax.merge([(out[:, None], lse[:, None]), own])
+
+
 def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, origin: Origin
                    ) -> Array:
   """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax."""
   positions = layout.positions
   if isinstance(rule, BlockMode):
     return _attend_cached_blocks(run, rule, positions, at, kv, cache, origin)
+  rule, cached = _cached_positions(run, rule, kv.positions, cache)
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
-  if kv.positions is not None:  # all that was kept and generated
-    rule, cached = Dense(), kv.positions
-  else:
-    cached = Slots.of(run.mode, cache.max_length).readable(cache.lengths)
   return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached),
                         attention.attend_keys(at.q, at.k, at.v, rule, positions, positions)])
+
+
+def _cached_positions(run: Run, rule: Mode, kept: Array | None, cache: Cache) -> tuple[Mode, Array]:
+  """The rule by which the cache is read and the positions of its rows: `kept`, where the cache holds them."""
+  if kept is not None:  # all that was kept and generated
+    return Dense(), kept
+  return rule, Slots.of(run.mode, cache.max_length).readable(cache.lengths)
 
 
 def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, cache: Cache,

@@ -1,0 +1,79 @@
+"""`decode_attention`: one query per row and head against a cache of which each row reads a part."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.decode_attention import xla
+
+Array = jax.Array
+
+
+def _mosaic_gpu(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None
+                ) -> tuple[Array, Array]:
+  # Only who runs it needs Pallas' GPU part: to import it takes a while, and not every platform has it.
+  from pallas_kernels.decode_attention import mosaic_gpu
+
+  mosaic_gpu.check_device()
+  return mosaic_gpu.decode_attention(q, keys, values, visible, layer)
+
+
+_AVAILABLE = {"xla": xla.decode_attention, "mosaic_gpu": _mosaic_gpu}
+
+
+def decode_attention(
+    q: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    *,
+    layer: Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+  """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
+
+  The log-sum-exp lets the new token's own key, which is not in the cache yet, be merged (`pallas_kernels.softmax`).
+  What is not visible reaches no result, whatever it holds.
+
+  Args:
+    q: [B, N, H], already rotated.
+    keys, values: [B, K, R, H], N a multiple of K; the rows of a head lie together.
+    visible: bool, the cache rows that a row reads: [B, R], or [B, K, R] where heads differ.
+    layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
+      here rather than hand over slices: before a kernel a slice is a copy.
+    implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
+      bfloat16 or all float32 and H of 64, 128 or 256; it has no gradient, and over several devices it belongs inside
+      `jax.shard_map`.
+
+  Returns:
+    (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.
+
+  Raises:
+    ValueError: shapes or types that do not match, an unknown implementation.
+    NotImplementedError: a known implementation that this operation, the device or these shapes do not have.
+  """
+  name = dispatch.resolve("decode_attention", implementation, _AVAILABLE)
+  q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
+  _check(q, keys, values, visible, layer)
+  return _AVAILABLE[name](q, keys, values, visible, layer)
+
+
+def _check(q, keys, values, visible, layer):
+  if q.ndim != 3 or keys.ndim != (4 if layer is None else 5) or keys.shape != values.shape:
+    cache = "[B, K, R, H]" if layer is None else "[L, B, K, R, H], as layer is given"
+    raise ValueError(f"q, keys, values have shapes {q.shape}, {keys.shape}, {values.shape}; give q [B, N, H] and keys,"
+                     f" values {cache}.")
+  b, kv, rows, h = keys.shape[-4:]
+  if q.shape[0] != b or q.shape[2] != h:
+    raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; B and H must be the same.")
+  if min(*q.shape, *keys.shape) < 1:
+    raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; every axis must have at least one entry.")
+  if q.shape[1] % kv:
+    raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")
+  if not q.dtype == keys.dtype == values.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"q, keys, values are {q.dtype}, {keys.dtype}, {values.dtype}; give them one floating type.")
+  if visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
+    raise ValueError(f"visible is {visible.dtype} {visible.shape}; give bool [B, R] = {(b, rows)} or"
+                     f" [B, K, R] = {(b, kv, rows)}.")

@@ -1,0 +1,41 @@
+"""The shapes of decode attention that tests compile and benchmarks time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One call: `batch` rows of `heads` queries, and a cache of `rows` rows for each of `kv_heads` heads."""
+
+  batch: int
+  rows: int
+  heads: int = 32
+  kv_heads: int = 32
+  width: int = 128
+  dtype: str = "bfloat16"
+
+  @property
+  def bytes(self) -> int:
+    """Keys and values, read once."""
+    return 2 * self.batch * self.kv_heads * self.rows * self.width * jnp.dtype(self.dtype).itemsize
+
+  def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """q, keys, values and visible, as shapes."""
+    cache = jax.ShapeDtypeStruct((self.batch, self.kv_heads, self.rows, self.width), self.dtype)
+    q = jax.ShapeDtypeStruct((self.batch, self.heads, self.width), self.dtype)
+    return q, cache, cache, jax.ShapeDtypeStruct((self.batch, self.rows), bool)
+
+
+# The caches of Dilated(16) and Dilated(64): one row for every D tokens, and one for the last token.
+TARGETS = {
+    "T=4096, D=16": Shape(256, 4096 // 16 + 1),
+    "T=4096, D=64": Shape(256, 4096 // 64 + 1),
+    "T=16384, D=16": Shape(128, 16384 // 16 + 1),
+    "T=16384, D=64": Shape(128, 16384 // 64 + 1),
+}
+DENSE = {"T=4096, dense": Shape(256, 4096), "T=16384, dense": Shape(128, 16384)}

@@ -1,0 +1,411 @@
+"""Decode attention as a Pallas kernel for Hopper GPUs (Mosaic GPU), made to read keys and values once, at copy speed.
+
+A block of one warpgroup takes the query heads of one row that share a key/value head (up to four of them) and streams
+the head's cache through shared memory, tile by tile, by asynchronous copies. A query alone is no work for tensor cores:
+the products are multiplications and sums in float32 by the ordinary ones.
+
+  * A cache row of a tile lies across 8, 16 or 32 lanes, 16 bytes each, so the warpgroup takes `step` rows at a time. A
+    score is a sum over these lanes; nothing else crosses lanes or warps while tiles come in: each of the `step` places
+    has a running maximum, sum and output of its own, over the rows that fell to it. They merge once, at the end.
+  * The last tile is moved back so that it ends with the cache; rows that the tile before it has had are masked.
+    Tiles after the last visible row are not read.
+  * Where B * K is too small to fill the device, the cache is split over several blocks, and their results are merged.
+
+docs/kernels_decode.md has the byte counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.softmax import NOTHING
+
+Array = jax.Array
+
+_WIDTHS = (64, 128, 256)
+_HEADS_PER_BLOCK = 4  # more queries and outputs than this leave too few registers
+_BLOCKS = 3 * 132  # what an H100 or H200 runs at a time
+_TILE_BYTES = 16384
+_SHARED_BYTES = 220 * 1024  # for tiles; a block has 227 KiB, and some are for the rest
+_COPY_WORDS = 32  # an asynchronous copy goes to a multiple of 128 bytes in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How the work is cut.
+
+  Attributes:
+    tile_rows: cache rows per tile, rounded up to the rows that a warpgroup takes at a time; None makes tiles of 16 KiB.
+    stages: tiles that are in shared memory at a time.
+    splits: blocks that share the cache of a head; None chooses by the shapes.
+  """
+
+  tile_rows: int | None = None
+  stages: int = 2
+  splits: int | None = None
+
+  def __post_init__(self):
+    if not 1 <= self.stages <= 8:
+      raise ValueError(f"Tuning: stages={self.stages}; use 1..8.")
+    if self.tile_rows is not None and not 1 <= self.tile_rows <= 256:  # an asynchronous copy takes no more
+      raise ValueError(f"Tuning: tile_rows={self.tile_rows}; use 1..256, or None to choose by the shapes.")
+    if self.splits is not None and self.splits < 1:
+      raise ValueError(f"Tuning: splits={self.splits}; use at least 1, or None to choose by the shapes.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+  """The shapes of one call, cut into blocks and tiles."""
+
+  batch: int
+  heads: int
+  kv_heads: int
+  rows: int
+  width: int
+  dtype: Any
+  tuning: Tuning
+
+  @property
+  def lanes(self) -> int:
+    """Lanes that share a cache row, 16 bytes at a time."""
+    return min(32, self.row_bytes // 16)
+
+  @property
+  def step(self) -> int:
+    """Cache rows that a warpgroup takes at a time."""
+    return 4 * 32 // self.lanes
+
+  @property
+  def block_heads(self) -> int:
+    """Query heads of a block: the most that divide the group."""
+    group = self.heads // self.kv_heads
+    return max(n for n in range(1, _HEADS_PER_BLOCK + 1) if group % n == 0)
+
+  @property
+  def row_bytes(self) -> int:
+    return self.width * jnp.dtype(self.dtype).itemsize
+
+  @property
+  def tile(self) -> int:
+    """Rows of a tile: tiles are as equal as the step lets them be."""
+    tiles = -(-self.rows // (self.tuning.tile_rows or _TILE_BYTES // self.row_bytes))
+    return -(-self.rows // (tiles * self.step)) * self.step
+
+  @property
+  def tiles(self) -> int:
+    return -(-self.rows // self.tile)
+
+  @property
+  def copied(self) -> int:
+    """Rows of a tile that are copied: fewer than it has where the whole cache is smaller than one."""
+    return min(self.tile, self.rows)
+
+  @property
+  def flags(self) -> int:
+    """Entries of a tile's mask, padded to what a copy needs."""
+    return -(-self.tile // _COPY_WORDS) * _COPY_WORDS
+
+  @property
+  def tiles_per_split(self) -> int:
+    splits = self.tuning.splits or -(-_BLOCKS // (self.batch * self.heads // self.block_heads))
+    return -(-self.tiles // min(splits, self.tiles))
+
+  @property
+  def splits(self) -> int:
+    return -(-self.tiles // self.tiles_per_split)
+
+  @property
+  def stages(self) -> int:
+    return min(self.tuning.stages, self.tiles_per_split)
+
+  def starts(self) -> Array:
+    """The first row of every tile, int32 [tiles]."""
+    return jnp.minimum(jnp.arange(self.tiles, dtype=jnp.int32) * self.tile, self.rows - self.copied)
+
+
+def check_device() -> None:
+  """Raises NotImplementedError where the kernel does not run: it needs asynchronous copies, so Hopper or newer."""
+  device = jax.devices()[0]
+  if device.platform != "gpu":
+    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention runs on Hopper GPUs and newer, not on"
+                              f" {device.platform!r}. Pass implementation=None to take the fastest one that serves.")
+  capability = str(getattr(device, "compute_capability", "0"))
+  if float(capability) < 9.0:
+    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention runs on Hopper GPUs (compute capability"
+                              f" 9.0) and newer; this is a {device.device_kind} ({capability}). Pass"
+                              " implementation=None to take the fastest one that serves.")
+
+
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None, *,
+                     tuning: Tuning | None = None, interpret: Any = None) -> tuple[Array, Array]:
+  """As `api.decode_attention`.
+
+  Args:
+    tuning: how the work is cut; None takes the defaults.
+    interpret: parameters of Pallas' GPU interpreter, to run without a GPU.
+
+  Raises NotImplementedError for types and widths that it does not serve.
+  """
+  batch, kv_heads, rows, width = keys.shape[-4:]
+  cut = _Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
+  _check(cut)
+  visible = visible[:, None] if visible.ndim == 2 else visible
+  # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
+  keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
+  start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
+  out, lse = _kernel(cut, visible.shape[1], interpret)(q, keys, values, start, *_masks(cut, visible))
+  return _merge(out, lse)
+
+
+def _check(cut: _Cut) -> None:
+  if cut.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes bfloat16 or float32, not"
+                              f" {cut.dtype}.")
+  if cut.width not in _WIDTHS:
+    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes heads of H in {_WIDTHS}, not"
+                              f" {cut.width}.")
+  tiles = 2 * cut.stages * cut.tile * cut.row_bytes
+  if tiles > _SHARED_BYTES:
+    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
+                     f" a block has {_SHARED_BYTES}.")
+
+
+def _masks(cut: _Cut, visible: Array) -> tuple[Array, Array]:
+  """Of visible [B, 1 or K, R]: each tile's rows as 0 and 1, int32 [B, 1 or K, tiles, flags], and the tiles to read.
+
+  A row that stands in two tiles is set in the first. The second result, int32 [B, 1 or K], counts the tiles up to the
+  last one with a visible row.
+  """
+  place = jnp.arange(cut.flags, dtype=jnp.int32)
+  first = jnp.arange(cut.tiles, dtype=jnp.int32)[:, None] * cut.tile
+  row = cut.starts()[:, None] + place
+  new = (row >= first) & (place < cut.copied)
+  seen = visible[:, :, jnp.minimum(row, cut.rows - 1)] & new
+  last = jnp.max(jnp.where(visible, jnp.arange(cut.rows, dtype=jnp.int32), -1), axis=-1)
+  return seen.astype(jnp.int32), last // cut.tile + 1
+
+
+def _merge(outs: Array, lses: Array) -> tuple[Array, Array]:
+  """One result of those of the splits, [splits, B, N, H] and [splits, B, N]."""
+  if outs.shape[0] == 1:
+    return outs[0], lses[0]
+  top = jnp.max(lses, axis=0)
+  weights = jnp.exp(lses - top)
+  total = jnp.sum(weights, axis=0)
+  # Where all are empty this adds a small number to NOTHING, which leaves it as it is in float32.
+  return jnp.sum(weights[..., None] * outs, axis=0) / total[..., None], top + jnp.log(total)
+
+
+def _kernel(cut: _Cut, mask_heads: int, interpret: Any):
+  """The kernel: (q, keys, values, first row, masks, tiles to read) -> (out [splits, B, N, H], lse [splits, B, N]).
+
+  Row b of the batch has its keys and values in row `first row` + b.
+  """
+  tile = plgpu.SMEM((cut.stages, cut.tile, cut.width), cut.dtype)
+  return plgpu.kernel(
+      functools.partial(_block, cut, mask_heads, _Arrays.of(cut, interpret)),
+      out_type=(jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads, cut.width), jnp.float32),
+                jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads), jnp.float32)),
+      scratch_types=dict(
+          q_tile=plgpu.SMEM((cut.block_heads, cut.width), cut.dtype), k_tiles=tile, v_tiles=tile,
+          mask_tiles=plgpu.SMEM((cut.stages, cut.flags), jnp.int32),
+          partial=plgpu.SMEM((3 if cut.dtype == jnp.bfloat16 else 1, cut.step, cut.width), cut.dtype),
+          q_copied=plgpu.Barrier(), k_copied=plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
+          v_copied=plgpu.Barrier(num_barriers=cut.stages)),
+      grid=(cut.splits, cut.batch * cut.heads // cut.block_heads), grid_names=("split", "heads"),
+      compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+      interpret=interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+  """How the arrays of a block lie over its threads.
+
+  Attributes:
+    rows: [step, H], a row across `lanes` lanes. Reduced over H or over rows it gives [step] and [H].
+    columns: [step, H], a column in one lane of every warp.
+    layouts: False in interpret mode, which does not know them.
+  """
+
+  step: int
+  width: int
+  rows: Any
+  columns: Any
+  layouts: bool
+
+  @classmethod
+  def of(cls, cut: _Cut, interpret: Any) -> _Arrays:
+    vector = 16 // jnp.dtype(cut.dtype).itemsize
+    across, rows_of_warp = cut.lanes * vector, 32 // cut.lanes
+    # Tiles of tiles: warpgroup, warp, lane. A layout must leave out a level that changes nothing.
+    if rows_of_warp == 1:
+      rows = plgpu.Layout.TILED(plgpu.Tiling(((4, across), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    else:
+      rows = plgpu.Layout.TILED(plgpu.Tiling(((cut.step, across), (rows_of_warp, across), (vector,))),
+                                warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    piece = min(4, cut.width // 32)
+    columns = plgpu.Layout.TILED(plgpu.Tiling(((1, 32 * piece), (piece,))), warp_dims=(plgpu.Replicated(4),),
+                                 lane_dims=(-2,), vector_dim=-1)
+    return cls(cut.step, cut.width, rows, columns, layouts=interpret is None)
+
+  def as_rows(self, x: Array) -> Array:  # [step, H]
+    return self._cast(x, self.rows)
+
+  def per_row(self, x: Array) -> Array:  # [step]
+    return self._cast(x, self.rows.reduce(1))
+
+  def per_column(self, x: Array) -> Array:  # [H], as a row is
+    return self._cast(x, self.rows.reduce(0))
+
+  def as_columns(self, x: Array) -> Array:  # [step, H]
+    return self._cast(x, self.columns)
+
+  def spread(self, x: Array) -> Array:
+    """[step] to [step, H]."""
+    return self.as_rows(lax.broadcast_in_dim(x, (self.step, self.width), (0,)))
+
+  def stack(self, x: Array) -> Array:
+    """[H] to [step, H]."""
+    return self.as_rows(lax.broadcast_in_dim(x, (self.step, self.width), (1,)))
+
+  def _cast(self, x: Array, layout) -> Array:
+    return plgpu.layout_cast(x, layout) if self.layouts else x
+
+
+def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, out_ref,
+           lse_ref, *, q_tile, k_tiles, v_tiles, mask_tiles, partial, q_copied, k_copied, v_copied):
+  """What one block does: query heads `head` on, of row `row`, over the tiles of one split."""
+  split, heads = lax.axis_index("split"), lax.axis_index("heads")
+  blocks = cut.heads // cut.block_heads
+  row, head = lax.div(heads, jnp.int32(blocks)), lax.rem(heads, jnp.int32(blocks)) * cut.block_heads
+  kv_head = lax.div(head, jnp.int32(cut.heads // cut.kv_heads))
+  mask_head = kv_head if mask_heads > 1 else 0
+  cache_row = start_ref[0] + row
+  first = split * cut.tiles_per_split
+  count = jnp.minimum(count_ref[row, mask_head] - first, cut.tiles_per_split)
+
+  def place(t):  # of tile t of this split: its slot, and its rows in the cache
+    start = jnp.minimum((first + t) * cut.tile, cut.rows - cut.copied)
+    return lax.rem(t, jnp.int32(cut.stages)), pl.ds(start, cut.copied)
+
+  filled = pl.ds(0, cut.copied)
+
+  def fetch_keys(t):
+    slot, rows = place(t)
+    plgpu.copy_gmem_to_smem(k_ref.at[cache_row, kv_head, rows], k_tiles.at[slot, filled], k_copied.at[slot])
+    plgpu.copy_gmem_to_smem(mask_ref.at[row, mask_head, first + t], mask_tiles.at[slot], k_copied.at[slot])
+
+  def fetch_values(t):
+    slot, rows = place(t)
+    plgpu.copy_gmem_to_smem(v_ref.at[cache_row, kv_head, rows], v_tiles.at[slot, filled], v_copied.at[slot])
+
+  def refill(t, fetch):  # the slot of tile t, which all threads have read
+    @pl.when(t + cut.stages < count)
+    def _():
+      plgpu.commit_smem()
+      fetch(t + cut.stages)
+
+  for t in range(cut.stages):
+    for fetch in (fetch_keys, fetch_values):
+      pl.when(t < count)(functools.partial(fetch, jnp.int32(t)))
+  plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(head, cut.block_heads)], q_tile, q_copied)
+  plgpu.barrier_wait(q_copied)
+  # Scores are in base 2, which is what the hardware has.
+  queries = [arrays.per_column(q_tile[i].astype(jnp.float32) * (cut.width**-0.5 * math.log2(math.e)))
+             for i in range(cut.block_heads)]
+
+  def body(t, state):
+    slot, _ = place(t)
+    plgpu.barrier_wait(k_copied.at[slot])
+    seen, scores = _score(cut, arrays, queries, k_tiles.at[slot], mask_tiles.at[slot])
+    refill(t, fetch_keys)
+    state, weights = _weigh(arrays, state, seen, scores)
+    plgpu.barrier_wait(v_copied.at[slot])
+    state = _add_values(arrays, state, seen, weights, v_tiles.at[slot])
+    refill(t, fetch_values)
+    return state
+
+  def full(place, shape, value):
+    return place(jnp.full(shape, value, jnp.float32))
+
+  empty = (full(arrays.as_rows, (cut.step, cut.width), 0), full(arrays.per_row, (cut.step,), NOTHING),
+           full(arrays.per_row, (cut.step,), 0))
+  state = lax.fori_loop(0, count, body, [empty] * cut.block_heads)
+  for i, of_head in enumerate(state):
+    _store(arrays, of_head, partial, out_ref.at[split, row, head + i], lse_ref.at[split, row, head + i])
+
+
+def _score(cut: _Cut, arrays: _Arrays, queries, k_tile, mask_tile):
+  """Of a tile, in steps of rows: which are seen, bool [step] each, and every query's scores, float32 [step] each."""
+  seen, scores = [], []
+  for at in range(0, cut.tile, cut.step):
+    rows = pl.ds(at, cut.step)
+    seen.append(arrays.per_row(mask_tile[rows]) > 0)
+    keys = arrays.as_rows(k_tile[rows].astype(jnp.float32))
+    scores.append([jnp.where(seen[-1], jnp.sum(arrays.stack(q) * keys, axis=1), NOTHING) for q in queries])
+  return seen, list(zip(*scores, strict=True))
+
+
+def _weigh(arrays: _Arrays, state, seen, scores):
+  """The state (output, maximum, sum) of every query, moved to the maximum with a tile's scores, and their weights."""
+  moved, weights = [], []
+  for (out, top, total), of_query in zip(state, scores, strict=True):
+    new_top = functools.reduce(jnp.maximum, of_query, top)
+    shrink = jnp.exp2(top - new_top)
+    weights.append([jnp.where(s, jnp.exp2(x - new_top), 0.0) for s, x in zip(seen, of_query, strict=True)])
+    total = functools.reduce(jnp.add, weights[-1], total * shrink)
+    moved.append((out * arrays.spread(shrink), new_top, total))
+  return moved, weights
+
+
+def _add_values(arrays: _Arrays, state, seen, weights, v_tile):
+  """The state with a tile's values in the outputs."""
+  outs = [out for out, _, _ in state]
+  for i, is_seen in enumerate(seen):
+    values = arrays.as_rows(v_tile[pl.ds(i * arrays.step, arrays.step)].astype(jnp.float32))
+    # A weight of 0 is not enough: what is not visible may hold what is not finite.
+    values = jnp.where(arrays.spread(is_seen), values, 0.0)
+    outs = [out + arrays.spread(of_query[i]) * values for out, of_query in zip(outs, weights, strict=True)]
+  return [(out, top, total) for out, (_, top, total) in zip(outs, state, strict=True)]
+
+
+def _store(arrays: _Arrays, state, partial, out_ref, lse_ref):
+  """Merges the places of a query's state and writes output and log-sum-exp."""
+  out, tops, totals = state
+  top = jnp.max(tops)
+  weights = jnp.exp2(tops - top)
+  total = jnp.sum(totals * weights)
+  empty = total == 0
+  total = jnp.where(empty, 1.0, total)
+  # Through shared memory, since this sum crosses warps and lanes.
+  for i, term in enumerate(_terms(out * arrays.spread(weights), partial.dtype)):
+    partial[i] = arrays.as_rows(term)
+  sums = [jnp.sum(arrays.as_columns(partial[i].astype(jnp.float32)), axis=0) for i in range(partial.shape[0])]
+  out_ref[...] = functools.reduce(jnp.add, sums) / total
+  lse_ref[...] = jnp.where(empty, NOTHING, (top + jnp.log2(total)) * math.log(2))
+
+
+def _terms(x: Array, dtype: Any) -> list[Array]:
+  """Terms of a type whose sum is x, float32: in bfloat16 three, of 8 bits each.
+
+  A thread stores its part of an array at a time, and the part of a row that is 16 bytes of bfloat16 would be 32 of
+  float32, more than a store takes.
+  """
+  if dtype == jnp.float32:
+    return [x]
+  terms = []
+  for _ in range(3):
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    term = lax.bitcast_convert_type(bits & jnp.int32(-65536), jnp.float32)  # the 16 bits that bfloat16 has
+    terms.append(term.astype(dtype))
+    x = x - term
+  return terms

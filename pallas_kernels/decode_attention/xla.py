@@ -1,0 +1,51 @@
+"""Decode attention in plain JAX: keys and values are read where they lie, in their own type, with no copy of either.
+
+With one query per key/value head both products are matrix times vector, which is no work for matrix units: written as
+a product and a sum in float32 each is made to fuse, on GPUs and TPUs, into one pass over the keys, or the values, with
+type and mask applied on the way. Grouped query heads share what is read, so there the products stay matrix products.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.products import einsum_float32
+from pallas_kernels.softmax import NOTHING
+
+Array = jax.Array
+
+
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None
+                     ) -> tuple[Array, Array]:
+  """As `api.decode_attention`. Differentiable."""
+  if layer is not None:
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+  b, n, h = q.shape
+  kv = keys.shape[1]
+  seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
+  scores = _scores(q.reshape(b, kv, n // kv, h), keys) * h**-0.5
+  scores = jnp.where(seen, scores, NOTHING)
+  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+  weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  empty = total == 0
+  total = jnp.where(empty, 1.0, total)
+  # A weight of 0 is not enough: what is not visible may hold what is not finite.
+  out = _weighted_sum(weights / total, jnp.where(seen[:, :, 0, :, None], values, 0))
+  lse = jnp.where(empty, NOTHING, top + jnp.log(total))
+  return out.reshape(b, n, h), lse.reshape(b, n)
+
+
+def _scores(q: Array, keys: Array) -> Array:
+  """q [B, K, G, H] by keys [B, K, R, H]: float32 [B, K, G, R]."""
+  if q.shape[2] > 1:
+    return einsum_float32("bkgh,bkrh->bkgr", q, keys)
+  return jnp.sum(q.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1)[:, :, None]
+
+
+def _weighted_sum(weights: Array, values: Array) -> Array:
+  """weights float32 [B, K, G, R] by values [B, K, R, H]: float32 [B, K, G, H]."""
+  if weights.shape[2] > 1:
+    return einsum_float32("bkgr,bkrh->bkgh", weights.astype(values.dtype), values)
+  return jnp.sum(weights[:, :, 0, :, None] * values.astype(jnp.float32), axis=2, keepdims=True)

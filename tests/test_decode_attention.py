@@ -1,0 +1,225 @@
+"""Decode attention: every implementation against float64, what must not reach a result, and what is refused.
+
+The GPU kernel runs here in Pallas' interpreter, and is lowered for CUDA at the shapes that benchmarks time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10.2 does not export it
+
+from conftest import BFLOAT16, OPERATION, assert_close
+from pallas_kernels import decode_attention, softmax
+from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
+from pallas_kernels.decode_attention.arg_specs import TARGETS, Shape
+from pallas_kernels.decode_attention.mosaic_gpu import Tuning
+
+
+def draw(shape, seed=0, share=0.6, per_head=False):
+  """q, keys, values and visible of a shape; rows are ragged, the last of several sees nothing."""
+  rng = np.random.default_rng(seed)
+  q, keys, values = (rng.standard_normal(x.shape).astype(x.dtype) for x in shape.arguments()[:3])
+  visible = rng.random((shape.batch, *((shape.kv_heads,) if per_head else ()), shape.rows)) < share
+  if shape.batch > 1:
+    visible[0, ..., shape.rows * 2 // 3:] = False
+    visible[-1] = False
+  return q, keys, values, visible
+
+
+def poison(keys, values, visible):
+  """Keys and values with what is not visible made NaN."""
+  seen = (visible[:, None] if visible.ndim == 2 else visible)[..., None]
+  return (np.where(seen, x, np.nan).astype(x.dtype) for x in (keys, values))
+
+
+def check(implementation, q, keys, values, visible, relative=OPERATION):
+  out, lse = implementation(q, keys, values, visible)
+  assert out.dtype == lse.dtype == jnp.float32
+  expected_out, expected_lse = reference.decode_attention(q, keys, values, visible)
+  empty = expected_lse == softmax.NOTHING
+  assert_close(out, expected_out, relative, "output")
+  np.testing.assert_array_equal(np.asarray(out)[empty], 0)
+  np.testing.assert_array_equal(np.asarray(lse)[empty], np.float32(softmax.NOTHING))
+  assert_close(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), relative, "log-sum-exp")
+
+
+def interpreted(shape, tuning=None):
+  """The kernel without a GPU. Shared memory starts as NaN there, and a race is an error."""
+  run = jax.jit(functools.partial(mosaic_gpu.decode_attention, tuning=tuning,
+                                  interpret=InterpretGPUParams(detect_races=True)))
+  return lambda *arguments: run(*map(jnp.asarray, arguments))
+
+
+plain = jax.jit(xla.decode_attention)
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.sampled_from([(1, 1), (4, 4), (6, 2)]), st.sampled_from([8, 64]),
+       st.sampled_from(["float32", "bfloat16"]), st.booleans(), st.integers(0, 9))
+@settings(deadline=None, max_examples=15)
+def test_plain_jax_equals_the_reference(batch, rows, heads, width, dtype, per_head, seed):
+  q, keys, values, visible = draw(Shape(batch, rows, *heads, width, dtype), seed, per_head=per_head)
+  keys, values = poison(keys, values, visible)
+  # Grouped heads have their weights in the type of the values.
+  relative = BFLOAT16 if dtype == "bfloat16" and heads[0] > heads[1] else OPERATION
+  check(plain, q, keys, values, visible, relative)
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 257, 1, 1, 256), Shape(2, 1, 2, 2, 128), Shape(2, 65, 8, 1, 64, "float32")],
+                         ids=str)
+def test_plain_jax_at_the_kernels_widths(shape):
+  q, keys, values, visible = draw(shape)
+  keys, values = poison(keys, values, visible)
+  check(plain, q, keys, values, visible, BFLOAT16 if shape.dtype == "bfloat16" else OPERATION)
+
+
+@pytest.mark.parametrize(("shape", "tuning"), [
+    (Shape(2, 1, 1, 1, 128), None),                                    # one row, less than the threads take at a time
+    (Shape(2, 37, 2, 2, 64), Tuning(tile_rows=16)),                    # tiles that do not divide the rows
+    (Shape(3, 19, 2, 1, 128), Tuning(tile_rows=8, stages=3)),          # grouped heads; a row without a tile to read
+    (Shape(2, 33, 5, 1, 256), Tuning(tile_rows=12, splits=2)),         # a group that is cut into blocks; two splits
+    (Shape(1, 30, 2, 2, 128, "float32"), Tuning(tile_rows=4, stages=1, splits=3)),
+    (Shape(2, 9, 1, 1, 256, "float32"), None),
+    (Shape(2, 21, 3, 1, 64, "float32"), Tuning(tile_rows=8)),
+], ids=str)
+def test_the_kernel_equals_the_reference(shape, tuning):
+  q, keys, values, visible = draw(shape)
+  keys, values = poison(keys, values, visible)
+  check(interpreted(shape, tuning), q, keys, values, visible)
+
+
+def test_the_kernel_takes_a_mask_for_every_head():
+  shape = Shape(2, 20, 4, 2, 64)
+  q, keys, values, visible = draw(shape, per_head=True)
+  visible[0, 1] = False
+  keys, values = poison(keys, values, visible)
+  check(interpreted(shape, Tuning(tile_rows=16)), q, keys, values, visible)
+
+
+@pytest.mark.parametrize("implementation", [xla.decode_attention, functools.partial(
+    mosaic_gpu.decode_attention, interpret=InterpretGPUParams())], ids=["xla", "mosaic_gpu"])
+def test_one_layer_of_a_cache_of_several(implementation):
+  q, keys, values, visible = draw(Shape(2, 10, 2, 1, 64, "float32"))
+  keys, values = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.nan)]) for x in (keys, values))
+  out, _ = jax.jit(implementation)(*map(jnp.asarray, (q, keys, values, visible)), layer=jnp.int32(1))
+  assert_close(out, reference.decode_attention(q, keys[1], values[1], visible)[0], OPERATION)
+
+
+def test_the_kernel_with_large_scores():
+  shape = Shape(1, 20, 1, 1, 64, "float32")
+  q, keys, values, visible = draw(shape)
+  check(interpreted(shape, Tuning(tile_rows=8)), q * 300, keys, values, visible, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", [plain, interpreted(None)], ids=["xla", "mosaic_gpu"])
+def test_what_is_not_finite_stays_in_its_row(implementation):
+  q, keys, values, visible = draw(Shape(3, 6, 2, 2, 64))
+  visible[:] = True
+  clean, _ = implementation(q, keys, values, visible)
+  q[1], keys[1], values[1] = np.nan, np.inf, np.nan
+  out, lse = implementation(q, keys, values, visible)
+  np.testing.assert_array_equal(np.asarray(out)[[0, 2]], np.asarray(clean)[[0, 2]])
+  assert np.isfinite(np.asarray(lse)[[0, 2]]).all()
+  assert np.isnan(np.asarray(out)[1]).all()
+
+
+def test_own_token_and_cache_merge_to_one_softmax():
+  shape = Shape(2, 12, 4, 2, 8, "float32")
+  q, keys, values, visible = draw(shape)
+  seen = visible.copy()
+  seen[:, 11] = True  # the new token
+  visible[:, 11] = False
+  out, lse = jax.jit(decode_attention)(q, keys, values, visible)
+  own = softmax.attend_part(q[:, None], keys[:, None, :, 11], values[:, None, :, 11], np.ones((2, 1, 1, 1), bool))
+  merged = softmax.merge([(out[:, None], lse[:, None]), own])[:, 0]
+  assert_close(merged, reference.decode_attention(q, keys, values, seen)[0], OPERATION)
+
+
+def test_rows_that_see_nothing_have_finite_gradients():
+  q, keys, values, visible = draw(Shape(2, 5, 2, 2, 8, "float32"))
+
+  @functools.partial(jax.grad, argnums=(0, 1, 2))
+  def gradients(q, keys, values):
+    out, lse = decode_attention(q, keys, values, visible)
+    return jnp.sum(out**2) + jnp.sum(jnp.where(lse == softmax.NOTHING, 0, lse))
+
+  for gradient in jax.jit(gradients)(q, keys, values):
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[-1], 0)
+
+
+def test_masks_set_every_visible_row_once():
+  masks_of = jax.jit(mosaic_gpu._masks, static_argnums=0)
+  for rows in (1, 64, 65, 130):
+    for tile_rows in (8, 60):
+      cut = mosaic_gpu._Cut(1, 2, 2, rows, 128, jnp.dtype("bfloat16"), Tuning(tile_rows))
+      visible = np.random.default_rng(rows).random((1, 1, rows)) < 0.5
+      masks, count = masks_of(cut, visible)
+      at = np.asarray(cut.starts())[:, None] + np.arange(cut.flags)
+      np.testing.assert_array_equal(np.sort(at[np.asarray(masks[0, 0]) == 1]), np.flatnonzero(visible[0, 0]))
+      assert not np.asarray(masks)[0, 0, int(count[0, 0]):].any()
+      assert count[0, 0] == 0 or np.asarray(masks)[0, 0, int(count[0, 0]) - 1].any()
+
+
+@pytest.mark.parametrize("shape", [*TARGETS.values(), Shape(1, 4097, 32, 16), Shape(4, 77, 12, 2, 64),
+                                   Shape(2, 5, 6, 2, 256, "float32")], ids=str)
+def test_the_kernel_lowers_for_cuda(shape):
+  lowered = jax.jit(mosaic_gpu.decode_attention).trace(*shape.arguments()).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_small_batches_split_the_cache():
+  splits = {batch: mosaic_gpu._Cut(batch, 32, 32, 4097, 128, jnp.dtype("bfloat16"), Tuning()).splits
+            for batch in (1, 4, 13, 256)}
+  assert splits == {1: 13, 4: 4, 13: 1, 256: 1}
+  uneven = mosaic_gpu._Cut(1, 1, 1, 5 * 64, 128, jnp.dtype("bfloat16"), Tuning(splits=4))
+  assert (uneven.tiles, uneven.tiles_per_split, uneven.splits) == (5, 2, 3)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (dict(q=np.zeros((2, 3, 4, 8), np.float32)), ValueError, r"give q \[B, N, H\]"),
+    (dict(values=np.zeros((2, 2, 6, 8), np.float32)), ValueError, r"give q \[B, N, H\]"),
+    (dict(q=np.zeros((3, 4, 8), np.float32)), ValueError, "B and H must be the same"),
+    (dict(q=np.zeros((2, 3, 8), np.float32)), ValueError, "multiple of"),
+    (dict(q=np.zeros((2, 0, 8), np.float32)), ValueError, "at least one entry"),
+    (dict(q=np.zeros((2, 4, 8), jnp.bfloat16)), ValueError, "give them one floating type"),
+    (dict(visible=np.zeros((2, 5), np.int32)), ValueError, r"visible is int32 \(2, 5\); give bool"),
+    (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
+    (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
+    (dict(implementation="quick"), ValueError, "'quick' is unknown"),
+    (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
+    (dict(implementation="mosaic_gpu"), NotImplementedError, "runs on Hopper GPUs and newer, not on 'cpu'"),
+])
+def test_bad_arguments(change, error, message):
+  cache = np.zeros((2, 2, 5, 8), np.float32)
+  arguments = dict(q=np.zeros((2, 4, 8), np.float32), keys=cache, values=cache, visible=np.ones((2, 5), bool))
+  with pytest.raises(error, match=message):
+    decode_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    (Shape(1, 8, 1, 1, 96), r"H in \(64, 128, 256\), not 96"),
+    (Shape(1, 8, 1, 1, 64, "float16"), "bfloat16 or float32, not float16"),
+])
+def test_what_the_kernel_refuses(shape, message):
+  with pytest.raises(NotImplementedError, match=message):
+    mosaic_gpu.decode_attention(*draw(shape))
+  api.decode_attention(*draw(shape))
+
+
+@pytest.mark.parametrize("change", [dict(tile_rows=0), dict(tile_rows=257), dict(stages=0), dict(splits=0)])
+def test_bad_tuning(change):
+  with pytest.raises(ValueError, match=f"Tuning: {next(iter(change))}="):
+    Tuning(**change)
+
+
+def test_tiles_fit_shared_memory():
+  shape = Shape(1, 4097, 1, 1, 256, "float32")
+  jax.eval_shape(mosaic_gpu.decode_attention, *shape.arguments())
+  with pytest.raises(ValueError, match="stages=2 of 128 rows are 524288 bytes"):
+    jax.eval_shape(functools.partial(mosaic_gpu.decode_attention, tuning=Tuning(128, splits=1)), *shape.arguments())
