@@ -11,7 +11,7 @@ the products are multiplications and sums in float32 by the ordinary ones.
     Tiles after the last visible row are not read.
   * Where B * K is too small to fill the device, the cache is split over several blocks, and their results are merged.
 
-docs/kernels_decode.md has the byte counts.
+docs/kernels.md has the byte counts.
 """
 
 from __future__ import annotations
