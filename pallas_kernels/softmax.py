@@ -30,16 +30,23 @@ def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
   kv = k.shape[2]
   grouped = q.reshape(b, t, kv, n // kv, h)
   scores = einsum_float32("btkgh,bskh->bkgts", grouped, k) * h**-0.5
-  mask = mask[:, :, None] if mask.ndim == 4 else mask
+  weights, lse = masked_softmax(scores, mask[:, :, None] if mask.ndim == 4 else mask)
+  out = einsum_float32("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+  return out.reshape(b, t, n, h), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)
+
+
+def masked_softmax(scores: Array, mask: Array) -> Part:
+  """(weights, log-sum-exp) along the last axis of the float32 scores that `mask` shows.
+
+  Zeros and `NOTHING` where it shows none.
+  """
   scores = jnp.where(mask, scores, NOTHING)
   top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
-  out = einsum_float32("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v)
-  lse = jnp.where(empty, NOTHING, top + jnp.log(total))[..., 0]
-  return out.reshape(b, t, n, h), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)
+  return weights / total, jnp.where(empty, NOTHING, top + jnp.log(total))[..., 0]
 
 
 def merge(parts: Sequence[Part]) -> Array:

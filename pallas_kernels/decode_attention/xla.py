@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.products import einsum_float32
-from pallas_kernels.softmax import NOTHING
+from pallas_kernels.softmax import masked_softmax
 
 Array = jax.Array
 
@@ -24,16 +24,9 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   b, n, h = q.shape
   kv = keys.shape[1]
   seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
-  scores = _scores(q.reshape(b, kv, n // kv, h), keys) * h**-0.5
-  scores = jnp.where(seen, scores, NOTHING)
-  top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-  weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  empty = total == 0
-  total = jnp.where(empty, 1.0, total)
+  weights, lse = masked_softmax(_scores(q.reshape(b, kv, n // kv, h), keys) * h**-0.5, seen)
   # A weight of 0 is not enough: what is not visible may hold what is not finite.
-  out = _weighted_sum(weights / total, jnp.where(seen[:, :, 0, :, None], values, 0))
-  lse = jnp.where(empty, NOTHING, top + jnp.log(total))
+  out = _weighted_sum(weights, jnp.where(seen[:, :, 0, :, None], values, 0))
   return out.reshape(b, n, h), lse.reshape(b, n)
 
 
