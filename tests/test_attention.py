@@ -166,7 +166,7 @@ def test_long_dense_sequences_take_the_chunked_form():
     (dict(dilation=2, window=-1), ValueError, "window=-1"),
     (dict(dilation=2, sinks=-1), ValueError, "sinks=-1"),
     (dict(dilation=2, implementation="quick"), ValueError, "'quick' is unknown"),
-    (dict(dilation=2, implementation="cudnn"), NotImplementedError, "does not exist for dilated_attention"),
+    (dict(dilation=2, implementation="pallas_tpu"), NotImplementedError, "does not exist for dilated_attention"),
     (dict(dilation=2, segment_ids=np.zeros((1, 3))), ValueError, "segment_ids has shape"),
 ])
 def test_bad_arguments(arguments, error, message):
