@@ -234,7 +234,9 @@ class _Layout:
     if reset is None:
       return {}
     flags = jnp.pad(reset.astype(jnp.float32), ((0, 0), (0, self.length - reset.shape[1])))
-    return {"reset": Operand("flags", flags.reshape(self._tokens_shape[:3]))}
+    subs, steps = self.settings.subs, self.settings.steps
+    flags = flags.reshape(self.rows, -1, subs, steps).swapaxes(2, 3)
+    return {"reset": Operand("flags", flags.reshape(self.rows, -1, 1, steps * subs))}
 
   def befores(self, h: Array, first: Array) -> Operand:
     """The state before every piece, float32."""

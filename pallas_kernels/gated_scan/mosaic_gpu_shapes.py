@@ -66,7 +66,8 @@ class Operand:
 
   Attributes:
     kind: "tokens": the array is [N, pieces, steps, 1, C], a tile of it [subs, steps, 1, channels]; "pieces":
-      [N, pieces, 1, C] and [subs, 1, channels]; "flags": [N, pieces, steps] and [subs, steps].
+      [N, pieces, 1, C] and [subs, 1, channels]; "flags": [N, tiles, 1, steps * subs] and [1, steps * subs], where
+      the pieces of a tile lie side by side.
     array: the array, or its type.
   """
 
@@ -75,7 +76,7 @@ class Operand:
 
   def tile_shape(self, settings: Settings) -> tuple[int, ...]:
     subs, steps, channels = settings.subs, settings.steps, settings.channels
-    return {"tokens": (subs, steps, 1, channels), "pieces": (subs, 1, channels), "flags": (subs, steps)}[self.kind]
+    return {"tokens": (subs, steps, 1, channels), "pieces": (subs, 1, channels), "flags": (1, subs * steps)}[self.kind]
 
   def tile_bytes(self, settings: Settings) -> int:
     return math.prod(self.tile_shape(settings)) * jnp.dtype(self.array.dtype).itemsize
@@ -85,7 +86,7 @@ class Operand:
     channels = pl.ds(block * settings.channels, settings.channels)
     every = slice(None)
     return ref.at[{"tokens": (row, pieces, every, every, channels), "pieces": (row, pieces, every, channels),
-                   "flags": (row, pieces, every)}[self.kind]]
+                   "flags": (row, tile)}[self.kind]]
 
 
 def shared_bytes(operands: Sequence[Operand], outputs: Sequence[Operand], drives: int, settings: Settings) -> int:

@@ -13,6 +13,7 @@ one multiply-add, because a tile's own product and end state are known before it
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ Array = jax.Array
 
 _FETCH_REGISTERS = 40
 _LOG2_E = 1.4426950408889634
-
+# jax 0.10 has `plgpu.load` with an index, and assignments that tolerate banks that meet; 0.12 has it without one, and
+# `plgpu.store` for such assignments.
+_WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()
+_STORE = getattr(plgpu, "store", None)
 
 # Thread i holds channels 2i and 2i+1 of the flattened [subs, 1, channels]: (tiles, axes over warps, axes over lanes).
 _LAYOUTS = {
@@ -57,7 +61,14 @@ class Registers:
       return ref[index]
     layout = self.layout if keeps is None else self.layout.reduce(tuple({0, 1, 2} - {keeps}))
     # "optimized" would refuse reads where lanes meet in a bank: two of 32 do where a row is 64 bytes.
-    return plgpu.load(ref, index, layout=layout, optimized=False)
+    return plgpu.load(ref.at[index], *_WHOLE, layout=layout, optimized=False)
+
+  def write(self, ref: Ref, x: Array) -> None:
+    """ref[...] = x for a whole reference."""
+    if self.interpret or _STORE is None:
+      ref[...] = x
+    else:
+      _STORE(ref, x, optimized=False)
 
   def spread(self, x: Array, axis: int) -> Array:
     """[subs, 1, channels] from an array of that one axis."""
@@ -116,7 +127,8 @@ class Tile:
 
   def flag(self, name: str, step: int) -> Array:
     """bool [subs, 1, channels]: the flag of token `step` of every piece."""
-    flags = self._registers.read(self._refs[name], (self._slot, slice(None), step), keeps=0)
+    subs = self._registers.shape[0]
+    flags = self._registers.read(self._refs[name], (self._slot, 0, pl.ds(step * subs, subs)), keeps=0)
     return self._registers.spread(flags, 0) > 0
 
 
@@ -248,9 +260,10 @@ class Frame:
     """The state that comes in becomes what the first tile finds."""
     first, row = scratch["carry"].at[0], lax.axis_index("rows")
     for i in range(self.drives):
-      first[i] = self.registers.spread(self.registers.read(state, (i, row, self._channels()), keeps=2), 2)
+      came = self.registers.read(state, (i, row, self._channels()), keeps=2)
+      self.registers.write(first.at[i], self.registers.spread(came, 2))
     if self.finish is None:
-      first[self.drives] = self.registers.full(1.0)
+      self.registers.write(first.at[self.drives], self.registers.full(1.0))
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch["ready"].at[0])
 
@@ -275,7 +288,7 @@ class Frame:
     staged = {name: x.at[worker] for name, x in scratch["out"].items()}
 
     def store(name: str, step: int, x: Array) -> None:
-      staged[name][:, step] = x.astype(staged[name].dtype)
+      self.registers.write(staged[name].at[:, step], x.astype(staged[name].dtype))
 
     self.finish(tile, part, starts, store)
     plgpu.barrier_arrive(scratch["free"].at[slot])
@@ -288,7 +301,7 @@ class Frame:
     """[product of decays, end of each drive], from zero: of all pieces before each piece, and of the whole tile."""
     registers = self.registers
     for i, x in enumerate((part.product, *part.ends)):
-      pieces[i] = x
+      registers.write(pieces.at[i], x)
     plgpu.commit_smem()
     number = registers.pieces()
     before = [registers.full(1.0)] + [registers.full(0.0) for _ in part.ends]
@@ -312,7 +325,8 @@ class Frame:
     carry = [registers.read(here, (i, 0, 0), keeps=2) for i in range(self.carries)]
     for i, x in enumerate(carry):
       after = passed(whole[0], x)
-      onward[i] = registers.spread(after + whole[1 + i] if i < self.drives else after, 2)
+      after = after + whole[1 + i] if i < self.drives else after
+      registers.write(onward.at[i], registers.spread(after, 2))
     plgpu.commit_smem()
 
     @pl.when(turn < self.tiles - 1)
