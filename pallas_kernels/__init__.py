@@ -1,7 +1,8 @@
 """Kernels with a plain-JAX reference beside each: one folder per operation.
 
 Every public function takes `implementation`: None picks the fastest one that serves the case, a name raises
-`NotImplementedError`, with the reason, where it cannot. Every operation has the "xla" implementation.
+`NotImplementedError`, with the reason, where it cannot. Every operation has the "xla" implementation; what
+kernels there are, and what they gain, is in docs/kernels.md.
 """
 
 from pallas_kernels.decode_attention.api import decode_attention

@@ -15,6 +15,10 @@ import pytest
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
 
+# The interpreter of GPU kernels blocks one thread of XLA's pool for each warpgroup; with a thread for each of a few
+# processors it would wait for ever. XLA reads this when its first array is made.
+os.environ.setdefault("NPROC", "16")
+
 # The tests compile many small programs and run each a few times.
 jax.config.update("jax_disable_most_optimizations", True)
 

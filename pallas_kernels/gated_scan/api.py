@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_scan import xla
-from pallas_kernels.gated_scan.reference import coefficients
+from pallas_kernels.gated_scan.xla import XLA
 
 Array = jax.Array
 STATES = "gated_scan_states"  # the name, for `jax.checkpoint` policies, of what the gradient needs of the scan
-_AVAILABLE = {"xla": xla}
+
+
+def _mosaic_gpu():
+  # Imported when it is named: not every installation has this part of JAX.
+  from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU
+  return MosaicGPU()
+
+
+# None takes the first. The kernel has not been measured; once it has, the choice by device and shape belongs here.
+_AVAILABLE = {"xla": XLA, "mosaic_gpu": _mosaic_gpu}
 
 
 def gated_scan(
@@ -33,21 +43,22 @@ def gated_scan(
     inputs: tuple of arrays of the same shape as `gate_logits`, float32 or bfloat16.
     state: one float32 array [B, ...] per input, the state before the first token; None is zero.
     reset: bool [B, T]; True drops the state before that token.
-    implementation: None or "xla".
+    implementation: None for "xla"; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of 128
+      tokens and 32 channels is padded, at about twice the time).
 
   Returns:
     (outputs, state): outputs like `inputs`, in their types; state float32 [B, ...] each, after the last token.
 
   Raises:
     ValueError: shapes or types that do not match, an unknown implementation.
-    NotImplementedError: a known implementation that this operation does not have.
+    NotImplementedError: a known implementation that this operation does not have, or that cannot take this case.
   """
-  dispatch.resolve("gated_scan", implementation, _AVAILABLE)
+  name = dispatch.resolve("gated_scan", implementation, _AVAILABLE)
   gate_logits, inputs = jnp.asarray(gate_logits), tuple(jnp.asarray(x) for x in inputs)
   _check(gate_logits, inputs, state, reset)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
-  return _scan(gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
+  return _scan(_AVAILABLE[name](), gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
 
 
 def _check(gate_logits, inputs, state, reset):
@@ -68,35 +79,20 @@ def _check(gate_logits, inputs, state, reset):
     raise ValueError(f"reset has shape {reset.shape}; it must be [B, T] = {gate_logits.shape[:2]}.")
 
 
-@jax.custom_vjp
-def _scan(gate_logits, inputs, state, reset):
-  return _forward(gate_logits, inputs, state, reset)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(backend, gate_logits, inputs, state, reset):
+  return _forward(backend, gate_logits, inputs, state, reset)[0]
 
 
-def _forward(gate_logits, inputs, state, reset):
-  decay, write = coefficients(gate_logits, reset)
-  states = tuple(checkpoint_name(h, STATES) for h in xla.scan_states(decay, write, inputs, state))
+def _forward(backend, gate_logits, inputs, state, reset):
+  states, last = backend.forward(gate_logits, inputs, state, reset)
+  states = tuple(checkpoint_name(h, STATES) for h in states)
   outputs = tuple(h.astype(x.dtype) for h, x in zip(states, inputs, strict=True))
-  return (outputs, tuple(h[:, -1] for h in states)), (gate_logits, inputs, state, reset, states)
+  return (outputs, last), (gate_logits, inputs, state, reset, states)
 
 
-def _backward(residuals, cotangents):
-  gate_logits, inputs, state, reset, states = residuals
-  decay, write = coefficients(gate_logits, reset)
-  logits = gate_logits.astype(jnp.float32)
-  slope = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
-  d_logits = jnp.zeros_like(logits)
-  d_inputs, d_state = [], []
-  direct = tuple(d_output.astype(jnp.float32).at[:, -1].add(d_last)
-                 for d_output, d_last in zip(*cotangents, strict=True))
-  for x, first, h, d_h in zip(inputs, state, states, xla.scan_cotangents(decay, direct), strict=True):
-    # After a reset the gate no longer multiplies the past, so the past is no part of its gradient either.
-    past = jnp.concatenate([first[:, None], h[:, :-1]], axis=1)
-    past = jnp.where(decay == 0, 0.0, past)
-    d_logits += d_h * slope * (past - x.astype(jnp.float32))
-    d_inputs.append((write * d_h).astype(x.dtype))
-    d_state.append(decay[:, 0] * d_h[:, 0])
-  return d_logits.astype(gate_logits.dtype), tuple(d_inputs), tuple(d_state), None
+def _backward(backend, residuals, cotangents):
+  return *backend.backward(*residuals, *cotangents), None
 
 
 _scan.defvjp(_forward, _backward)

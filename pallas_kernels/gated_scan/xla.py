@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.gated_scan.reference import coefficients
 
 Array = jax.Array
 
@@ -34,3 +38,34 @@ def scan_cotangents(decay: Array, d_states: tuple[Array, ...]) -> tuple[Array, .
   """dL/dh_t given the direct cotangents of h_t: the reversed scan dh_t = d_t + decay_(t+1) * dh_(t+1)."""
   next_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
   return linear_scan(next_decay, d_states, reverse=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class XLA:
+  """The implementation, for any device."""
+
+  def forward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None
+              ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """(all states, last state) of every input, float32."""
+    states = scan_states(*coefficients(gate_logits, reset), inputs, state)
+    return states, tuple(h[:, -1] for h in states)
+
+  def backward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None,
+               states: tuple[Array, ...], d_outputs: tuple[Array, ...], d_last: tuple[Array, ...]
+               ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """Cotangents of (gate_logits, inputs, state), in their types."""
+    decay, write = coefficients(gate_logits, reset)
+    logits = gate_logits.astype(jnp.float32)
+    slope = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+    d_logits = jnp.zeros_like(logits)
+    d_inputs, d_state = [], []
+    direct = tuple(d_output.astype(jnp.float32).at[:, -1].add(d)
+                   for d_output, d in zip(d_outputs, d_last, strict=True))
+    for x, first, h, d_h in zip(inputs, state, states, scan_cotangents(decay, direct), strict=True):
+      # After a reset the gate no longer multiplies the past, so the past is no part of its gradient either.
+      past = jnp.concatenate([first[:, None], h[:, :-1]], axis=1)
+      past = jnp.where(decay == 0, 0.0, past)
+      d_logits += d_h * slope * (past - x.astype(jnp.float32))
+      d_inputs.append((write * d_h).astype(x.dtype))
+      d_state.append(decay[:, 0] * d_h[:, 0])
+    return d_logits.astype(gate_logits.dtype), tuple(d_inputs), tuple(d_state)
