@@ -72,9 +72,9 @@ def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers:
   if workers == 1:
     yield from ((i, compute(job)) for i, job in enumerate(jobs))
     return
-  given = flags.FLAGS.flags_into_string().splitlines()
+  arguments = (compute, flags.FLAGS.flags_into_string().splitlines(), 0.9 / workers)
   with concurrent.futures.ProcessPoolExecutor(
-      workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(given, 0.9 / workers)) as pool:
+      workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=arguments) as pool:
     futures = {pool.submit(compute, job): i for i, job in enumerate(jobs)}
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -83,7 +83,8 @@ def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers:
       pool.shutdown(cancel_futures=True)
 
 
-def _begin(given: list[str], share: float) -> None:
+def _begin(compute: Callable, given: list[str], share: float) -> None:
+  del compute  # with it came its module and the flags that this defines
   share_device()
   os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"  # what it has held it does not give back
   flags.FLAGS(["worker", *given], known_only=True)

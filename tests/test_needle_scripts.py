@@ -94,7 +94,7 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
     rat_jax.train.Checkpoints(tmp_path / name / "seed-0").save(state, model.config, {"seeds": 1})
   folder = tmp_path / "table"
   settings = {"checkpoint": [str(tmp_path / "a")], "only": ["dense", "Quest 8, 1/4"],
-              "tasks": ["single_2", "multikey_1"], "workdir": str(folder), "free_running": 0, "workers": 2}
+              "tasks": ["single_2", "multikey_1"], "workdir": str(folder), "free_running": 0}
   with flagsaver.flagsaver(**settings):
     eval_niah.main()
     whole, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
@@ -114,6 +114,23 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
       dataclasses.replace(state, step=np.int32(1)), model.config, {"seeds": 2})
   with pytest.raises(ValueError, match="holds 1 of 2 seeds"):
     niah.load(str(tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_rows_in_processes_of_their_own_are_the_same(small, tmp_path):
+  """Two processes make the table that one makes; they parse the flags of the first."""
+  model, params = trained()
+  one = jax.tree.map(lambda x: x[0], params)
+  state = rat_jax.init_train_state(model, one, rat_jax.make_optimizer(1e-3, total_steps=1))
+  rat_jax.train.Checkpoints(tmp_path / "a" / "seed-0").save(state, model.config, {})
+  settings = {"checkpoint": [str(tmp_path / "a")], "only": ["Quest 8, 1/4"], "tasks": ["single_2"], "free_running": 0}
+  for workers in (1, 2):
+    with flagsaver.flagsaver(**settings, workdir=str(tmp_path / str(workers)), workers=workers):
+      eval_niah.main()
+  alone, together = (json.loads((tmp_path / workers / "results.json").read_text()) for workers in "12")
+  assert alone.keys() == together.keys()
+  for key, cell in alone.items():  # up to ties: only this process leaves out XLA's optimizations
+    assert np.mean(niah.from_hex(cell) == niah.from_hex(together[key])) > 0.9
 
 
 def test_the_same_data_on_one_and_on_four_devices():
