@@ -1,6 +1,6 @@
 """Text in, token files out, split by document into train and held-out.
 
-Command: python -m experiments.prepare_data --source=FILE_OR_FOLDER --workdir=runs/data --tokenizer=runs/olmo2-7b
+Command: python -m experiments.prepare_data --source=FILE_OR_FOLDER --workdir=runs/data --tokenizer=downloads/olmo2-7b
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def text() -> tuple[np.ndarray, ...]:
 def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Array) -> dict[str, jax.Array]:
   """The batch [B, T] of a step and a seed; answers weigh as much as they are rare, rows of `text` as much again."""
   made = mini_niah.batch(stage.mixture, stage.length, seed, step)
-  answers, counted = made["answers"], made["targets"] != -100
+  answers, counted = made["answers"], made["targets"] != IGNORED
   weights = answers / jnp.maximum(jnp.sum(answers), 1) + LM_WEIGHT.value * counted / jnp.sum(counted)
   batch = {"tokens": made["tokens"], "targets": made["targets"], "weights": weights}
   if text:

@@ -6,6 +6,7 @@ or, where the query heads of a group see different keys, to [B, K, G, T, S].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -51,10 +52,24 @@ def masked_softmax(scores: Array, mask: Array) -> Part:
 
 def merge(parts: Sequence[Part]) -> Array:
   """The attention over the union of the parts' keys, float32 [B, T, N, H]. No key may be in two parts."""
+  return merge_parts(parts)[0]
+
+
+def merge_parts(parts: Sequence[Part]) -> Part:
+  """`merge` with its log-sum-exp, so that it can be merged again."""
   outs, lses = zip(*parts, strict=True)
   top = jax.lax.stop_gradient(jnp.max(jnp.stack(lses), axis=0))
-  weights = [jnp.exp(lse - top)[..., None] for lse in lses]
-  return sum(w * out for w, out in zip(weights, outs, strict=True)) / sum(weights)
+  weights = [jnp.exp(lse - top) for lse in lses]
+  total = functools.reduce(jnp.add, weights)
+  out = sum(w[..., None] * out for w, out in zip(weights, outs, strict=True)) / total[..., None]
+  return out, top + jnp.log(total)
+
+
+def own_scores(q: Array, k: Array) -> Array:
+  """The score of every query with the key of its own token: float32 [B, T, N] of q [B, T, N, H], k [B, T, K, H]."""
+  b, t, n, h = q.shape
+  grouped = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)
+  return jnp.sum(grouped * k[:, :, :, None].astype(jnp.float32), axis=-1).reshape(b, t, n) * h**-0.5
 
 
 def chunk_size(length: int, target: int, multiple: int = 1) -> int:

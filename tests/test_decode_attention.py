@@ -18,7 +18,7 @@ from conftest import BFLOAT16, OPERATION, assert_close
 from pallas_kernels import decode_attention, softmax
 from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
 from pallas_kernels.decode_attention.arg_specs import TARGETS, Shape
-from pallas_kernels.decode_attention.mosaic_gpu import Tuning
+from pallas_kernels.decode_attention.mosaic_gpu_shapes import Cut, Tuning
 
 
 def draw(shape, seed=0, share=0.6, per_head=False):
@@ -157,7 +157,7 @@ def test_masks_set_every_visible_row_once():
   masks_of = jax.jit(mosaic_gpu._masks, static_argnums=0)
   for rows in (1, 64, 65, 130):
     for tile_rows in (8, 60):
-      cut = mosaic_gpu._Cut(1, 2, 2, rows, 128, jnp.dtype("bfloat16"), Tuning(tile_rows))
+      cut = Cut(1, 2, 2, rows, 128, jnp.dtype("bfloat16"), Tuning(tile_rows))
       visible = np.random.default_rng(rows).random((1, 1, rows)) < 0.5
       masks, count = masks_of(cut, visible)
       at = np.asarray(cut.starts())[:, None] + np.arange(cut.flags)
@@ -174,10 +174,10 @@ def test_the_kernel_lowers_for_cuda(shape):
 
 
 def test_small_batches_split_the_cache():
-  splits = {batch: mosaic_gpu._Cut(batch, 32, 32, 4097, 128, jnp.dtype("bfloat16"), Tuning()).splits
+  splits = {batch: Cut(batch, 32, 32, 4097, 128, jnp.dtype("bfloat16"), Tuning()).splits
             for batch in (1, 4, 13, 256)}
   assert splits == {1: 13, 4: 4, 13: 1, 256: 1}
-  uneven = mosaic_gpu._Cut(1, 1, 1, 5 * 64, 128, jnp.dtype("bfloat16"), Tuning(splits=4))
+  uneven = Cut(1, 1, 1, 5 * 64, 128, jnp.dtype("bfloat16"), Tuning(splits=4))
   assert (uneven.tiles, uneven.tiles_per_split, uneven.splits) == (5, 2, 3)
 
 

@@ -1,11 +1,10 @@
-"""The shapes of decode attention that tests compile and benchmarks time."""
+"""The shapes of decode attention that tests compile."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +17,6 @@ class Shape:
   kv_heads: int = 32
   width: int = 128
   dtype: str = "bfloat16"
-
-  @property
-  def bytes(self) -> int:
-    """Keys and values, read once."""
-    return 2 * self.batch * self.kv_heads * self.rows * self.width * jnp.dtype(self.dtype).itemsize
 
   def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
     """q, keys, values and visible, as shapes."""
@@ -38,4 +32,3 @@ TARGETS = {
     "T=16384, D=16": Shape(128, 16384 // 16 + 1),
     "T=16384, D=64": Shape(128, 16384 // 64 + 1),
 }
-DENSE = {"T=4096, dense": Shape(256, 4096), "T=16384, dense": Shape(128, 16384)}

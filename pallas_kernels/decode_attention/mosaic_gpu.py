@@ -27,109 +27,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.softmax import NOTHING
+from pallas_kernels.decode_attention.mosaic_gpu_shapes import SHARED_BYTES, WIDTHS, Cut, Tuning
+from pallas_kernels.softmax import NOTHING, merge_parts
 
 Array = jax.Array
-
-_WIDTHS = (64, 128, 256)
-_HEADS_PER_BLOCK = 4  # more queries and outputs than this leave too few registers
-_BLOCKS = 3 * 132  # what an H100 or H200 runs at a time
-_TILE_BYTES = 16384
-_SHARED_BYTES = 220 * 1024  # for tiles; a block has 227 KiB, and some are for the rest
-_COPY_WORDS = 32  # an asynchronous copy goes to a multiple of 128 bytes in shared memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-  """How the work is cut.
-
-  Attributes:
-    tile_rows: cache rows per tile, rounded up to the rows that a warpgroup takes at a time; None makes tiles of 16 KiB.
-    stages: tiles that are in shared memory at a time.
-    splits: blocks that share the cache of a head; None chooses by the shapes.
-  """
-
-  tile_rows: int | None = None
-  stages: int = 2
-  splits: int | None = None
-
-  def __post_init__(self):
-    if not 1 <= self.stages <= 8:
-      raise ValueError(f"Tuning: stages={self.stages}; use 1..8.")
-    if self.tile_rows is not None and not 1 <= self.tile_rows <= 256:  # an asynchronous copy takes no more
-      raise ValueError(f"Tuning: tile_rows={self.tile_rows}; use 1..256, or None to choose by the shapes.")
-    if self.splits is not None and self.splits < 1:
-      raise ValueError(f"Tuning: splits={self.splits}; use at least 1, or None to choose by the shapes.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-  """The shapes of one call, cut into blocks and tiles."""
-
-  batch: int
-  heads: int
-  kv_heads: int
-  rows: int
-  width: int
-  dtype: Any
-  tuning: Tuning
-
-  @property
-  def lanes(self) -> int:
-    """Lanes that share a cache row, 16 bytes at a time."""
-    return min(32, self.row_bytes // 16)
-
-  @property
-  def step(self) -> int:
-    """Cache rows that a warpgroup takes at a time."""
-    return 4 * 32 // self.lanes
-
-  @property
-  def block_heads(self) -> int:
-    """Query heads of a block: the most that divide the group."""
-    group = self.heads // self.kv_heads
-    return max(n for n in range(1, _HEADS_PER_BLOCK + 1) if group % n == 0)
-
-  @property
-  def row_bytes(self) -> int:
-    return self.width * jnp.dtype(self.dtype).itemsize
-
-  @property
-  def tile(self) -> int:
-    """Rows of a tile: tiles are as equal as the step lets them be."""
-    tiles = -(-self.rows // (self.tuning.tile_rows or _TILE_BYTES // self.row_bytes))
-    return -(-self.rows // (tiles * self.step)) * self.step
-
-  @property
-  def tiles(self) -> int:
-    return -(-self.rows // self.tile)
-
-  @property
-  def copied(self) -> int:
-    """Rows of a tile that are copied: fewer than it has where the whole cache is smaller than one."""
-    return min(self.tile, self.rows)
-
-  @property
-  def flags(self) -> int:
-    """Entries of a tile's mask, padded to what a copy needs."""
-    return -(-self.tile // _COPY_WORDS) * _COPY_WORDS
-
-  @property
-  def tiles_per_split(self) -> int:
-    splits = self.tuning.splits or -(-_BLOCKS // (self.batch * self.heads // self.block_heads))
-    return -(-self.tiles // min(splits, self.tiles))
-
-  @property
-  def splits(self) -> int:
-    return -(-self.tiles // self.tiles_per_split)
-
-  @property
-  def stages(self) -> int:
-    return min(self.tuning.stages, self.tiles_per_split)
-
-  def starts(self) -> Array:
-    """The first row of every tile, int32 [tiles]."""
-    return jnp.minimum(jnp.arange(self.tiles, dtype=jnp.int32) * self.tile, self.rows - self.copied)
 
 
 def check_device() -> None:
@@ -156,30 +57,30 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   Raises NotImplementedError for types and widths that it does not serve.
   """
   batch, kv_heads, rows, width = keys.shape[-4:]
-  cut = _Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
+  cut = Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
   _check(cut)
   visible = visible[:, None] if visible.ndim == 2 else visible
   # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
   keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
   start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
   out, lse = _kernel(cut, visible.shape[1], interpret)(q, keys, values, start, *_masks(cut, visible))
-  return _merge(out, lse)
+  return merge_parts(list(zip(out, lse, strict=True))) if cut.splits > 1 else (out[0], lse[0])
 
 
-def _check(cut: _Cut) -> None:
+def _check(cut: Cut) -> None:
   if cut.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes bfloat16 or float32, not"
                               f" {cut.dtype}.")
-  if cut.width not in _WIDTHS:
-    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes heads of H in {_WIDTHS}, not"
+  if cut.width not in WIDTHS:
+    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes heads of H in {WIDTHS}, not"
                               f" {cut.width}.")
   tiles = 2 * cut.stages * cut.tile * cut.row_bytes
-  if tiles > _SHARED_BYTES:
+  if tiles > SHARED_BYTES:
     raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
-                     f" a block has {_SHARED_BYTES}.")
+                     f" a block has {SHARED_BYTES}.")
 
 
-def _masks(cut: _Cut, visible: Array) -> tuple[Array, Array]:
+def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
   """Of visible [B, 1 or K, R]: each tile's rows as 0 and 1, int32 [B, 1 or K, tiles, flags], and the tiles to read.
 
   A row that stands in two tiles is set in the first. The second result, int32 [B, 1 or K], counts the tiles up to the
@@ -194,18 +95,7 @@ def _masks(cut: _Cut, visible: Array) -> tuple[Array, Array]:
   return seen.astype(jnp.int32), last // cut.tile + 1
 
 
-def _merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-  """One result of those of the splits, [splits, B, N, H] and [splits, B, N]."""
-  if outs.shape[0] == 1:
-    return outs[0], lses[0]
-  top = jnp.max(lses, axis=0)
-  weights = jnp.exp(lses - top)
-  total = jnp.sum(weights, axis=0)
-  # Where all are empty this adds a small number to NOTHING, which leaves it as it is in float32.
-  return jnp.sum(weights[..., None] * outs, axis=0) / total[..., None], top + jnp.log(total)
-
-
-def _kernel(cut: _Cut, mask_heads: int, interpret: Any):
+def _kernel(cut: Cut, mask_heads: int, interpret: Any):
   """The kernel: (q, keys, values, first row, masks, tiles to read) -> (out [splits, B, N, H], lse [splits, B, N]).
 
   Row b of the batch has its keys and values in row `first row` + b.
@@ -243,7 +133,7 @@ class _Arrays:
   layouts: bool
 
   @classmethod
-  def of(cls, cut: _Cut, interpret: Any) -> _Arrays:
+  def of(cls, cut: Cut, interpret: Any) -> _Arrays:
     vector = 16 // jnp.dtype(cut.dtype).itemsize
     across, rows_of_warp = cut.lanes * vector, 32 // cut.lanes
     # Tiles of tiles: warpgroup, warp, lane. A layout must leave out a level that changes nothing.
@@ -281,7 +171,7 @@ class _Arrays:
     return plgpu.layout_cast(x, layout) if self.layouts else x
 
 
-def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, out_ref,
+def _block(cut: Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, out_ref,
            lse_ref, *, q_tile, k_tiles, v_tiles, mask_tiles, partial, q_copied, k_copied, v_copied):
   """What one block does: query heads `head` on, of row `row`, over the tiles of one split."""
   split, heads = lax.axis_index("split"), lax.axis_index("heads")
@@ -344,7 +234,7 @@ def _block(cut: _Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, sta
     _store(arrays, of_head, partial, out_ref.at[split, row, head + i], lse_ref.at[split, row, head + i])
 
 
-def _score(cut: _Cut, arrays: _Arrays, queries, k_tile, mask_tile):
+def _score(cut: Cut, arrays: _Arrays, queries, k_tile, mask_tile):
   """Of a tile, in steps of rows: which are seen, bool [step] each, and every query's scores, float32 [step] each."""
   seen, scores = [], []
   for at in range(0, cut.tile, cut.step):

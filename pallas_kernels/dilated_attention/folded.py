@@ -61,9 +61,8 @@ def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
     parts.append(softmax.attend_part(q, k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)))
   if pattern.dilation and pattern.offset < q.shape[1]:
     parts.append(_strided_forward(q, k, v, pattern, causal))
-  outs, lses = zip(*parts, strict=True)
-  lse = functools.reduce(jnp.logaddexp, lses)
-  out = sum(jnp.exp(one - lse)[..., None] * out for one, out in zip(lses, outs, strict=True)).astype(q.dtype)
+  out, lse = softmax.merge_parts(parts)
+  out = out.astype(q.dtype)
   return out, (q, k, v, out, lse)
 
 
@@ -86,8 +85,7 @@ dilated_attention.defvjp(_forward, _backward)
 
 def _window_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
   if pattern.window == 0:  # one key: its score is the log-sum-exp, its value the output
-    repeats = q.shape[2] // v.shape[2]
-    return jnp.repeat(v.astype(jnp.float32), repeats, axis=2), _own_scores(q, k)
+    return _heads(v, q), softmax.own_scores(q, k)
   return causal.forward(q, k, v, _reach(pattern, q))
 
 
@@ -95,7 +93,7 @@ def _window_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out)
   if pattern.window:
     return causal.backward(q, k, v, _reach(pattern, q), out, lse, d_out)
   grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
-  weight = jnp.exp(_own_scores(q, k) - lse)[..., None]
+  weight = jnp.exp(softmax.own_scores(q, k) - lse)[..., None]
   d_score = weight * jnp.sum((_heads(v, q) - out.astype(jnp.float32)) * d_out.astype(jnp.float32), -1, keepdims=True)
   d_score *= q.shape[-1]**-0.5
   return (d_score * _heads(k, q), jnp.sum(grouped(d_score * q.astype(jnp.float32)), axis=3),
@@ -109,10 +107,6 @@ def _reach(pattern: Pattern, q: Array) -> int | None:
 def _heads(x: Array, q: Array) -> Array:
   """[B, T, K, H] -> float32 [B, T, N, H], a key/value head for each query head."""
   return jnp.repeat(x.astype(jnp.float32), q.shape[2] // x.shape[2], axis=2)
-
-
-def _own_scores(q: Array, k: Array) -> Array:
-  return jnp.sum(q.astype(jnp.float32) * _heads(k, q), axis=-1) * q.shape[-1]**-0.5
 
 
 # The sinks: the first S0 keys, where the window does not show them.

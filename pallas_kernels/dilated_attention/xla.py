@@ -79,9 +79,6 @@ def _window_part(c, queries: Array, block: int, back: int, window: int, sinks: i
 
 def _own_token_part(q: Array, k: Array, v: Array, visible: Array) -> softmax.Part:
   """Attention of every query to its own token alone: the value itself, and one score."""
-  b, t, n, h = q.shape
-  grouped = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)
-  score = jnp.sum(grouped * k[:, :, :, None].astype(jnp.float32), axis=-1).reshape(b, t, n) * h**-0.5
-  out = jnp.repeat(v.astype(jnp.float32), n // v.shape[2], axis=2)
+  out = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
   visible = visible[None, :, None]
-  return jnp.where(visible[..., None], out, 0.0), jnp.where(visible, score, softmax.NOTHING)
+  return jnp.where(visible[..., None], out, 0.0), jnp.where(visible, softmax.own_scores(q, k), softmax.NOTHING)

@@ -1,4 +1,4 @@
-"""Real shapes of `gated_scan`, by name: what tests compile and benchmarks time."""
+"""Real shapes of `gated_scan`, by name: what tests compile."""
 
 from __future__ import annotations
 
@@ -27,25 +27,6 @@ class ArgSpec:
     state = jax.ShapeDtypeStruct((self.batch, self.heads, self.width), jnp.float32)
     reset = jax.ShapeDtypeStruct(shape[:2], jnp.bool_) if self.reset else None
     return jax.ShapeDtypeStruct(shape, jnp.dtype(self.logits_dtype)), (x, x), (state, state), reset
-
-  def draw(self, key: jax.Array) -> tuple:
-    """Random arguments of these types: gates from .05 to .999, one token in 1000 a reset."""
-    keys = jax.random.split(key, 6)
-    logits, (x, _), (first, _), reset = self.types()
-    return (jax.random.uniform(keys[0], logits.shape, jnp.float32, -3.0, 7.0).astype(logits.dtype),
-            tuple(jax.random.normal(k, x.shape, x.dtype) for k in keys[1:3]),
-            tuple(jax.random.normal(k, first.shape, first.dtype) for k in keys[3:5]),
-            None if reset is None else jax.random.bernoulli(keys[5], 1e-3, reset.shape))
-
-  def forward_bytes(self) -> int:
-    """Bytes that must pass through HBM: logits and inputs in, outputs out."""
-    size = self.batch * self.length * self.heads * self.width
-    return size * (jnp.dtype(self.logits_dtype).itemsize + 4 * jnp.dtype(self.dtype).itemsize)
-
-  def backward_bytes(self) -> int:
-    """Logits, inputs, outputs and their cotangents in; cotangents of logits and inputs out."""
-    size = self.batch * self.length * self.heads * self.width
-    return size * (2 * jnp.dtype(self.logits_dtype).itemsize + 8 * jnp.dtype(self.dtype).itemsize)
 
 
 ARG_SPECS = {
