@@ -46,5 +46,6 @@ def _scores(q: Array, keys: Array) -> Array:
 def _weighted_sum(weights: Array, values: Array) -> Array:
   """weights float32 [B, K, G, R] by values [B, K, R, H]: float32 [B, K, G, H]."""
   if _as_matrices(weights):
-    return einsum_float32("bkgr,bkrh->bkgh", weights.astype(values.dtype), values)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else values.dtype  # a CPU's products are float32 anyway
+    return einsum_float32("bkgr,bkrh->bkgh", weights.astype(dtype), values.astype(dtype))
   return jnp.sum(weights[:, :, 0, :, None] * values.astype(jnp.float32), axis=2, keepdims=True)
