@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-torch lint notebook needles clean
+.PHONY: quickstart test test-slow test-torch test-gpu lint notebook needles clean
 
 quickstart: .venv/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
 
 test: .venv/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow" tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
 
 test-slow: .venv/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m slow tests
@@ -17,6 +17,11 @@ test-slow: .venv/dev
 test-torch: .venv/dev
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_convert_torch.py
+
+# Kernels against float64, on an NVIDIA GPU; prints the worst errors.
+test-gpu: .venv/dev
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

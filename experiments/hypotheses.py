@@ -148,7 +148,7 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
   x, ages = transformer.embed(params, tokens), []
   for i in range(config.num_layers):
     p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-    gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, p, x).gate_logits))
+    gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, p, x).gate_logits, jnp.float32))
     (weight,) = linear_scan(gate, (1 - gate,))
     (weighted,) = linear_scan(gate, (weight - (1 - gate),))  # a token's share of it is older by one at the next
     ages.append(jnp.mean(weighted / weight, axis=(0, 1)))

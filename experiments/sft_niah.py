@@ -61,7 +61,8 @@ SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each
                            " 0.3,0.45,0.5 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
-INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, instead of fresh parameters.")
+INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
+                           " parameters.")
 MODES = common.define_modes([], "One update of every batch, repeat it for several. Default: the arm's own.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. Default: 5e-4; 1e-5 for --text.",
                                    lower_bound=0.0)
@@ -316,8 +317,9 @@ def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array,
     params = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), tokens)["params"]))(seeds)
     params["embedding"] *= _EMBEDDING_SCALE
   found = jax.tree.leaves(params)[0].shape[0]
-  if found != len(seeds):
-    raise ValueError(f"--init={notes['init']} holds {found} seeds; use --seeds={found}.")
+  if found < len(seeds):
+    raise ValueError(f"--init={notes['init']} holds {found} seeds; use --seeds={found} or less.")
+  params = jax.tree.map(lambda x: x[:len(seeds)], params)
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
   if run.steps():
     state, saved = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)

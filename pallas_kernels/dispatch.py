@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import jax
+
+from pallas_kernels.crossovers import FASTEST
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu", "cudnn")
+# The least compute capability of a GPU: Mosaic's kernels copy asynchronously, cuDNN's attention is for tensor cores.
+_CAPABILITY = {"mosaic_gpu": (9.0, "Hopper GPUs (compute capability 9.0)"),
+               "cudnn": (8.0, "Ampere GPUs (compute capability 8.0)")}
 
 
-def resolve(operation: str, implementation: str | None, available: Mapping[str, object]) -> str:
+def serves() -> None:
+  """Says of an implementation that it serves any arguments."""
+
+
+def resolve(operation: str, implementation: str | None, available: Mapping[str, Callable[[], str | None]], size: int
+            ) -> str:
   """Returns the name of the implementation to run.
 
   Args:
-    operation: the operation's name, for the message.
-    implementation: a name, or None for the first of `available`.
-    available: the implementations that the operation has, fastest first.
+    operation: the operation's name.
+    implementation: a name, or None for the fastest that was measured on this kind of device at this size
+      (crossovers.py), where it serves; else "xla". Over several devices, outside `jax.shard_map`, "xla" too: the
+      compiler can split that and no kernel.
+    available: the implementations that the operation has; each says why it does not serve these arguments, or None.
+    size: how large the work is, in the operation's own measure.
 
   Raises:
     ValueError: `implementation` is no known name.
-    NotImplementedError: the operation does not have the one that was named.
+    NotImplementedError: the operation does not have the one that was named, or that does not run on this device or
+      does not serve these arguments.
   """
   if implementation is None:
-    return next(iter(available))
+    return _fastest(operation, available, size)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}.")
+  other = "Pass implementation=None to take the fastest one that serves."
   if implementation not in available:
     raise NotImplementedError(
-        f"implementation={implementation!r} does not exist for {operation}; it has {tuple(available)}."
-        " Pass implementation=None to take the fastest one that serves.")
+        f"implementation={implementation!r} does not exist for {operation}; it has {tuple(available)}. {other}")
+  reason = available[implementation]() or check_device(implementation)
+  if reason:
+    raise NotImplementedError(f"implementation={implementation!r} of {operation} {reason}. {other}")
   return implementation
+
+
+def check_device(implementation: str) -> str | None:
+  """Why the implementation does not run on the first device, or None."""
+  if implementation not in _CAPABILITY:
+    return None
+  (least, of_whom), device = _CAPABILITY[implementation], jax.devices()[0]
+  has = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
+  return None if has >= least else f"runs on {of_whom} and newer, not on {device.device_kind!r}"
+
+
+def _fastest(operation: str, available: Mapping[str, Callable[[], str | None]], size: int) -> str:
+  alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
+  for name, least in FASTEST.get(jax.devices()[0].device_kind, {}).get(operation, {}).items():
+    if alone and size >= least and available[name]() is None:
+      return name
+  return "xla"

@@ -4,9 +4,9 @@
     k~_t = g_t * k~_(t-1) + (1 - g_t) * k_t   from k~_(-1) = 0
     v~_t = g_t * v~_(t-1) + (1 - g_t) * v_t
 
-It runs before RoPE and before anything is cached, in float32 (arXiv 2602.18196, section 3). The recurrence itself,
-in its parallel, sequential and one-step forms, is `pallas_kernels.gated_scan`; here are documents, padding and
-the pair of keys and values.
+It runs before RoPE and before anything is cached, in float32 inside (arXiv 2602.18196, section 3). The recurrence
+itself, in its parallel, sequential and one-step forms, is `pallas_kernels.gated_scan`; here are documents, padding
+and the pair of keys and values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
       nothing and leaves the state as it is.
 
   Returns:
-    (k~, v~, state): float32 [B, T, K, H] each, and the state after the last real token, float32.
+    (k~, v~, state): [B, T, K, H] each, bfloat16 where k and v are (rounded once, as by the RAT+ authors), else
+    float32; and the state after the last real token, float32.
 
   Raises:
     ValueError: shapes that do not match.
@@ -45,8 +46,8 @@ def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
     documents, positions = number_documents(jnp.asarray(layouts.as_integers("segment_ids", segment_ids, k.shape[:2])))
     reset = (positions == 0) & (documents > 1)
     real = (documents > 0)[:, :, None, None]
-    gate_logits = jnp.where(real, gate_logits.astype(jnp.float32), jnp.inf)
+    gate_logits = jnp.where(real, gate_logits, jnp.inf)
     k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
-  inputs = (k.astype(jnp.float32), v.astype(jnp.float32))
+  inputs = tuple(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32) for x in (k, v))
   (k_mem, v_mem), last = gated_scan(gate_logits, inputs, state, reset)
   return k_mem, v_mem, (last[0], last[1])

@@ -126,9 +126,9 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
     k = rms_norm(k, p["key_norm"], config.norm_eps).astype(dtype)
   gate_logits = None
   if config.memory:
-    gate_logits = heads("memory_gate").astype(jnp.float32)
+    gate_logits = heads("memory_gate")
     if config.gate_bias is not None:
-      gate_logits += p["memory_gate_bias"].astype(jnp.float32)
+      gate_logits = gate_logits.astype(jnp.float32) + p["memory_gate_bias"].astype(jnp.float32)
   return Projections(q, k, heads("value"), gate_logits, heads("output_gate") if config.output_gate else None)
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
 
@@ -19,8 +20,8 @@ from rat_jax.convert import from_ratplus_state_dict
 # processors it would wait for ever. XLA reads this when its first array is made.
 os.environ.setdefault("NPROC", "16")
 
-# The tests compile many small programs and run each a few times.
-jax.config.update("jax_disable_most_optimizations", True)
+# The tests compile many small programs and run each a few times. On a GPU they are about what is compiled.
+jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_PLATFORMS") == "cpu")
 
 # Every compiled program holds memory maps, of which Linux allows a process 65530; XLA aborts when they are used up.
 _TESTS_BETWEEN_CLEARINGS = 12
@@ -32,6 +33,12 @@ def _bounded_number_of_programs():
   yield
   if next(_tests_done) % _TESTS_BETWEEN_CLEARINGS == 0:
     jax.clear_caches()
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+  """Lets implementations be named that this device does not run, to lower them for one that does."""
+  monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,6 +82,15 @@ def run_python(*arguments, devices=1, check=True):
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
   return done.stderr
+
+
+# {what: the worst error that was seen}; tests/test_gpu.py fills it.
+WORST: dict[tuple[str, ...], float] = {}
+
+
+def pytest_terminal_summary(terminalreporter):
+  for of, error in sorted(WORST.items()):
+    terminalreporter.write_line(" | ".join([*of, f"{error:.1e}"]))
 
 
 class Fixture:

@@ -85,6 +85,7 @@ def test_any_pattern(length, dilation, window, sinks, seed):
 
 @pytest.mark.parametrize("pattern", [{"dilation": 16}, {"dilation": 64, "window": 256, "sinks": 4},
                                      {"dilation": None, "window": 1024, "sinks": 4}])
+@pytest.mark.usefixtures("any_device")
 def test_what_cudnn_is_given(pattern):
   """Lowered for a GPU with none at hand: causal attention forward and backward, with an outside log-sum-exp."""
   q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)

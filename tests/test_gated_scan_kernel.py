@@ -122,6 +122,7 @@ def lower(spec, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.usefixtures("any_device")
 def test_lowers_for_cuda_at_the_target_shape(backward):
   text = lower(ARG_SPECS["prefill_256k"], backward)
   assert text.count("@mosaic_gpu_v2") == 1 + backward  # one pass each way: 128 blocks, no segments
@@ -129,6 +130,7 @@ def test_lowers_for_cuda_at_the_target_shape(backward):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARG_SPECS)
+@pytest.mark.usefixtures("any_device")
 def test_lowers_for_cuda_at_every_named_shape(name):
   for backward in (False, True):
     assert "@mosaic_gpu_v2" in lower(ARG_SPECS[name], backward)
@@ -147,6 +149,7 @@ def test_default_settings():
   many = jax.ShapeDtypeStruct((1, 4096, 128), jnp.float32)
   with pytest.raises(NotImplementedError, match="do not fit the shared memory"):
     default_settings(many, (many,) * 30, (many,) * 10, 10)
+  assert "does not fit 10 inputs" in MosaicGPU().unsupported(many, (many,) * 10)
 
 
 @pytest.mark.parametrize(("change", "message"), [

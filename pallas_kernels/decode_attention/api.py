@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,16 +13,10 @@ from pallas_kernels.decode_attention import xla
 Array = jax.Array
 
 
-def _mosaic_gpu(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None
-                ) -> tuple[Array, Array]:
-  # Only who runs it needs Pallas' GPU part: to import it takes a while, and not every platform has it.
+def _mosaic_gpu():
+  # Imported when it is used: not every installation has this part of JAX.
   from pallas_kernels.decode_attention import mosaic_gpu
-
-  mosaic_gpu.check_device()
-  return mosaic_gpu.decode_attention(q, keys, values, visible, layer)
-
-
-_AVAILABLE = {"xla": xla.decode_attention, "mosaic_gpu": _mosaic_gpu}
+  return mosaic_gpu
 
 
 def decode_attention(
@@ -54,10 +50,12 @@ def decode_attention(
     ValueError: shapes or types that do not match, an unknown implementation.
     NotImplementedError: a known implementation that this operation, the device or these shapes do not have.
   """
-  name = dispatch.resolve("decode_attention", implementation, _AVAILABLE)
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
   _check(q, keys, values, visible, layer)
-  return _AVAILABLE[name](q, keys, values, visible, layer)
+  name = dispatch.resolve("decode_attention", implementation, {
+      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys)}, math.prod(keys.shape[-4:]))
+  backend = _mosaic_gpu() if name == "mosaic_gpu" else xla
+  return backend.decode_attention(q, keys, values, visible, layer)
 
 
 def _check(q, keys, values, visible, layer):

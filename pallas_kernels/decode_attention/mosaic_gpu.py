@@ -33,32 +33,23 @@ from pallas_kernels.softmax import NOTHING, merge_parts
 Array = jax.Array
 
 
-def check_device() -> None:
-  """Raises NotImplementedError where the kernel does not run: it needs asynchronous copies, so Hopper or newer."""
-  device = jax.devices()[0]
-  if device.platform != "gpu":
-    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention runs on Hopper GPUs and newer, not on"
-                              f" {device.platform!r}. Pass implementation=None to take the fastest one that serves.")
-  capability = str(getattr(device, "compute_capability", "0"))
-  if float(capability) < 9.0:
-    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention runs on Hopper GPUs (compute capability"
-                              f" 9.0) and newer; this is a {device.device_kind} ({capability}). Pass"
-                              " implementation=None to take the fastest one that serves.")
-
-
 def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None, *,
                      tuning: Tuning | None = None, interpret: Any = None) -> tuple[Array, Array]:
-  """As `api.decode_attention`.
+  """As `api.decode_attention`, for what is not `unsupported`.
 
   Args:
     tuning: how the work is cut; None takes the defaults.
     interpret: parameters of Pallas' GPU interpreter, to run without a GPU.
 
-  Raises NotImplementedError for types and widths that it does not serve.
+  Raises:
+    ValueError: tiles of `tuning` that do not fit the shared memory of a block.
   """
   batch, kv_heads, rows, width = keys.shape[-4:]
   cut = Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
-  _check(cut)
+  tiles = 2 * cut.stages * cut.tile * cut.row_bytes
+  if tiles > SHARED_BYTES:
+    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
+                     f" a block has {SHARED_BYTES}.")
   visible = visible[:, None] if visible.ndim == 2 else visible
   # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
   keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
@@ -67,17 +58,13 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   return merge_parts(list(zip(out, lse, strict=True))) if cut.splits > 1 else (out[0], lse[0])
 
 
-def _check(cut: Cut) -> None:
-  if cut.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes bfloat16 or float32, not"
-                              f" {cut.dtype}.")
-  if cut.width not in WIDTHS:
-    raise NotImplementedError(f"implementation='mosaic_gpu' of decode_attention takes heads of H in {WIDTHS}, not"
-                              f" {cut.width}.")
-  tiles = 2 * cut.stages * cut.tile * cut.row_bytes
-  if tiles > SHARED_BYTES:
-    raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
-                     f" a block has {SHARED_BYTES}.")
+def unsupported(q: Array, keys: Array) -> str | None:
+  """Why the kernel does not serve these arrays, or None."""
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"takes bfloat16 or float32, not {q.dtype}"
+  if keys.shape[-1] not in WIDTHS:
+    return f"takes heads of H in {WIDTHS}, not {keys.shape[-1]}"
+  return None
 
 
 def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:

@@ -11,7 +11,6 @@ from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
 Array = jax.Array
-_AVAILABLE = {"xla": "any", "cudnn": "NVIDIA GPUs"}
 
 
 def dilated_attention(
@@ -46,12 +45,11 @@ def dilated_attention(
     ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
-  name = dispatch.resolve("dilated_attention", implementation, _AVAILABLE)
   _check(q, k, v, dilation, window, sinks, segment_ids)
+  packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
+  name = dispatch.resolve("dilated_attention", implementation, {
+      "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k)}, q.shape[1])
   if name == "cudnn":
-    reason = "packed rows, whose positions restart, do not fold" if segment_ids is not None else cudnn.unsupported(q, k)
-    if reason:
-      raise NotImplementedError(f"implementation='cudnn': {reason}; use implementation=None.")
     return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn)
   length = q.shape[1]
   strided = length // dilation if dilation else 0

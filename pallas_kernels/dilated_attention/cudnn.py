@@ -33,9 +33,9 @@ def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: 
 def unsupported(q: Array, k: Array) -> str | None:
   """Why cuDNN does not serve these arrays, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-    return f"cuDNN takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
+    return f"takes bfloat16 or float16, q is {q.dtype} and k {k.dtype}"
   if q.shape[-1] % 8 or q.shape[-1] > MAX_WIDTH:
-    return f"cuDNN takes heads of a multiple of 8 up to {MAX_WIDTH} wide, these are {q.shape[-1]}"
+    return f"takes heads of a multiple of 8 up to {MAX_WIDTH} wide, these are {q.shape[-1]}"
   return None
 
 

@@ -16,13 +16,12 @@ STATES = "gated_scan_states"  # the name, for `jax.checkpoint` policies, of what
 
 
 def _mosaic_gpu():
-  # Imported when it is named: not every installation has this part of JAX.
+  # Imported when it is used: not every installation has this part of JAX.
   from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU
   return MosaicGPU()
 
 
-# None takes the first. The kernel has not been measured; once it has, the choice by device and shape belongs here.
-_AVAILABLE = {"xla": XLA, "mosaic_gpu": _mosaic_gpu}
+_BACKENDS = {"xla": XLA, "mosaic_gpu": _mosaic_gpu}
 
 
 def gated_scan(
@@ -43,8 +42,8 @@ def gated_scan(
     inputs: tuple of arrays of the same shape as `gate_logits`, float32 or bfloat16.
     state: one float32 array [B, ...] per input, the state before the first token; None is zero.
     reset: bool [B, T]; True drops the state before that token.
-    implementation: None for "xla"; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of 128
-      tokens and 32 channels is padded, at about twice the time).
+    implementation: None for the fastest; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of
+      128 tokens and 32 channels is padded, at about twice the time).
 
   Returns:
     (outputs, state): outputs like `inputs`, in their types; state float32 [B, ...] each, after the last token.
@@ -53,12 +52,13 @@ def gated_scan(
     ValueError: shapes or types that do not match, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot take this case.
   """
-  name = dispatch.resolve("gated_scan", implementation, _AVAILABLE)
   gate_logits, inputs = jnp.asarray(gate_logits), tuple(jnp.asarray(x) for x in inputs)
   _check(gate_logits, inputs, state, reset)
+  name = dispatch.resolve("gated_scan", implementation, {
+      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)}, gate_logits.size)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
-  return _scan(_AVAILABLE[name](), gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
+  return _scan(_BACKENDS[name](), gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
 
 
 def _check(gate_logits, inputs, state, reset):
@@ -87,8 +87,7 @@ def _scan(backend, gate_logits, inputs, state, reset):
 def _forward(backend, gate_logits, inputs, state, reset):
   states, last = backend.forward(gate_logits, inputs, state, reset)
   states = tuple(checkpoint_name(h, STATES) for h in states)
-  outputs = tuple(h.astype(x.dtype) for h, x in zip(states, inputs, strict=True))
-  return (outputs, last), (gate_logits, inputs, state, reset, states)
+  return (states, last), (gate_logits, inputs, state, reset, states)
 
 
 def _backward(backend, residuals, cotangents):

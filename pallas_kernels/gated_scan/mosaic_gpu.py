@@ -29,6 +29,7 @@ from pallas_kernels.gated_scan.xla import linear_scan
 Array = jax.Array
 
 _MULTIPROCESSORS = 132  # of an H100 or H200; each takes one block
+_STEPS = (16, 8, 4)     # tokens of a piece, the best first
 _FEWEST_TILES = 16      # of a segment: fewer would not pay for filling the pipeline
 
 
@@ -44,6 +45,13 @@ class MosaicGPU:
   settings: Settings | None = None
   backward_settings: Settings | None = None
   interpret: Any = None
+
+  def unsupported(self, gate_logits: Array, inputs: tuple[Array, ...]) -> str | None:
+    """Why the kernel does not serve these arrays, or None."""
+    outputs = (gate_logits, *inputs)
+    if not any(_fits(steps, (*outputs, *inputs, *inputs), outputs, len(inputs)) for steps in _STEPS):
+      return f"does not fit {len(inputs)} inputs into the shared memory of a block"
+    return None
 
   def forward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None
               ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -80,15 +88,19 @@ def default_settings(like: Array, arrays: Sequence[Array], outputs: Sequence[Arr
   Raises:
     NotImplementedError: no tile fits.
   """
-  small = [Operand("pieces", jnp.zeros((), jnp.float32))] * (drives + 1)
-  for steps in (16, 8, 4):
-    settings = Settings(steps=steps)
-    needed = shared_bytes([*(Operand("tokens", x) for x in arrays), *small],
-                          [Operand("tokens", x) for x in outputs], drives, settings)
-    if needed <= SHARED_MEMORY:
+  for steps in _STEPS:
+    if _fits(steps, arrays, outputs, drives):
+      settings = Settings(steps=steps)
       return dataclasses.replace(settings, segments=_segments(like, settings))
   raise NotImplementedError(f"{len(arrays)} arrays of types {sorted({str(x.dtype) for x in arrays})} do not fit the"
                             " shared memory of a block; use implementation='xla'.")
+
+
+def _fits(steps: int, arrays: Sequence[Array], outputs: Sequence[Array], drives: int) -> bool:
+  """Whether tiles of so many tokens a piece fit the shared memory of a block; arguments as `default_settings`."""
+  small = [Operand("pieces", jnp.zeros((), jnp.float32))] * (drives + 1)
+  return shared_bytes([*(Operand("tokens", x) for x in arrays), *small], [Operand("tokens", x) for x in outputs],
+                      drives, Settings(steps=steps)) <= SHARED_MEMORY
 
 
 def _segments(like: Array, settings: Settings) -> int:

@@ -46,9 +46,9 @@ class XLA:
 
   def forward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None
               ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """(all states, last state) of every input, float32."""
+    """(all states in the types of the inputs, last state float32 [B, ...]) of every input."""
     states = scan_states(*coefficients(gate_logits, reset), inputs, state)
-    return states, tuple(h[:, -1] for h in states)
+    return (tuple(h.astype(x.dtype) for h, x in zip(states, inputs, strict=True)), tuple(h[:, -1] for h in states))
 
   def backward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None,
                states: tuple[Array, ...], d_outputs: tuple[Array, ...], d_last: tuple[Array, ...]
@@ -63,7 +63,7 @@ class XLA:
                    for d_output, d in zip(d_outputs, d_last, strict=True))
     for x, first, h, d_h in zip(inputs, state, states, scan_cotangents(decay, direct), strict=True):
       # After a reset the gate no longer multiplies the past, so the past is no part of its gradient either.
-      past = jnp.concatenate([first[:, None], h[:, :-1]], axis=1)
+      past = jnp.concatenate([first[:, None], h[:, :-1].astype(jnp.float32)], axis=1)
       past = jnp.where(decay == 0, 0.0, past)
       d_logits += d_h * slope * (past - x.astype(jnp.float32))
       d_inputs.append((write * d_h).astype(x.dtype))

@@ -1,0 +1,43 @@
+"""Which implementation is taken: the one that is named, or the fastest measured one that serves."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import dispatch
+
+X = np.zeros((1, 8, 2, 64), jax.numpy.bfloat16)
+
+
+@pytest.mark.parametrize(("operation", "call", "name"), [
+    ("gated_scan", lambda **how: pallas_kernels.gated_scan(X, (X,), **how), "mosaic_gpu"),
+    ("decode_attention", lambda **how: pallas_kernels.decode_attention(
+        X[:, 0], *2 * [X.swapaxes(1, 2)], np.ones((1, 8), bool), **how), "mosaic_gpu"),
+    ("dilated_attention", lambda **how: pallas_kernels.dilated_attention(X, X, X, dilation=4, **how), "cudnn"),
+])
+def test_what_is_named_must_run_here(operation, call, name):
+  with pytest.raises(NotImplementedError, match=rf"'{name}' of {operation} runs on .* GPUs .* newer, not on 'cpu'"):
+    call(implementation=name)
+  with pytest.raises(NotImplementedError, match=f"does not exist for {operation}"):
+    call(implementation="pallas_tpu")
+  with pytest.raises(ValueError, match="'fast' is unknown"):
+    call(implementation="fast")
+
+
+def test_none_takes_the_fastest_that_serves(monkeypatch):
+  def taken(size, reason=None):
+    return dispatch.resolve("gated_scan", None, {"xla": dispatch.serves, "mosaic_gpu": lambda: reason}, size)
+
+  assert taken(10**9) == "xla"  # nothing is known of this device
+  monkeypatch.setattr(dispatch, "FASTEST", {"cpu": {"gated_scan": {"mosaic_gpu": 100}}})
+  assert [taken(99), taken(100), taken(100, "takes no such thing")] == ["xla", "mosaic_gpu", "xla"]
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
+  assert taken(100) == "xla"
+  mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+  inside = []
+  jax.shard_map(lambda x: [inside.append(taken(100)), x][1], mesh=mesh, in_specs=jax.P("rows"),
+                out_specs=jax.P("rows"))(np.zeros(1))
+  assert inside == ["mosaic_gpu"]
