@@ -2,6 +2,7 @@
 
 Claim: memory, dilated prefill and decoding over a compact cache are as fast as their bytes and operations say.
 Command: python -m experiments.bench_ops                      (--op=prefill --length=262144 --dilation=16 for one case)
+Time against T: --op=prefill --length=4096 --length=16384 ...   The authors' code beside ours: --torch_reference=DIR
 Inputs are drawn anew, and every result is checked against the reference on some of its queries before it is timed.
 Floors are the operation's bytes and FLOPs over what this device's copies and matrix products were measured to do.
 """
@@ -10,6 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +25,7 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
-from experiments import common
+from experiments import common, plots, torch_reference
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.gated_scan.reference import gated_scan_sequential
@@ -37,6 +42,9 @@ HEADS = flags.DEFINE_integer("heads", 32, "Query heads N.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads K. Default: as many.", lower_bound=1)
 HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head width H.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; the median counts.", lower_bound=1)
+TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
+CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
+ROPE_BASE = 10000.0
 CHECKED = 64  # queries, or rows, whose result is compared with the reference
 
 
@@ -50,6 +58,11 @@ class Case:
   dilation: int = 1  # 1 is dense
   window: int = 0
   sinks: int = 0
+
+  @property
+  def rows(self) -> int:
+    """Cache rows that a decode step reads."""
+    return self.length if self.dilation == 1 else self.sinks + self.window + 1 + self.length // self.dilation
 
   def __str__(self) -> str:
     pattern = f", D={self.dilation}, W={self.window}, S={self.sinks}" if self.op != "scan" else ""
@@ -85,8 +98,7 @@ def floor(case: Case, copy: float, product: float) -> float:
   if case.op == "scan":
     return scan
   if case.op == "decode":
-    rows = case.length if case.dilation == 1 else case.sinks + case.window + 1 + case.length // case.dilation
-    return 2 * 2 * case.batch * kv * rows * h / copy
+    return 2 * 2 * case.batch * kv * case.rows * h / copy
   reach, counts = np.arange(1, case.length + 1), 0
   if case.dilation == 1:
     counts = reach.sum()
@@ -105,10 +117,14 @@ def draw(case: Case) -> dict[str, jax.Array]:
     return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16)
 
   if case.op == "decode":
-    rows = case.length if case.dilation == 1 else case.sinks + case.window + 1 + case.length // case.dilation
     # Every kernel gets the order of axes that it reads fastest.
-    shape = (case.batch, rows, kv, h) if case.dilation == 1 else (case.batch, kv, rows, h)
-    return {"q": normal(0, case.batch, n, h), "k": normal(1, *shape), "v": normal(2, *shape)}
+    shape = (case.batch, case.rows, kv, h) if case.dilation == 1 else (case.batch, kv, case.rows, h)
+    made = {"q": normal(0, case.batch, 1, n, h), "keys": normal(1, *shape), "values": normal(2, *shape)}
+    if case.dilation > 1:
+      new = (case.batch, 1, kv, h)
+      state = tuple(normal(i, case.batch, kv, h).astype(jnp.float32) for i in (6, 7))
+      made |= {"gate": normal(3, *new), "k": normal(4, *new), "v": normal(5, *new), "state": state}
+    return made
   shape = (case.batch, case.length, kv, h)
   made = {"gate": 2 * normal(3, *shape) + 2, "k": normal(1, *shape), "v": normal(2, *shape)}
   return made if case.op == "scan" else made | {"q": normal(0, case.batch, case.length, n, h)}
@@ -121,18 +137,24 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
   def scan(gate, k, v):
     return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)
 
-  def decode(q, k, v):
+  def decode(q, keys, values, gate=None, k=None, v=None, state=None):
+    """Of a dilated case with the memory's step, RoPE, and the new token's own key."""
     if case.dilation == 1:
-      return dense(q[:, None], k, v, implementation=implementation)[:, 0]
-    seen = jnp.ones((case.batch, k.shape[2]), bool)
-    return pallas_kernels.decode_attention(q, k, v, seen, implementation=implementation)[0]
+      return dense(q, keys, values, implementation=implementation)
+    (k, v), state = pallas_kernels.gated_scan(gate, (k, v), state)
+    at = jnp.full((case.batch, 1), case.length - 1, jnp.int32)
+    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
+    seen = jnp.ones((case.batch, keys.shape[2]), bool)
+    out, lse = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, implementation=implementation)
+    own = softmax.attend_part(q, k, v, jnp.ones((1, 1, 1, 1), bool))
+    return softmax.merge([(out[:, None], lse[:, None]), own]).astype(q.dtype), state
 
   def prefill(gate, q, k, v):
     of_scan, of_attention = implementation.split(", ")
     at = jnp.arange(case.length, dtype=jnp.int32)[None]
     if case.dilation > 1:
       (k, v), _ = pallas_kernels.gated_scan(gate, (k, v), implementation=of_scan)
-    q, k = (rope.rotate(x, at, 10000.0).astype(jnp.bfloat16) for x in (q, k))
+    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
     if case.dilation == 1:
       return dense(q, k, v, is_causal=True, implementation=of_attention)
     return pallas_kernels.dilated_attention(q, k, v, dilation=case.dilation, window=case.window, sinks=case.sinks,
@@ -162,11 +184,9 @@ def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
     expected, _ = jax.jit(gated_scan_sequential)(wide["gate"], (wide["k"], wide["v"]), zero, None)
     pairs = [(out[:, some], one) for out, one in zip(outs, expected, strict=True)]
   elif case.op == "decode":
-    few = {name: x[:CHECKED] for name, x in made.items()}
-    mask = jnp.ones((1, 1, 1, 1), bool)
-    k, v = (few[name] if case.dilation == 1 else jnp.swapaxes(few[name], 1, 2) for name in "kv")
-    expected, _ = jax.jit(softmax.attend_part)(few["q"][:, None], k, v, mask)
-    pairs = [(result[:CHECKED], expected[:, 0])]
+    few = jax.tree.map(lambda x: x[:CHECKED], made)
+    out = result if case.dilation == 1 else result[0]
+    pairs = [(out[:CHECKED], jax.jit(functools.partial(_decode_reference, case))(**few))]
   else:
     at = jnp.sort(jax.random.choice(jax.random.key(1), case.length, (CHECKED,), replace=False))
     pairs = [(result[:, at], jax.jit(functools.partial(_reference, case))(made, at))]
@@ -179,13 +199,24 @@ def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
   return worst
 
 
+def _decode_reference(case: Case, q, keys, values, gate=None, k=None, v=None, state=None) -> jax.Array:
+  """One softmax over the cache and the new token, in float32."""
+  if case.dilation > 1:
+    (k, v), _ = gated_scan_sequential(gate, (k, v), state)
+    at = jnp.full((1, 1), case.length - 1, jnp.int32)
+    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k.astype(jnp.bfloat16)))
+    keys, values = (jnp.concatenate([jnp.swapaxes(old, 1, 2), new.astype(jnp.bfloat16)], axis=1)
+                    for old, new in ((keys, k), (values, v)))
+  return softmax.attend_part(q, keys, values, jnp.ones((1, 1, 1, 1), bool))[0]
+
+
 def _reference(case: Case, made: dict[str, jax.Array], at: jax.Array) -> jax.Array:
   """Attention of the queries `at` alone, over the memory by its plain form."""
   k, v, positions = made["k"], made["v"], jnp.arange(case.length, dtype=jnp.int32)
   if case.dilation > 1:
     (k, v), _ = pallas_kernels.gated_scan(made["gate"], (k, v), implementation="xla")
-  q = rope.rotate(made["q"][:, at], at[None], 10000.0).astype(jnp.bfloat16)
-  k = rope.rotate(k, positions[None], 10000.0).astype(jnp.bfloat16)
+  q = rope.rotate(made["q"][:, at], at[None], ROPE_BASE).astype(jnp.bfloat16)
+  k = rope.rotate(k, positions[None], ROPE_BASE).astype(jnp.bfloat16)
   seen = positions <= at[:, None]
   if case.dilation > 1:
     seen &= dilated_pattern(at[:, None], positions, case.dilation, case.window, case.sinks)
@@ -217,34 +248,105 @@ def speeds() -> tuple[float, float]:
   return copy, product
 
 
+def time_one(case: Case, implementation: str, made: dict[str, Any]) -> tuple[float, float]:
+  """(seconds, error) of a case by an implementation. Raises NotImplementedError where it does not serve it."""
+  f = build(case, implementation)
+  compiled = jax.jit(lambda made: f(**made)).lower(made).compile()
+  error = check(case, made, compiled(made))
+  return median_seconds(compiled, made), error
+
+
+def authors(directory: str, every: list[Case]) -> dict[Case, float]:
+  """Seconds of the authors' code, in a process of its own that has the device to itself."""
+  asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": HEADS.value, "head_dim": HEAD_DIM.value,
+           "rounds": ROUNDS.value}
+  torch_reference.load(directory)
+  done = subprocess.run([sys.executable, "-m", "experiments.torch_reference", directory], input=json.dumps(asked),
+                        stdout=subprocess.PIPE, text=True, check=True)
+  found = {}
+  for case, line in zip(every, done.stdout.splitlines(), strict=True):
+    answer = json.loads(line)
+    if "error" in answer:
+      print(f"{case} by the authors' code: {answer['error']}", flush=True)
+    else:
+      found[case] = answer["seconds"]
+  return found
+
+
+def crossovers() -> dict[str, dict[str, int]]:
+  """{operation: {implementation: the least size from which on it was faster than "xla"}}; see crossovers.py."""
+  sweeps = {
+      "gated_scan": ("xla", "mosaic_gpu", [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
+                     lambda case: case.batch * case.length * heads()[1] * heads()[2]),
+      "decode_attention": ("xla", "mosaic_gpu", [Case("decode", 16 * r, b, 16) for b, r in (
+          (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))],
+                           lambda case: case.batch * case.rows * heads()[1] * heads()[2]),
+      "dilated_attention": ("xla, xla", "xla, cudnn", [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in (
+          32, 64, 128, 256, 512, 1024, 2048, 4096)], lambda case: case.length)}
+  found: dict[str, dict[str, int]] = {}
+  for operation, (plain, kernel, every, size) in sweeps.items():
+    least = None
+    for case in reversed(every):
+      made = draw(case)
+      slow, fast = (time_one(case, name, made)[0] for name in (plain, kernel))
+      print(f"{case}: {plain} {slow * 1e3:.3f} ms, {kernel} {fast * 1e3:.3f} ms", flush=True)
+      if fast > slow:
+        break
+      least = size(case)
+    if least is not None:
+      found[operation] = {kernel.split(", ")[-1]: least}
+  return found
+
+
 def main() -> None:
+  of_authors = authors(TORCH_REFERENCE.value, cases()) if TORCH_REFERENCE.value else {}
   folder, (copy, product) = common.workdir("bench_ops"), speeds()
   print(f"{common.device()}: copies {copy / 1e12:.2f} TB/s, bfloat16 products {product / 1e12:.0f} TFLOP/s;"
         f" {'/'.join(map(str, heads()))} query heads, key/value heads, width", flush=True)
-  rows, lines = [], []
+  if CROSSOVERS.value:
+    print(f"{common.device()!r}: {crossovers()}")
+    return
+  lines: list[dict[str, Any]] = []
+
+  def add(case, least, implementation, seconds, error=None):
+    lines.append({"case": dataclasses.asdict(case), "name": str(case), "implementation": implementation,
+                  "seconds": seconds, "floor": least, "error": error})
+    print(f"{case}, {implementation}: {seconds * 1e3:.3f} ms", flush=True)
+    common.write_json(folder / "results.json", {"device": common.device(), "copy": copy, "product": product,
+                                                "lines": lines})
+
   for case in cases():
     made, least = draw(case), floor(case, copy, product)
     for implementation in served(case):
-      f = build(case, implementation)
       try:
-        compiled = jax.jit(lambda made, f=f: f(**made)).lower(made).compile()
-        error = check(case, made, compiled(made))
+        add(case, least, implementation, *time_one(case, implementation, made))
       except NotImplementedError as reason:
         print(f"{case} by {implementation}: not timed: {reason}", flush=True)
-        continue
-      seconds = median_seconds(compiled, made)
-      lines.append({"case": dataclasses.asdict(case), "implementation": implementation, "seconds": seconds,
-                    "floor": least, "error": error})
-      rows.append([str(case), implementation, f"{seconds * 1e3:.3f}", f"{least * 1e3:.3f}", f"{least / seconds:.0%}",
-                   f"{error:.1e}"])
-      print(" | ".join(rows[-1]), flush=True)
-      common.write_json(folder / "results.json", {"device": common.device(), "copy": copy, "product": product,
-                                                  "lines": lines})
+    if case in of_authors:
+      add(case, least, "authors, torch", of_authors[case])
     del made
-  header = ["operation", "implementation", "ms", "floor, ms", "share of the floor", "error"]
-  text = common.markdown_table(header, rows)
+  text = table(lines)
   print(f"\n{text}")
   (folder / "table.md").write_text(text + "\n")
+  plots.draw_times(lines, folder)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+  """A line for each timing; the ratio is that to the fastest dense attention of the same op, length and batch."""
+  dense: dict[tuple, float] = {}
+  for line in lines:
+    if line["case"]["dilation"] == 1:
+      of = (line["case"]["op"], line["case"]["length"], line["case"]["batch"])
+      dense[of] = min(line["seconds"], dense.get(of, math.inf))
+  rows = []
+  for line in lines:
+    beside = dense.get((line["case"]["op"], line["case"]["length"], line["case"]["batch"]))
+    rows.append([line["name"], line["implementation"], f"{line['seconds'] * 1e3:.3f}", f"{line['floor'] * 1e3:.3f}",
+                 f"{line['floor'] / line['seconds']:.0%}",
+                 f"{beside / line['seconds']:.1f}" if beside and line["case"]["op"] != "scan" else "",
+                 "" if line["error"] is None else f"{line['error']:.1e}"])
+  return common.markdown_table(["operation", "implementation", "ms", "floor, ms", "share of the floor",
+                                "times faster than dense", "error"], rows)
 
 
 if __name__ == "__main__":

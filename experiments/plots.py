@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -87,6 +88,32 @@ def draw_quality(curves: Mapping[str, Mapping[Mode, tuple[float, float]]], path:
   axis.legend(fontsize=8)
   figure.savefig(path, dpi=150)
   plt.close(figure)
+
+
+def draw_times(lines: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None:
+  """Milliseconds against T, a figure for every operation of bench_ops that was timed at two lengths or more."""
+  for op in dict.fromkeys(line["case"]["op"] for line in lines):
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+      case = line["case"]
+      if case["op"] == op:
+        pattern = "dense" if case["dilation"] == 1 else f"D={case['dilation']}, W={case['window']}"
+        label = f"{line['implementation']}, B={case['batch']}" + f", {pattern}" * (op != "scan")
+        curves.setdefault(label, []).append((case["length"], 1e3 * line["seconds"]))
+    if max(len(points) for points in curves.values()) < 2:
+      continue
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for label, points in curves.items():
+      axis.plot(*zip(*sorted(points), strict=True), "-o", label=label, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("ms")
+    axis.set_title(op)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(folder / f"{op}.png", dpi=130)
+    plt.close(figure)
 
 
 def _is_pure_dilation(mode: Mode) -> bool:

@@ -109,3 +109,21 @@ def test_what_cudnn_does_not_take_is_said():
                               (half, packed, "packed rows")):
     with pytest.raises(NotImplementedError, match=reason):
       pallas_kernels.dilated_attention(x, x, x, dilation=4, segment_ids=segments, implementation="cudnn")
+
+
+def test_gradients_through_the_merge_by_finite_differences():
+  """Along random directions, of the parts' own log-sum-exps too: cuDNN's own gradient would miss these."""
+  pattern, rng = folded.Pattern(4, 3, 5), np.random.default_rng(0)
+  q, weights = rng.standard_normal((2, 2, 26, 4, 4)).astype(np.float32)
+  k, v = rng.standard_normal((2, 2, 26, 2, 4)).astype(np.float32)
+
+  @jax.jit
+  def loss(q, k, v):
+    return jnp.sum(folded.dilated_attention(q, k, v, pattern, PLAIN) * weights)
+
+  gradients, step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v), 1e-2
+  for i in range(3):
+    ways = [np.zeros_like(x) for x in (q, k, v)]
+    ways[i] = rng.standard_normal(ways[i].shape).astype(np.float32)
+    ahead, behind = (loss(*(x + sign * step * way for x, way in zip((q, k, v), ways, strict=True))) for sign in (1, -1))
+    np.testing.assert_allclose((ahead - behind) / (2 * step), np.vdot(gradients[i], ways[i]), rtol=2e-3, atol=2e-3)
