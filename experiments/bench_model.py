@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments import common, plots
 from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
 from rat_jax.axes import Params
 from rat_jax.costs import PEAK_FLOPS
@@ -32,9 +33,9 @@ MODES = common.define_modes(
     ["dense", "dilated:16", "quest:0.0625", "moba:0.0625", "dilated_topk:64,0.0625", "snapkv:0.0625"],
     "A mode; repeat the flag for several.")
 PARTS = flags.DEFINE_multi_enum("part", ["decode"], ["prefill", "decode", "train"], "What to time; repeat it.")
-CONTEXT = flags.DEFINE_integer("context", 16384, "Tokens in the cache, of the prompt, or of a training row.",
-                               lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows.", lower_bound=1)
+CONTEXTS = flags.DEFINE_multi_integer("context", [16384], "Tokens in the cache, of the prompt, or of a training row;"
+                                      " repeat it.", lower_bound=1)
+BATCH_SIZES = flags.DEFINE_multi_integer("batch_size", [1], "Rows; repeat it.", lower_bound=1)
 CHUNK = flags.DEFINE_integer("chunk", None, "Tokens of the prompt at a time.", lower_bound=1)
 PRESET = flags.DEFINE_string("preset", None, "A ready-made size instead of those below.")
 MEMORY = flags.DEFINE_bool("memory", True, "Give a preset of OLMo 2 a memory.")
@@ -78,11 +79,11 @@ def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, st
 Measured = tuple[float, float]  # (seconds, bytes that the program needs: arguments, results and what is between)
 
 
-def decode(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
   """A decode step, host work included."""
   rounds, steps = ROUNDS.value, STEPS.value
-  cache = random_cache(model.config, mode, BATCH_SIZE.value, CONTEXT.value, rounds * steps + 1)
-  tokens = jnp.ones(BATCH_SIZE.value, jnp.int32)
+  cache = random_cache(model.config, mode, batch_size, context, (rounds + 1) * steps + 1)
+  tokens = jnp.ones(batch_size, jnp.int32)
   step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2)  # the cache is updated in place
   compiled = step.lower(params, tokens, cache).compile()
   carried = [compiled(params, tokens, cache)]
@@ -95,21 +96,21 @@ def decode(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
   return median_seconds(run) / steps, needs(compiled)
 
 
-def prefill(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+def prefill(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
   """A prompt of `context` tokens in every row."""
-  shape = (BATCH_SIZE.value, CONTEXT.value)
+  shape = (batch_size, context)
   tokens = jax.random.randint(jax.random.key(common.SEED.value), shape, 0, model.config.vocab_size)
   compiled = jax.jit(lambda params, tokens: rat_jax.prefill(
-      model, params, tokens, mode=mode, max_length=CONTEXT.value, chunk=CHUNK.value)).lower(params, tokens).compile()
+      model, params, tokens, mode=mode, max_length=context, chunk=CHUNK.value)).lower(params, tokens).compile()
   return median_seconds(lambda: compiled(params, tokens)), needs(compiled)
 
 
-def train(model: RATPlusLM, params: Params, mode: Mode) -> Measured:
+def train(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
   """A batch of training: ARL's two updates for a sparse mode, two dense ones for Dense."""
   modes = (mode, ARL[1])
   optimizer = rat_jax.make_optimizer(1e-5, total_steps=1000)
   draw = np.random.default_rng(common.SEED.value)
-  tokens = draw.integers(0, model.config.vocab_size, (BATCH_SIZE.value, CONTEXT.value), np.int32)
+  tokens = draw.integers(0, model.config.vocab_size, (batch_size, context), np.int32)
   batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
   carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.copy, params), optimizer)]
   step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes), donate_argnums=0)
@@ -158,35 +159,46 @@ def weights(config: RATPlusConfig, folder) -> Params:
   return params
 
 
+PARTS_OF_A_MODEL = {"prefill": prefill, "decode": decode, "train": train}
+
+
 def main() -> None:
   folder, config = common.workdir("bench_model"), configuration()
   model, params = RATPlusLM(config), weights(config, common.workdir("bench_model") / "weights")
   print(f"{PRESET.value or 'a model'}: {config.num_layers} layers of width {config.embed_dim}, {config.num_heads}/"
-        f"{config.num_kv_heads} heads, {config.dtype}; batch {BATCH_SIZE.value}, {CONTEXT.value} tokens, on"
-        f" {common.device()}", flush=True)
-  result: dict[str, Any] = {"device": common.device(), "config": config.to_json(), "batch_size": BATCH_SIZE.value,
-                            "context": CONTEXT.value}
+        f"{config.num_kv_heads} heads, {config.dtype}, on {common.device()}", flush=True)
+  lines: list[dict[str, Any]] = []
   text = []
-  for part in PARTS.value:
-    found = {mode: {"prefill": prefill, "decode": decode, "train": train}[part](model, params, mode)
-             for mode in dict.fromkeys([Dense(), *MODES.value])}
-    result[part] = {str(mode): {"seconds": seconds, "bytes": size} for mode, (seconds, size) in found.items()}
-    text.append(table(part, config, found))
-    print(f"\n{text[-1]}", flush=True)
+  for part, context, batch_size in itertools.product(PARTS.value, CONTEXTS.value, BATCH_SIZES.value):
+    found: dict[Mode, Measured] = {}
+    for mode in dict.fromkeys([Dense(), *MODES.value]):
+      try:
+        found[mode] = PARTS_OF_A_MODEL[part](model, params, mode, batch_size, context)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        print(f"{part} of {batch_size} x {context} under {mode}: not timed: out of memory", flush=True)
+        continue
+      lines.append({"part": part, "mode": str(mode), "context": context, "batch_size": batch_size,
+                    "seconds": found[mode][0], "bytes": found[mode][1]})
+      common.write_json(folder / "results.json", {"device": common.device(), "config": config.to_json(),
+                                                  "lines": lines})
+    text.append(table(part, config, found, batch_size, context))
+    print(f"\nbatch {batch_size}, {context} tokens\n\n{text[-1]}", flush=True)
   (folder / "table.md").write_text("\n\n".join(text) + "\n")
-  common.write_json(folder / "results.json", result)
+  plots.draw_throughput([line for line in lines if line["part"] == "decode"], folder / "decode.png")
 
 
-def table(part: str, config: RATPlusConfig, found: dict[Mode, Measured]) -> str:
+def table(part: str, config: RATPlusConfig, found: dict[Mode, Measured], batch_size: int, context: int) -> str:
   """A line for every mode."""
-  tokens = BATCH_SIZE.value * (1 if part == "decode" else CONTEXT.value)
+  tokens = batch_size * (1 if part == "decode" else context)
   peak, rows = PEAK_FLOPS.get(common.device()), []
   for mode, (seconds, size) in found.items():
-    keys = float(np.mean(rat_jax.tokens_read(config, mode, CONTEXT.value, prompt_length=CONTEXT.value - 1)))
+    keys = float(np.mean(rat_jax.tokens_read(config, mode, context, prompt_length=context - 1)))
     row = [str(mode), f"{keys:g}", f"{seconds * 1e3:.2f}", f"{tokens / seconds:,.0f}",
-           f"{found[Dense()][0] / seconds:.1f}", f"{size / 1e9:.1f}"]
+           f"{found[Dense()][0] / seconds:.1f}" if Dense() in found else "", f"{size / 1e9:.1f}"]
     if part == "train":
-      flops = tokens * sum(rat_jax.training_flops(config, one, CONTEXT.value) for one in (mode, ARL[1]))
+      flops = tokens * sum(rat_jax.training_flops(config, one, context) for one in (mode, ARL[1]))
       row.append(f"{100 * flops / seconds / peak:.0f}%" if peak else "unknown chip")
     rows.append(row)
   header = [part, "keys per query", "ms", "tokens/s", "times faster than dense", "GB"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,6 +115,31 @@ def draw_times(lines: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None
     axis.legend(fontsize=7)
     figure.savefig(folder / f"{op}.png", dpi=130)
     plt.close(figure)
+
+
+def draw_throughput(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """Decoded tokens/s against batch and context, a curve for every mode; nothing where neither varies."""
+  axes_of = [(name, other) for name, other in (("batch_size", "context"), ("context", "batch_size"))
+             if len({line[name] for line in lines}) > 1]
+  if not axes_of:
+    return
+  figure, axes = plt.subplots(1, len(axes_of), figsize=(6.5 * len(axes_of), 4.5), layout="constrained", squeeze=False)
+  for axis, (name, other) in zip(axes[0], axes_of, strict=True):
+    modes = dict.fromkeys(line["mode"] for line in lines)
+    for mode, colour in zip(modes, itertools.cycle(COLOURS), strict=False):
+      for fixed, style in zip(sorted({line[other] for line in lines}), itertools.cycle(("-o", "--s", ":^", "-.v"))):
+        points = sorted((line[name], line["batch_size"] / line["seconds"]) for line in lines
+                        if line["mode"] == mode and line[other] == fixed)
+        axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4,
+                  label=f"{mode}, {other.replace('_', ' ')} {fixed}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel(name.replace("_", " "))
+    axis.set_ylabel("decoded tokens/s")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
 
 
 def _is_pure_dilation(mode: Mode) -> bool:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -72,9 +73,15 @@ def assert_logits_close(actual, expected, dtype, message=""):
     assert (actual.argmax(-1) == expected.argmax(-1))[clear].all(), message
 
 
-def run_python(*arguments, devices=1, check=True):
+_PROGRAMS = tempfile.TemporaryDirectory()  # compiled by one process, for the next
+
+
+def run_python(*arguments, devices=1, check=True, optimize=False):
   """Python in a process of its own, from the root: what it prints, or, unchecked, its errors."""
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+                              "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
+                              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                              "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimize)),
                               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
                         check=False)

@@ -78,7 +78,7 @@ def test_values_and_gradients_in_float64(length, pattern):
 @pytest.mark.slow
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 12), st.integers(0, 12),
        st.integers(0, 99))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_any_pattern(length, dilation, window, sinks, seed):
   check(length, folded.Pattern(dilation, window, sinks), 1, 2, seed)
 

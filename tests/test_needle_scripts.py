@@ -178,8 +178,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
              "--stages=64x32", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
-             "--learning_rate=2e-3",
-             f"--workdir={tmp_path}")
+             "--learning_rate=2e-3", f"--workdir={tmp_path}", optimize=True)
   first, *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert min(first["loss"][0]) > 2.5
   assert last["loss"][0][1] < 1.5, last  # of the dense update; log(96) a symbol is chance
@@ -212,7 +211,7 @@ for tokens, targets in zip(made["tokens"][8:], made["targets"][8:]):
   assert (targets[tokens == 0] == -100).all()
 np.testing.assert_allclose(made["weights"][8:].sum(), 1, rtol=1e-5)
 """
-  options = [*TOY, "--lm_rows=2", f"--lm_data={tmp_path}/texts"]
+  options = [*TOY, "--stages=96x8", "--shares=", "--lm_rows=2", f"--lm_data={tmp_path}/texts"]
   run_python("-c", code, *options, f"--workdir={tmp_path}/none")
   run_python("-m", "experiments.sft_niah", *options, "--arm=attention", f"--workdir={tmp_path}/attention")
   run_python("-m", "experiments.sft_niah", *options, "--arm=ratplus", "--memory_rate=10",
