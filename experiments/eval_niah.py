@@ -30,7 +30,8 @@ from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Task, evaluation_rows
 from rat_jax.modes import Mode
 
-CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* checkpoints; repeat it for several.",
+CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Folder of seed-* checkpoints, or several of one arm with"
+                                        " commas between; repeat it for other arms.",
                                         required=True)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence.", lower_bound=16)
 COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all checkpoints and seeds.", lower_bound=1)

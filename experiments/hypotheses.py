@@ -9,7 +9,6 @@ Writes results.json, a figure for each question, and prints the figures' numbers
 from __future__ import annotations
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -202,7 +201,7 @@ def main() -> None:
   if LENGTH.value < least:
     raise ValueError(f"--length={LENGTH.value}: SnapKV at 1/16 has no room beside a question; use {least} or more.")
   checkpoints = eval_niah.CHECKPOINTS.value
-  names = {checkpoint: pathlib.Path(checkpoint).name for checkpoint in checkpoints}
+  names = {checkpoint: niah.name(checkpoint) for checkpoint in checkpoints}
   if len(set(names.values())) < len(checkpoints):
     raise ValueError(f"--checkpoint={checkpoints}: two have one name; give folders of different names.")
   keys: dict[tuple[str, str], str] = {}

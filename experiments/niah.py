@@ -34,17 +34,29 @@ def over_seeds() -> NamedSharding:
   return NamedSharding(mesh(), PartitionSpec("seeds"))
 
 
-def load(folder: str) -> tuple[RATPlusConfig, Any]:
-  """(config, the parameters of all seeds, stacked) of a folder of seed-*."""
-  paths = sorted(pathlib.Path(folder).glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-  if not paths:
-    raise FileNotFoundError(f"{folder} holds no seed-* checkpoints; experiments.sft_niah makes them.")
-  configs, params, notes = zip(*(Checkpoints(path).load_params() for path in paths), strict=True)
-  if notes[0].get("seeds", len(paths)) != len(paths):
-    raise ValueError(f"{folder} holds {len(paths)} of {notes[0]['seeds']} seeds; run experiments.sft_niah to its end.")
+def load(folders: str) -> tuple[RATPlusConfig, Any]:
+  """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between."""
+  configs, params = [], []
+  for folder in folders.split(","):
+    paths = sorted(pathlib.Path(folder).glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
+    if not paths:
+      raise FileNotFoundError(f"{folder} holds no seed-* checkpoints; experiments.sft_niah makes them.")
+    for path in paths:
+      config, of_seed, notes = Checkpoints(path).load_params()
+      if notes.get("seeds", len(paths)) != len(paths):
+        raise ValueError(f"{folder} holds {len(paths)} of {notes['seeds']} seeds; run experiments.sft_niah to its end.")
+      configs.append(config)
+      params.append(of_seed)
+  if len(set(configs)) > 1:
+    raise ValueError(f"{folders} hold models of different configurations; one arm has one.")
   if configs[0].vocab_size != mini_niah.VOCAB_SIZE:
-    raise ValueError(f"{folder} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
+    raise ValueError(f"{folders} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
   return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+def name(folders: str) -> str:
+  """What tables call the folders of `load`: the name of the first."""
+  return pathlib.Path(folders.split(",")[0]).name
 
 
 Job = TypeVar("Job")

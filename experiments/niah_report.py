@@ -60,7 +60,7 @@ def _scored(cells: Cells, score: str) -> Cells:
 
 def accuracies_by_name(cells: Cells) -> dict[str, dict[str, dict[str, Any]]]:
   """{checkpoint's name: {row: {task: the seeds' accuracies, or why it is blank}}}: what is kept of large tables."""
-  return {pathlib.Path(checkpoint).name: {label: {
+  return {niah.name(checkpoint): {label: {
       task: [round(x, 2) for x in cell["accuracy"]] if "accuracy" in cell else cell["blank"]
       for task, cell in by_task.items()} for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
 
@@ -90,7 +90,7 @@ def table(cells: Cells) -> str:
         of_examples = 100 * np.sqrt(sum(by_example(cell).var() / cell["count"] for cell in rows[label].values()))
         errors = f"{standard_error(seeds):.1f}, " if len(seeds) > 1 else ""
         errors += f"{of_examples / len(tasks):.1f}"
-      lines.append([label, pathlib.Path(checkpoint).name, mean, errors, *of_tasks, of_seeds])
+      lines.append([label, niah.name(checkpoint), mean, errors, *of_tasks, of_seeds])
   return markdown_table(["mode", "checkpoint", "mean", "s.e. seeds, examples", *tasks, "seeds"], lines)
 
 
@@ -135,7 +135,7 @@ def unmatched(cells: Cells) -> str:
   for checkpoint, rows in cells.items():
     low = _too_low(rows)
     fate = "left out" if len(low) < _seeds(rows) else "kept, for want of others"
-    lines += [f"{pathlib.Path(checkpoint).name}, seed {seed}, {fate}: dense accuracy below {MATCHED:g} in {tasks}"
+    lines += [f"{niah.name(checkpoint)}, seed {seed}, {fate}: dense accuracy below {MATCHED:g} in {tasks}"
               for seed, tasks in low.items()]
   return "\n".join(lines)
 
@@ -155,7 +155,7 @@ def blanks(cells: Cells) -> str:
 def checks(cells: Cells) -> str:
   """The cells that were also decoded greedily: the share of sequences that agree, and the scores in percent."""
   scores = ("exact_match", "string_match_all", "comma_recall")
-  lines = [[label, pathlib.Path(checkpoint).name, task, f"{100 * cell['free_running']['agrees']:.1f}",
+  lines = [[label, niah.name(checkpoint), task, f"{100 * cell['free_running']['agrees']:.1f}",
             *(f"{cell['free_running'][score]:.1f}" for score in scores)]
            for checkpoint, rows in cells.items() for label, by_task in rows.items() for task, cell in by_task.items()
            if "free_running" in cell]
@@ -204,7 +204,7 @@ def draw_budgets(every: Cells, path: pathlib.Path) -> None:
     for colour, (checkpoint, by_label) in zip(itertools.cycle(COLOURS), cells.items(), strict=False):
       known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if is_whole(by_label[label])]
       axis.plot([n for n, _ in known], [seeds.mean() for _, seeds in known], "-", color=colour,
-                label=pathlib.Path(checkpoint).name)
+                label=niah.name(checkpoint))
       for n, seeds in known:
         axis.plot(np.full(len(seeds), n), seeds, ".", color=colour, markersize=4)
     axis.set_xscale("log", base=2)

@@ -92,6 +92,8 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
   state = rat_jax.init_train_state(model, one, rat_jax.make_optimizer(1e-3, total_steps=1))
   for name in ("a", "b"):
     rat_jax.train.Checkpoints(tmp_path / name / "seed-0").save(state, model.config, {"seeds": 1})
+  both = f"{tmp_path}/a,{tmp_path}/b"  # one arm in two folders
+  assert (jax.tree.leaves(niah.load(both)[1])[0].shape[0], niah.name(both)) == (2, "a")
   folder = tmp_path / "table"
   settings = {"checkpoint": [str(tmp_path / "a")], "only": ["dense", "Quest 8, 1/4"],
               "tasks": ["single_2", "multikey_1"], "workdir": str(folder), "free_running": 0}
