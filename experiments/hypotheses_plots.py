@@ -71,25 +71,29 @@ def _distance_table(found: dict[str, Any]) -> str:
 
 
 def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str) -> plt.Figure:
-  """{checkpoint: {group: {task: numbers}}}: a panel for each group, bars of the tasks, a dot for every number."""
-  groups = list(next(iter(by_name.values())))
+  """{series: {group: {task: numbers}}}: a panel for each group, bars of the tasks, a dot for every number.
+
+  Not every series needs every group.
+  """
+  groups = list(max(by_name.values(), key=len))
   figure, axes = plt.subplots(len(groups), 1, figsize=(9, 2.4 * len(groups)), layout="constrained", sharex=True,
                               squeeze=False)
   for axis, group in zip(axes[:, 0], groups, strict=True):
-    tasks = list(next(iter(by_name.values()))[group])
+    shown = {name: found[group] for name, found in by_name.items() if group in found}
+    tasks = list(next(iter(shown.values())))
     width = 0.8 / len(by_name)
-    for i, (name, found) in enumerate(by_name.items()):
+    for i, (name, found) in enumerate(shown.items()):
       x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
-      means = [np.mean(found[group][task]) for task in tasks]
+      means = [np.mean(found[task]) for task in tasks]
       axis.bar(x, means, width, color=COLOURS[i % len(COLOURS)], alpha=0.6, label=name)
       for at, task in zip(x, tasks, strict=True):
-        values = np.ravel(found[group][task])
+        values = np.ravel(found[task])
         axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)
     axis.set_title(group, fontsize=9)
     axis.set_ylabel(label, fontsize=8)
     axis.set_ylim(0, 105)
     axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
-  axes[0, 0].legend(fontsize=8)
+  figure.legend(*axes[-1, 0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=2)
   figure.suptitle(title, fontsize=10)
   return figure
 
@@ -119,7 +123,12 @@ def _random_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 
 def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
-  return _bars(by_name, "Choosing by keys with the memory or plain ones, attending to either", "exact match, %")
+  settings: dict[str, dict[str, Any]] = {}
+  for name, found in by_name.items():
+    for label, by_task in found.items():
+      mode, _, choice = label.partition(", select ")
+      settings.setdefault(f"{name}: select {choice}", {})[mode] = by_task
+  return _bars(settings, "Choosing by keys with the memory or plain ones, attending to either", "exact match, %")
 
 
 def _future_figure(by_name: dict[str, Any]) -> plt.Figure:
@@ -155,7 +164,7 @@ def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
     axis.set_title(mode, fontsize=9)
     axis.set_xlabel("tokens from the needle's end to the next kept one", fontsize=8)
   axes[0, 0].set_ylabel("exact match, %", fontsize=8)
-  axes[0, 0].legend(fontsize=7)
+  axes[0, -1].legend(fontsize=7)
   return figure
 
 
