@@ -21,6 +21,11 @@ from rat_jax.convert import from_ratplus_state_dict
 # processors it would wait for ever. XLA reads this when its first array is made.
 os.environ.setdefault("NPROC", "16")
 
+try:
+  from jax.experimental.pallas.mosaic_gpu import InterpretParams
+except ImportError:  # jax 0.10 has the interpreter of GPU kernels but does not export it
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams  # noqa: F401
+
 # The tests compile many small programs and run each a few times. On a GPU they are about what is compiled.
 jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_PLATFORMS") == "cpu")
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10.2 does not export it
 
-from conftest import BFLOAT16, OPERATION, assert_close
+from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
 from pallas_kernels import decode_attention, softmax
 from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
 from pallas_kernels.decode_attention.arg_specs import TARGETS, Shape
@@ -52,7 +51,7 @@ def check(implementation, q, keys, values, visible, relative=OPERATION):
 def interpreted(shape, tuning=None):
   """The kernel without a GPU. Shared memory starts as NaN there, and a race is an error."""
   run = jax.jit(functools.partial(mosaic_gpu.decode_attention, tuning=tuning,
-                                  interpret=InterpretGPUParams(detect_races=True)))
+                                  interpret=InterpretParams(detect_races=True)))
   return lambda *arguments: run(*map(jnp.asarray, arguments))
 
 
@@ -102,7 +101,7 @@ def test_the_kernel_takes_a_mask_for_every_head():
 
 
 @pytest.mark.parametrize("implementation", [xla.decode_attention, functools.partial(
-    mosaic_gpu.decode_attention, interpret=InterpretGPUParams())], ids=["xla", "mosaic_gpu"])
+    mosaic_gpu.decode_attention, interpret=InterpretParams())], ids=["xla", "mosaic_gpu"])
 def test_one_layer_of_a_cache_of_several(implementation):
   q, keys, values, visible = draw(Shape(2, 10, 2, 1, 64, "float32"))
   keys, values = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.nan)]) for x in (keys, values))

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from conftest import BFLOAT16, GRADIENT, OPERATION, assert_close
+from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_close
 from pallas_kernels import gated_scan
 from pallas_kernels.gated_scan import api
 from pallas_kernels.gated_scan.arg_specs import ARG_SPECS
@@ -18,12 +17,7 @@ from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU, default_settings
 from pallas_kernels.gated_scan.mosaic_gpu_shapes import Settings
 from pallas_kernels.gated_scan.xla import XLA
 
-try:
-  INTERPRET = plgpu.InterpretParams()
-except AttributeError:  # jax 0.10 has the interpreter but does not export it
-  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-  INTERPRET = InterpretGPUParams()
-
+INTERPRET = InterpretParams()
 SMALL = Settings(channels=32, steps=4, stages=2, workers=2)  # tiles of 32 tokens
 
 
