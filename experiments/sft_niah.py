@@ -109,17 +109,18 @@ class Stage:
 
   @property
   def mixture(self) -> tuple[Rows, ...]:
-    """The mixture scaled to the stage's rows, by largest remainders."""
+    """The mixture scaled to the stage's rows, two of every task at least: some questions packed, and a single one."""
     chosen = {name: MIXTURE[name] for name in TASK_NAMES.value}
+    if self.rows < 2 * len(chosen):
+      raise ValueError(f"--stages={self.length}x{self.rows} has less than two rows for each of {len(chosen)} tasks; use"
+                       " more rows, or fewer --tasks.")
     exact = {name: n * self.rows / sum(chosen.values()) for name, n in chosen.items()}
-    counts = {name: int(x) for name, x in exact.items()}
-    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[:self.rows - sum(counts.values())]:
-      counts[name] += 1
-    few = [name for name, n in counts.items() if n < 2]
-    if few:
-      raise ValueError(f"--stages={self.length}x{self.rows} leaves {few} less than two rows, one with several questions"
-                       " and one with a single one; use more rows, or fewer --tasks.")
-    return mini_niah.training_rows({name: n for name, n in counts.items() if n})
+    counts = {name: max(2, int(x)) for name, x in exact.items()}
+    while sum(counts.values()) > self.rows:
+      counts[max((name for name, n in counts.items() if n > 2), key=lambda name: counts[name] - exact[name])] -= 1
+    while sum(counts.values()) < self.rows:
+      counts[max(exact, key=lambda name: exact[name] - counts[name])] += 1
+    return mini_niah.training_rows(counts)
 
 
 def sizes(default: str) -> list[tuple[int, int]]:

@@ -201,6 +201,13 @@ from experiments import sft_niah
 flags.FLAGS(sys.argv)
 (text,) = sft_niah.text()
 stage = sft_niah.stages(8)[0]
+assert [sum(rows.count for rows in sft_niah.Stage(64, n, 1).mixture) for n in (4, 5, 7)] == [4, 5, 7]
+try:
+  sft_niah.Stage(64, 3, 1).mixture
+except ValueError as error:
+  assert "less than two rows for each of 2 tasks" in str(error)
+else:
+  raise AssertionError
 made = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5, text).items()}
 alone = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5).items()}
 assert made["tokens"].shape == (10, 96) and alone["tokens"].shape == (8, 96)
