@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
+#   bash experiments/needles.sh            all parts, in their order
+#   bash experiments/needles.sh controls   one of: main more controls answer spaced adapted long hypotheses
+# Stopped, a part goes on where it was. PYTHON is the interpreter, WORKERS the processes of an evaluation.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python} runs=runs/niah
+pair=(--checkpoint=$runs/ratplus --checkpoint=$runs/attention)
+short=(--seeds=3 --warmup=100 --save_every=100000)
+
+train() { "$python" -m experiments.sft_niah --arm="$1" --workdir="$runs/$2" "${@:3}"; }
+table() { "$python" -m experiments.eval_niah --workdir="runs/tables/$1" ${WORKERS:+--workers=$WORKERS} "${@:2}"; }
+rows() { for row in "$@"; do echo "--only=$row"; done; }
+
+main() {  # three seeds of the two main arms, and the table
+  train ratplus ratplus
+  train attention attention
+  table main "${pair[@]}"
+}
+
+more() {  # two more seeds of both: five in one table
+  for arm in ratplus attention; do train $arm $arm-more --seeds=2 --seed=1; done
+  table five --checkpoint=$runs/ratplus,$runs/ratplus-more --checkpoint=$runs/attention,$runs/attention-more
+}
+
+controls() {  # the other arms
+  local arms=(sparse_branch ratplus_dense ratplus_mixed)
+  for arm in "${arms[@]}"; do train "$arm" "$arm"; done
+  table controls "${arms[@]/#/--checkpoint=$runs/}"
+}
+
+answer() {  # prompts that end at the answer, for every mode
+  mapfile -t only < <(rows dense "Quest 16, 1/8" "Quest 16, 1/16" "MoBA 16 decode, 1/8" "MoBA 16 decode, 1/16" \
+    DilatedTopK "dilated:16 everywhere")
+  table answer "${pair[@]}" --prompt_end=answer "${only[@]}"
+}
+
+spaced() {  # half a needle per window of 16 at most
+  mapfile -t only < <(rows dense "dilated:8 e" "dilated:16 e" "dilated:32 e")
+  table spaced "${pair[@]}" --spacing=32 "${only[@]}"
+}
+
+adapted() {  # 1000 updates under one dilated mode
+  local folders=()
+  for arm in ratplus attention; do
+    for mode in dilated:16,window=32 dilated:8 dilated:32; do
+      name=${arm}-${mode//[:,=]/_}
+      train $arm "$name" --init=$runs/$arm --mode=$mode --stages=1024x32 --steps=1000 "${short[@]}"
+      folders+=(--checkpoint=$runs/"$name")
+    done
+  done
+  mapfile -t only < <(rows dense "dilated:8 e" "dilated:16 e" "dilated:32 e" "dilated:16,w")
+  table adapted "${pair[@]}" "${folders[@]}" --free_running=0 "${only[@]}"
+}
+
+long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; 1600 updates of both
+  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x16 --steps=800 "${short[@]}"
+  train attention attention-4096 --init=$runs/attention --stages=4096x16 --steps=1600 "${short[@]}"
+  table long --checkpoint=$runs/ratplus-4096 --checkpoint=$runs/attention-4096 --table=paper --length=4096 \
+    --count=128 --batch_size=8
+}
+
+hypotheses() { "$python" -m experiments.hypotheses "${pair[@]}" --workdir=runs/hypotheses ${WORKERS:+--workers=$WORKERS}; }
+
+parts=("$@")
+[ $# -gt 0 ] || parts=(main more controls answer spaced adapted long hypotheses)
+for part in "${parts[@]}"; do
+  declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
+  "$part"
+done
