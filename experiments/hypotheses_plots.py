@@ -75,7 +75,7 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str)
 
   Not every series needs every group.
   """
-  groups = list(max(by_name.values(), key=len))
+  groups = list(dict.fromkeys(group for found in by_name.values() for group in found))
   figure, axes = plt.subplots(len(groups), 1, figsize=(9, 2.4 * len(groups)), layout="constrained", sharex=True,
                               squeeze=False)
   for axis, group in zip(axes[:, 0], groups, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 import subprocess
@@ -20,27 +21,35 @@ from experiments import niah
 from rat_jax import RATPlusLM
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "needles"
-COMMAND = ["-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2",
-           "--tasks=single_2,multikey_1", "--stages=128x32", "--steps=4000", "--dilation=8", "--learning_rate=2e-3",
+COMMAND = ["-m", "experiments.sft_niah", "--seeds=8", "--layers=4", "--width=48", "--heads=4",
+           "--tasks=single_2,multikey_1", "--stages=128x64", "--steps=16000", "--dilation=8", "--learning_rate=2e-3",
            "--dtype=float32"]
 
 
 @functools.cache
 def trained() -> tuple[RATPlusLM, Any]:
-  """(model, parameters of one seed, stacked): RAT+ of 0.1M parameters that answers single_2 at 128 tokens."""
+  """(model, parameters of one seed, stacked): RAT+ of 0.14M parameters that answers at 128 tokens.
+
+  All of single_2, and 84% of multikey_1, where a model that copies any of its four needles has a quarter.
+  """
   config, params = rat_jax.load_pretrained(FOLDER)
   return (RATPlusLM(dataclasses.replace(config, param_dtype="float32")),
           jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32)[None], params))
 
 
 def make() -> None:
-  """Trains the model and keeps it, in bfloat16."""
+  """Trains eight models and keeps, in bfloat16, the one that matches keys best.
+
+  Few do: one of eight, its seed 0, on an H100 in five minutes. On another processor it may be another.
+  """
   with tempfile.TemporaryDirectory() as folder:
     subprocess.run([sys.executable, *COMMAND, f"--workdir={folder}"], check=True)
     config, params = niah.load(folder)
+    *_, last = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+  best = int(np.argmax(json.loads(last)["accuracy"]["multikey_1"]))
   shutil.rmtree(FOLDER)
   rat_jax.save_pretrained(FOLDER, dataclasses.replace(config, param_dtype="bfloat16"),
-                          jax.tree.map(lambda leaf: np.asarray(leaf[0], jnp.bfloat16), params),
+                          jax.tree.map(lambda leaf: np.asarray(leaf[best], jnp.bfloat16), params),
                           about={"made by": "tests/needle_model.py"})
 
 

@@ -46,7 +46,7 @@ def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   golden = np.asarray(made["golden"])
   mode = Quest(40, block=8, keep_first=False)
   chosen = rat_jax.inspect(model, one, made["tokens"], mode, prompt_lengths=np.full(COUNT, LENGTH - 6))
-  expected = np.ones((COUNT, 2, 2), bool)
+  expected = np.ones((COUNT, 4, 4), bool)
   for row, layer, head in np.ndindex(expected.shape):
     for t in np.flatnonzero(golden[row] >= 0):
       expected[row, layer, head] &= golden[row, t] // 8 in np.asarray(chosen[layer].blocks)[row, t, head].tolist()

@@ -26,7 +26,10 @@ Gradients = tuple[Array, Array, Array]
 
 
 class Causal(Protocol):
-  """Causal attention with its softmax laid open. `window`: keys before the query that it sees; None for all."""
+  """Causal attention of two tokens or more with its softmax laid open.
+
+  `window`: keys before the query that it sees, at least one; None for all.
+  """
 
   def forward(self, q: Array, k: Array, v: Array, window: int | None) -> softmax.Part:
     """(output [B, T, N, H], log-sum-exp float32 [B, T, N]) of q [B, T, N, H] and k, v [B, T, K, H]."""
@@ -84,14 +87,22 @@ dilated_attention.defvjp(_forward, _backward)
 
 
 def _window_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
-  if pattern.window == 0:  # one key: its score is the log-sum-exp, its value the output
-    return _heads(v, q), softmax.own_scores(q, k)
-  return causal.forward(q, k, v, _reach(pattern, q))
+  return _causal_forward(q, k, v, _reach(pattern, q), causal)
 
 
 def _window_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out) -> Gradients:
-  if pattern.window:
-    return causal.backward(q, k, v, _reach(pattern, q), out, lse, d_out)
+  return _causal_backward(q, k, v, _reach(pattern, q), causal, out, lse, d_out)
+
+
+def _causal_forward(q: Array, k: Array, v: Array, window: int | None, causal: Causal) -> softmax.Part:
+  if window == 0 or q.shape[1] == 1:  # one key: its score is the log-sum-exp, its value the output
+    return _heads(v, q), softmax.own_scores(q, k)
+  return causal.forward(q, k, v, window)
+
+
+def _causal_backward(q, k, v, window: int | None, causal: Causal, out, lse, d_out) -> Gradients:
+  if window != 0 and q.shape[1] > 1:
+    return causal.backward(q, k, v, window, out, lse, d_out)
   grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
   weight = jnp.exp(softmax.own_scores(q, k) - lse)[..., None]
   d_score = weight * jnp.sum((_heads(v, q) - out.astype(jnp.float32)) * d_out.astype(jnp.float32), -1, keepdims=True)
@@ -138,7 +149,7 @@ def _sinks_backward(q, k, v, pattern: Pattern, out, lse, d_out) -> Gradients:
 def _strided_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
   folded, length = _fold(q, k, pattern), q.shape[1]
   keys, values = (_representatives(x, pattern, folded.shape[1]) for x in (k, v))
-  out, lse = causal.forward(folded, keys, values, None)
+  out, lse = _causal_forward(folded, keys, values, None, causal)
   out = _unfold(out, k, pattern, length)
   lse = _unfold(lse[..., None], k, pattern, length, softmax.NOTHING)[..., 0]
   return out, lse
@@ -149,7 +160,7 @@ def _strided_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out
   folded, out, d_out = (_fold(x, k, pattern) for x in (q, out, d_out))
   lse = _fold(lse[..., None], k, pattern)[..., 0]
   keys, values = (_representatives(x, pattern, folded.shape[1]) for x in (k, v))
-  d_q, d_k, d_v = causal.backward(folded, keys, values, None, out, lse, d_out)
+  d_q, d_k, d_v = _causal_backward(folded, keys, values, None, causal, out, lse, d_out)
   return (_unfold(d_q, k, pattern, length), _scatter(d_k, pattern, k), _scatter(d_v, pattern, v))
 
 
