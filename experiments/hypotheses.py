@@ -38,6 +38,7 @@ def heads(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """
   budget, size = LENGTH.value // 16, BATCH_SIZE.value
   methods = {"Quest 16": lambda task: Quest(budget, block=16, keep_first=False),
+             "MoBA 16 decode": lambda task: MoBA(budget // 16, block=16, keep_first=False),
              "SnapKV aware": lambda task: SnapKV(budget, obs_window=task.query_length)}
   found: dict[str, Any] = {}
   for method, build in methods.items():
@@ -58,7 +59,7 @@ def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task,
   """bool [B, layers, heads]: whether a head has chosen every symbol of the answer at the step that needs it."""
   first = LENGTH.value - task.answer_length
   prompt = first if isinstance(mode, SnapKV) else first - task.query_length
-  chosen = rat_jax.inspect(model, params, made["tokens"], mode,
+  chosen = rat_jax.inspect(model, params, made["tokens"], mode, prefill_mode=Dense(),
                            prompt_lengths=np.full(len(made["tokens"]), prompt))
   at = np.asarray(made["golden"])[:, first - 1:, None, None]  # [B, steps, 1, 1]; -1 where the step needs none
   layers = []
@@ -110,7 +111,8 @@ def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
 def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
   """SnapKV compressed under question A: accuracy on A, on a later question B, and on B where it is compressed under B.
 
-  {budget: {task: {"A", "B", "B under B": [seeds]}}} in percent. Both questions are about keys of the same context.
+  {budget: {task: {"A", "B", "B under B": [seeds]}}} in percent; "dense" has no B under B. Both questions are about keys
+  of the same context.
   """
   found: dict[str, Any] = {}
   for name in ("multikey_1", *HARD):
@@ -121,12 +123,13 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
     size = task.query_length + task.answer_length
     is_b = np.arange(LENGTH.value) >= LENGTH.value - size
     a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))
-    for n in (4, 8, 16):
-      mode = SnapKV(LENGTH.value // n, obs_window=task.query_length)
-      for labels, parts, left in ((("A", "B"), [a, b], 2), (("B under B",), [b], 1)):
+    under_a, under_b = (("A", "B"), [a, b], 2), (("B under B",), [b], 1)
+    for budget, mode, cases in [("dense", Dense(), (under_a,))] + [
+        (f"1/{n}", SnapKV(LENGTH.value // n, obs_window=task.query_length), (under_a, under_b)) for n in (4, 8, 16)]:
+      for labels, parts, left in cases:
         prompt = LENGTH.value - left * size + task.query_length
         right = niah.which_right(model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
-        found.setdefault(f"1/{n}", {}).setdefault(name, {}).update(
+        found.setdefault(budget, {}).setdefault(name, {}).update(
             {question: (100 * one.mean(axis=1)).tolist() for question, one in zip(labels, right, strict=True)})
   return found
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.common import markdown_table
 from experiments.plots import COLOURS, plt
+from rat_jax.evaluate.mini_niah import TASKS
 
 
 def table(part: str, found: dict[str, Any]) -> str:
@@ -48,7 +49,8 @@ def _heads_table(found: dict[str, Any]) -> str:
 def _by_question(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
   """{budget: {task: {question: numbers}}} as {budget and question: {task: numbers}}."""
   return {f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
-          for budget, by_task in found.items() for label in ("A", "B", "B under B")}
+          for label in ("A", "B", "B under B") for budget, by_task in found.items()
+          if all(label in cell for cell in by_task.values())}
 
 
 def _future_table(found: dict[str, Any]) -> str:
@@ -70,17 +72,20 @@ def _distance_table(found: dict[str, Any]) -> str:
   return markdown_table(["distance, in quarters of D", "1", "2", "3", "4"], lines)
 
 
-def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str) -> plt.Figure:
+def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, columns: int = 1) -> plt.Figure:
   """{series: {group: {task: numbers}}}: a panel for each group, bars of the tasks, a dot for every number.
 
   Not every series needs every group.
   """
   groups = list(dict.fromkeys(group for found in by_name.values() for group in found))
-  figure, axes = plt.subplots(len(groups), 1, figsize=(9, 2.4 * len(groups)), layout="constrained", sharex=True,
-                              squeeze=False)
-  for axis, group in zip(axes[:, 0], groups, strict=True):
+  rows = -(-len(groups) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(9 if columns == 1 else 4 * columns, 2.4 * rows),
+                              layout="constrained", sharey=True, squeeze=False)
+  for axis in axes.flat[len(groups):]:
+    axis.axis("off")
+  for axis, group in zip(axes.flat, groups, strict=False):
     shown = {name: found[group] for name, found in by_name.items() if group in found}
-    tasks = list(next(iter(shown.values())))
+    tasks = [task for task in TASKS if task in next(iter(shown.values()))]
     width = 0.8 / len(by_name)
     for i, (name, found) in enumerate(shown.items()):
       x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
@@ -90,10 +95,14 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, label: str)
         values = np.ravel(found[task])
         axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)
     axis.set_title(group, fontsize=9)
-    axis.set_ylabel(label, fontsize=8)
     axis.set_ylim(0, 105)
-    axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
-  figure.legend(*axes[-1, 0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=2)
+    axis.set_xticks(range(len(tasks)), tasks, fontsize=8 if columns == 1 else 7)
+  for axis in axes[:, 0]:
+    axis.set_ylabel("exact match, %", fontsize=8)
+  handles: dict[str, Any] = {}
+  for axis in axes.flat[:len(groups)]:
+    handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+  figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=2)
   figure.suptitle(title, fontsize=10)
   return figure
 
@@ -119,7 +128,7 @@ def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 
 def _random_figure(by_name: dict[str, Any]) -> plt.Figure:
-  return _bars(by_name, "A quarter of the tokens, chosen at random (dots: draws and seeds)", "exact match, %")
+  return _bars(by_name, "A quarter of the tokens, chosen at random (dots: draws and seeds)")
 
 
 def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
@@ -128,12 +137,12 @@ def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
     for label, by_task in found.items():
       mode, _, choice = label.partition(", select ")
       settings.setdefault(f"{name}: select {choice}", {})[mode] = by_task
-  return _bars(settings, "Choosing by keys with the memory or plain ones, attending to either", "exact match, %")
+  return _bars(settings, "Choosing by keys with the memory or plain ones, attending to either")
 
 
 def _future_figure(by_name: dict[str, Any]) -> plt.Figure:
   grouped = {name: _by_question(found) for name, found in by_name.items()}
-  return _bars(grouped, "SnapKV compressed under question A, then asked B", "exact match, %")
+  return _bars(grouped, "SnapKV compressed under question A, then asked B", columns=4)
 
 
 def _reach_figure(by_name: dict[str, Any]) -> plt.Figure:

@@ -6,6 +6,7 @@ The GPU kernel runs here in Pallas' interpreter, and is lowered for CUDA at the 
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
+from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_close
 from pallas_kernels import decode_attention, softmax
 from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
 from pallas_kernels.decode_attention.arg_specs import TARGETS, Shape
@@ -150,6 +151,25 @@ def test_rows_that_see_nothing_have_finite_gradients():
   for gradient in jax.jit(gradients)(q, keys, values):
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[-1], 0)
+
+
+@pytest.mark.usefixtures("any_device")
+def test_the_kernel_has_the_gradient_of_plain_jax(monkeypatch):
+  kernel = types.SimpleNamespace(unsupported=mosaic_gpu.unsupported,
+                                 decode_attention=lambda *a: jax.lax.stop_gradient(xla.decode_attention(*a)))
+  monkeypatch.setattr(api, "_mosaic_gpu", lambda: kernel)
+  q, keys, values, visible = draw(Shape(2, 5, 2, 1, 64, "float32"))
+  keys, values = (np.stack([x, x + 1]) for x in (keys, values))
+
+  @functools.partial(jax.jit, static_argnums=3)
+  @functools.partial(jax.grad, argnums=(0, 1, 2))
+  def gradients(q, keys, values, implementation):
+    out, lse = decode_attention(q, keys, values, visible, layer=jnp.int32(1), implementation=implementation)
+    return jnp.sum(out**2) + jnp.sum(jnp.where(lse == softmax.NOTHING, 0, lse))
+
+  for ours, theirs in zip(gradients(q, keys, values, "mosaic_gpu"), gradients(q, keys, values, "xla"), strict=True):
+    assert np.abs(ours).max() > 0
+    assert_close(ours, theirs, GRADIENT)
 
 
 def test_masks_set_every_visible_row_once():

@@ -113,7 +113,8 @@ def check_dilated(implementation, dtype, length, pattern, heads, groups, width, 
 @pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
     (257, (16, 0, 0), 1, 1, 64), (250, (16, 0, 4), 2, 1, 128), (9, (16, 0, 0), 2, 2, 64), (300, (4, 17, 9), 2, 3, 64),
     (128, (64, 256, 4), 2, 1, 128), (512, (1, 0, 0), 2, 1, 128), (511, (None, 40, 4), 1, 4, 64),
-    (384, (64, 0, 70), 2, 1, 128), (1024, (16, 32, 0), 4, 2, 128)])
+    (384, (64, 0, 70), 2, 1, 128), (1024, (16, 32, 0), 4, 2, 128), (1, (None, 1, 0), 1, 1, 64),
+    (30, (16, 0, 0), 2, 1, 64)])
 def test_dilated_attention(implementation, dtype, length, pattern, heads, groups, width):
   check_dilated(implementation, dtype, length, pattern, heads, groups, width)
 

@@ -40,8 +40,8 @@ def decode_attention(
     layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
       here rather than hand over slices: before a kernel a slice is a copy.
     implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
-      bfloat16 or all float32 and H of 64, 128 or 256; it has no gradient, and over several devices it belongs inside
-      `jax.shard_map`.
+      bfloat16 or all float32 and H of 64, 128 or 256; its gradient is that of "xla", and over several devices it
+      belongs inside `jax.shard_map`.
 
   Returns:
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.
@@ -54,8 +54,25 @@ def decode_attention(
   _check(q, keys, values, visible, layer)
   name = dispatch.resolve("decode_attention", implementation, {
       "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys)}, math.prod(keys.shape[-4:]))
-  backend = _mosaic_gpu() if name == "mosaic_gpu" else xla
-  return backend.decode_attention(q, keys, values, visible, layer)
+  return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer)
+
+
+@jax.custom_vjp
+def _kernel(q, keys, values, visible, layer):
+  return _mosaic_gpu().decode_attention(q, keys, values, visible, layer)
+
+
+def _kernel_forward(*arguments):
+  return _kernel(*arguments), arguments
+
+
+def _kernel_backward(arguments, cotangents):
+  *floats, visible, layer = arguments
+  _, pull = jax.vjp(lambda q, keys, values: xla.decode_attention(q, keys, values, visible, layer), *floats)
+  return *pull(cotangents), None, None
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _check(q, keys, values, visible, layer):

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Every run behind the GPU tables of experiments/README.md and docs/kernels.md, on one NVIDIA GPU.
+#   bash experiments/gpu.sh            all parts, in their order
+#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths decode train
+# PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python} runs=runs/gpu
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
+
+ops_bench() { "$python" -m experiments.bench_ops --workdir="$runs/$1" "${@:2}"; }
+model_bench() { "$python" -m experiments.bench_model --workdir="$runs/$1" --dtype=bfloat16 "${@:2}"; }
+
+tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
+ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
+crossovers() { ops_bench crossovers --crossovers; }
+lengths() {  # time of a prompt against its length
+  ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --dilation=16 --dilation=64 --rounds=3 \
+    --length=4096 --length=16384 --length=65536 --length=131072 --length=262144 --length=524288
+}
+decode() {  # tokens/s of the 1.4B model against batch and context
+  model_bench decode --preset=ratplus-1b --mode=dilated:64 --context=4096 --context=16384 --context=65536 \
+    --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
+}
+train() {  # a step of the 1.4B model under active recurrence learning
+  model_bench train --preset=ratplus-1b --part=train --mode=dilated:64 --context=4096 --batch_size=8 --rounds=3
+}
+
+parts=("$@")
+[ $# -gt 0 ] || parts=(tests ops crossovers lengths decode train)
+for part in "${parts[@]}"; do
+  declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
+  "$part"
+done
