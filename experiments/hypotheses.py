@@ -1,7 +1,8 @@
 """Why the memory helps sparse inference: selection, computation, and how far it reaches.
 
 Claims (arXiv 2605.28640): H1, heads choose the right keys more often; H2, what they choose carries more, so that even a
-random choice keeps the answer.  Expected: RAT+ above attention in both.  Cost: not measured yet.
+random choice keeps the answer.  Expected: RAT+ above attention in both.
+Cost of three seeds of both: about 15 minutes on one H100 with other work beside it.
 Command: python -m experiments.hypotheses --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept.
 """
