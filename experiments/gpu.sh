@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every run behind the GPU tables of experiments/README.md and docs/kernels.md, on one NVIDIA GPU.
 #   bash experiments/gpu.sh            all parts, in their order
-#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths decode train
+#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode train
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +18,9 @@ lengths() {  # time of a prompt against its length
   ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --dilation=16 --dilation=64 --rounds=3 \
     --length=4096 --length=16384 --length=65536 --length=131072 --length=262144 --length=524288
 }
+short() {  # the same where rows are short: dense attention beside every implementation
+  ops_bench short --op=prefill --dilation=16 --dilation=64 --batch_size=32 --length=128 --length=512 --length=2048
+}
 decode() {  # tokens/s of the 1.4B model against batch and context
   model_bench decode --preset=ratplus-1b --mode=dilated:64 --context=4096 --context=16384 --context=65536 \
     --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
@@ -27,7 +30,7 @@ train() {  # a step of the 1.4B model under active recurrence learning
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths decode train)
+[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode train)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
 #   bash experiments/needles.sh            all parts, in their order
-#   bash experiments/needles.sh controls   one of: main more controls answer spaced adapted long hypotheses
+#   bash experiments/needles.sh controls   one of: main more controls answer spaced adapted long
+#                                        retrofit hypotheses
 # Stopped, a part goes on where it was. PYTHON is the interpreter, WORKERS the processes of an evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -61,10 +62,29 @@ long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; 1
     --count=128 --batch_size=8
 }
 
+retrofit() {  # attention trained on text and needles, then the same updates with a memory added or without one
+  local data=runs/data text=(--lm_data=runs/data --lm_rows=16) extra=(--init=$runs/text --stages=1024x32 "${short[@]}")
+  [ -f $data/train.bin ] || "$python" -m experiments.prepare_data --workdir=$data
+  train attention text "${text[@]}"
+  train attention text-attention "${extra[@]}" "${text[@]}" --steps=4000
+  train ratplus text-memory "${extra[@]}" "${text[@]}" --steps=2000 --memory_rate=10
+  train ratplus text-memory-dense "${extra[@]}" "${text[@]}" --steps=4000 --memory_rate=10 --mode=dense
+  mapfile -t only < <(rows dense "Quest 16, 1/8" "Quest 16, 1/16" "MoBA 16 decode, 1/8" "MoBA 16 decode, 1/16" \
+    "MoBA 16 prompt, 1/8" "MoBA 16 prompt, 1/16" "SnapKV aware, 1/8" "SnapKV aware, 1/16")
+  local arms=(text text-attention text-memory text-memory-dense)
+  table retrofit "${arms[@]/#/--checkpoint=$runs/}" "${only[@]}"
+  for arm in "${arms[@]}"; do
+    for seed in 0 1 2; do
+      "$python" -m experiments.eval_lm --checkpoint=$runs/"$arm"/seed-$seed --data=$data --mode=dense \
+        --workdir=runs/tables/retrofit-lm/"$arm"-$seed
+    done
+  done
+}
+
 hypotheses() { "$python" -m experiments.hypotheses "${pair[@]}" --workdir=runs/hypotheses ${WORKERS:+--workers=$WORKERS}; }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(main more controls answer spaced adapted long hypotheses)
+[ $# -gt 0 ] || parts=(main more controls answer spaced adapted long retrofit hypotheses)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"
