@@ -39,6 +39,8 @@ COUNT = flags.DEFINE_integer("count", 512, "Sequences per task, shared by all ch
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
 ONLY = flags.DEFINE_multi_string("only", [], "Rows of the table to compute, by their start, such as \"Quest 16, 1/8\";"
                                  " repeat it for several.")
+SKIP = flags.DEFINE_multi_string("skip", [], "Rows to leave out, by any part of their name, such as \"first\";"
+                                 " repeat it for several.")
 TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
 TABLE = flags.DEFINE_enum("table", "main", ["main", "paper"], "Rows: blocks of 8 to 32 tokens, or the paper's of 64.")
 PROMPT_END = flags.DEFINE_enum("prompt_end", "main", ["main", "answer"], "main: the prompt ends at the question (MoBA"
@@ -173,9 +175,11 @@ def rows_to_compute() -> list[Row]:
   every = (niah_table.main_rows if TABLE.value == "main" else niah_table.paper_rows)(LENGTH.value)
   if PROMPT_END.value == "answer":
     every = [row for row in every if not row.at_question]
-  rows = [row for row in every if not ONLY.value or row.label.startswith(tuple(ONLY.value))]
+  rows = [row for row in every if (not ONLY.value or row.label.startswith(tuple(ONLY.value)))
+          and not any(part in row.label for part in SKIP.value)]
   if not rows:
-    raise ValueError(f"--only={ONLY.value} is the start of no row; the rows are {[row.label for row in every]}.")
+    raise ValueError(f"--only={ONLY.value} is the start of no row that --skip={SKIP.value} leaves; the rows are"
+                     f" {[row.label for row in every]}.")
   return rows
 
 

@@ -22,13 +22,13 @@ main() {  # three seeds of the two main arms, and the table
 
 more() {  # two more seeds of both: five in one table
   for arm in ratplus attention; do train $arm $arm-more --seeds=2 --seed=1; done
-  table five --checkpoint=$runs/ratplus,$runs/ratplus-more --checkpoint=$runs/attention,$runs/attention-more
+  table five --skip=first --checkpoint=$runs/ratplus,$runs/ratplus-more --checkpoint=$runs/attention,$runs/attention-more
 }
 
 controls() {  # the other arms
   local arms=(sparse_branch ratplus_dense ratplus_mixed)
   for arm in "${arms[@]}"; do train "$arm" "$arm"; done
-  table controls "${arms[@]/#/--checkpoint=$runs/}"
+  table controls --skip=first --skip=random --skip=oracle "${arms[@]/#/--checkpoint=$runs/}"
 }
 
 answer() {  # prompts that end at the answer, for every mode

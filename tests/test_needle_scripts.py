@@ -117,6 +117,8 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
     assert (folder / "table.md").read_text() == table
     kept = json.loads((folder / "accuracies.json").read_text())["a"]["dense"]["single_2"]
     assert kept == [round(cell["accuracy"][0], 2) for key, cell in whole.items() if key.endswith("|dense|single_2")]
+    with flagsaver.flagsaver(skip=["first"]):
+      assert [row.label for row in eval_niah.rows_to_compute()] == ["dense", "Quest 8, 1/4"]
     with flagsaver.flagsaver(only=["Dense"]), pytest.raises(ValueError, match="is the start of no row"):
       eval_niah.main()
     (folder / "results.json").write_text("{")
