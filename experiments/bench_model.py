@@ -175,7 +175,7 @@ def main() -> None:
       try:
         found[mode] = PARTS_OF_A_MODEL[part](model, params, mode, batch_size, context)
       except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not common.out_of_memory(error):
           raise
         print(f"{part} of {batch_size} x {context} under {mode}: not timed: out of memory", flush=True)
         continue

@@ -120,6 +120,10 @@ def device() -> str:
   return first.device_kind if first.platform != "cpu" else "CPU"
 
 
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
   """Writes it whole or not at all."""
   beside = path.with_name(path.name + ".new")

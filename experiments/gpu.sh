@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every run behind the GPU tables of experiments/README.md and docs/kernels.md, on one NVIDIA GPU.
+# The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
-#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode train
+#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode modes train
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,12 +25,17 @@ decode() {  # tokens/s of the 1.4B model against batch and context
   model_bench decode --preset=ratplus-1b --mode=dilated:64 --context=4096 --context=16384 --context=65536 \
     --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
 }
+modes() {  # a decode step of every mode, plain heads and grouped ones
+  local size=(--batch_size=8 --layers=8 --width=2048 --heads=16)
+  model_bench modes "${size[@]}"
+  model_bench modes-grouped "${size[@]}" --kv_heads=2
+}
 train() {  # a step of the 1.4B model under active recurrence learning
   model_bench train --preset=ratplus-1b --part=train --mode=dilated:64 --context=4096 --batch_size=8 --rounds=3
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode train)
+[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -2,7 +2,7 @@
 
 Claims (arXiv 2605.28640): H1, heads choose the right keys more often; H2, what they choose carries more, so that even a
 random choice keeps the answer.  Expected: RAT+ above attention in both.
-Cost of three seeds of both: about 15 minutes on one H100 with other work beside it.
+Cost of three seeds of both: 15 minutes on one H100.
 Command: python -m experiments.hypotheses --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept.
 """

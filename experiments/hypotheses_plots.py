@@ -88,9 +88,9 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, columns: in
     tasks = [task for task in TASKS if task in next(iter(shown.values()))]
     width = 0.8 / len(by_name)
     for i, (name, found) in enumerate(shown.items()):
-      x = np.arange(len(tasks)) + (i - (len(by_name) - 1) / 2) * width
+      x = np.arange(len(tasks)) + (i - (len(shown) - 1) / 2) * width
       means = [np.mean(found[task]) for task in tasks]
-      axis.bar(x, means, width, color=COLOURS[i % len(COLOURS)], alpha=0.6, label=name)
+      axis.bar(x, means, width, color=COLOURS[list(by_name).index(name) % len(COLOURS)], alpha=0.6, label=name)
       for at, task in zip(x, tasks, strict=True):
         values = np.ravel(found[task])
         axis.plot(np.full(len(values), at), values, ".", color="black", markersize=3)

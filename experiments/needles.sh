@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
 #   bash experiments/needles.sh            all parts, in their order
-#   bash experiments/needles.sh controls   one of: main more controls answer spaced adapted long
-#                                        retrofit hypotheses
+#   bash experiments/needles.sh controls   one of: main more controls answer spaced near adapted
+#                                        long retrofit hypotheses
 # Stopped, a part goes on where it was. PYTHON is the interpreter, WORKERS the processes of an evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,6 +40,11 @@ answer() {  # prompts that end at the answer, for every mode
 spaced() {  # half a needle per window of 16 at most
   mapfile -t only < <(rows dense "dilated:8 e" "dilated:16 e" "dilated:32 e")
   table spaced "${pair[@]}" --spacing=32 "${only[@]}"
+}
+
+near() {  # half of the needles a symbol away from the asked key
+  mapfile -t only < <(rows dense "Quest 16, 1/8" "Quest 16, 1/16" "MoBA 16 decode, 1/16" "SnapKV aware, 1/16")
+  table near "${pair[@]}" --near_miss=0.5 "${only[@]}"
 }
 
 adapted() {  # 1000 updates under one dilated mode
@@ -84,7 +89,7 @@ retrofit() {  # attention trained on text and needles, then the same updates wit
 hypotheses() { "$python" -m experiments.hypotheses "${pair[@]}" --workdir=runs/hypotheses ${WORKERS:+--workers=$WORKERS}; }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(main more controls answer spaced adapted long retrofit hypotheses)
+[ $# -gt 0 ] || parts=(main more controls answer spaced near adapted long retrofit hypotheses)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -130,8 +130,9 @@ def draw_throughput(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
       for fixed, style in zip(sorted({line[other] for line in lines}), itertools.cycle(("-o", "--s", ":^", "-.v"))):
         points = sorted((line[name], line["batch_size"] / line["seconds"]) for line in lines
                         if line["mode"] == mode and line[other] == fixed)
-        axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4,
-                  label=f"{mode}, {other.replace('_', ' ')} {fixed}")
+        if points:
+          axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4,
+                    label=f"{mode}, {other.replace('_', ' ')} {fixed}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel(name.replace("_", " "))

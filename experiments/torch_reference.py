@@ -17,27 +17,37 @@ from collections.abc import Callable
 from typing import Any
 
 FILES = ("src/model/op/ascan.py", "src/model/op/merge_lastt.py", "src/model/backbone/cache.py")
-BASE = 10000.0  # of RoPE
+ROPE_BASE = 10000.0
+
+
+def check_paths(directory: str) -> None:
+  """Raises FileNotFoundError where one of `FILES` is missing."""
+  for name in FILES:
+    if not (pathlib.Path(directory) / name).is_file():
+      raise FileNotFoundError(f"--torch_reference={directory} has no {name}; give a checkout of the RAT+ authors'"
+                              " code.")
 
 
 def load(directory: str) -> list[Any]:
-  """The authors' modules. Raises FileNotFoundError where a file is missing."""
+  """The authors' modules, as `ratplus_...`: torch.compile looks functions' modules up by name."""
   modules = []
   for name in FILES:
     path = pathlib.Path(directory) / name
-    if not path.is_file():
-      raise FileNotFoundError(f"--torch_reference={directory} has no {name}; give a checkout of the RAT+ authors'"
-                              " code.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"ratplus_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     modules.append(importlib.util.module_from_spec(spec))
+    sys.modules[spec.name] = modules[-1]
     spec.loader.exec_module(modules[-1])
   return modules
 
 
 def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> Callable[[], Any]:
-  """A compiled call of the case, on random bfloat16 inputs [B, N, T, H]."""
+  """A compiled call of the case, on random bfloat16 inputs [B, N, T, H].
+
+  A decode step is as their layer's: memory, RoPE, the new row written behind the cache, attention; without the
+  bookkeeping that makes the row stay. It reads T/D rows where ours reads T/D + 2, and ours writes none.
+  """
   import torch
   import torch.nn.functional as F
 
@@ -48,7 +58,7 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
     return torch.randn(b, heads, tokens, width, device="cuda", dtype=torch.bfloat16)
 
   def angles(first, count):
-    frequency = BASE ** (-torch.arange(width // 2, device="cuda", dtype=torch.float32) / (width // 2))
+    frequency = ROPE_BASE ** (-torch.arange(width // 2, device="cuda", dtype=torch.float32) / (width // 2))
     angle = torch.arange(first, first + count, device="cuda", dtype=torch.float32)[:, None] * frequency
     return torch.cat([angle, angle], dim=-1).cos(), torch.cat([angle, angle], dim=-1).sin()
 
@@ -91,14 +101,9 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
     keys, values = cache.get_kv_step(t - 1, b, rotate(new_k, cos, sin), new_v)
     return F.scaled_dot_product_attention(rotate(q, cos, sin), keys, values)
 
-  step, arguments = torch.compile(decode), [draw(1) for _ in range(4)]
-
-  def run():
-    cache.reset_cache()
-    cache.update_kv_fake_prefill(t - 2)
-    return step(*arguments)
-
-  return run
+  cache.reset_cache()
+  cache.update_kv_fake_prefill(t - 2)
+  return functools.partial(torch.compile(decode), *(draw(1) for _ in range(4)))
 
 
 def seconds(run: Callable[[], Any], rounds: int) -> float:
@@ -130,8 +135,8 @@ def main() -> None:
       with torch.no_grad():
         result: dict[str, Any] = {"seconds": seconds(build(modules, case, asked["heads"], asked["head_dim"]),
                                                      asked["rounds"])}
-    except torch.OutOfMemoryError:
-      result = {"error": "out of memory"}
+    except Exception as error:  # of one case; the others are still timed
+      result = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     print(json.dumps(result), flush=True)
 
 

@@ -43,7 +43,7 @@ def resolve(operation: str, implementation: str | None, available: Mapping[str, 
   if implementation not in available:
     raise NotImplementedError(
         f"implementation={implementation!r} does not exist for {operation}; it has {tuple(available)}. {other}")
-  reason = available[implementation]() or check_device(implementation)
+  reason = check_device(implementation) or available[implementation]()
   if reason:
     raise NotImplementedError(f"implementation={implementation!r} of {operation} {reason}. {other}")
   return implementation
@@ -59,7 +59,8 @@ def check_device(implementation: str) -> str | None:
 
 
 def _fastest(operation: str, available: Mapping[str, Callable[[], str | None]], size: int) -> str:
-  alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
+  mesh = jax.sharding.get_abstract_mesh()
+  alone = jax.device_count() == 1 or (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
   for name, least in FASTEST.get(jax.devices()[0].device_kind, {}).get(operation, {}).items():
     if alone and size >= least and available[name]() is None:
       return name

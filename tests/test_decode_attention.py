@@ -212,7 +212,7 @@ def test_small_batches_split_the_cache():
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
-    (dict(implementation="mosaic_gpu"), NotImplementedError, "takes heads of H in"),
+    (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs .* and newer, not on 'cpu'"),
 ])
 def test_bad_arguments(change, error, message):
   cache = np.zeros((2, 2, 5, 8), np.float32)
@@ -225,6 +225,7 @@ def test_bad_arguments(change, error, message):
     (Shape(1, 8, 1, 1, 96), r"H in \(64, 128, 256\), not 96"),
     (Shape(1, 8, 1, 1, 64, "float16"), "bfloat16 or float32, not float16"),
 ])
+@pytest.mark.usefixtures("any_device")
 def test_what_the_kernel_refuses(shape, message):
   with pytest.raises(NotImplementedError, match=message):
     decode_attention(*draw(shape), implementation="mosaic_gpu")

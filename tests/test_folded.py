@@ -103,6 +103,7 @@ def test_what_cudnn_is_given(pattern):
     assert f"tensor<1x{folded_queries}x{8 * pattern['dilation']}x128xbf16>" in text
 
 
+@pytest.mark.usefixtures("any_device")
 def test_what_cudnn_does_not_take_is_said():
   q = jnp.zeros((1, 32, 2, 16))
   half, packed = q.astype(jnp.bfloat16), jnp.ones((1, 32), jnp.int32)

@@ -47,7 +47,7 @@ class MosaicGPU:
   interpret: Any = None
 
   def unsupported(self, gate_logits: Array, inputs: tuple[Array, ...]) -> str | None:
-    """Why the kernel does not serve these arrays, or None."""
+    """Why the kernel does not serve these arrays, or None; its backward pass, which needs the most, decides."""
     outputs = (gate_logits, *inputs)
     if not any(_fits(steps, (*outputs, *inputs, *inputs), outputs, len(inputs)) for steps in _STEPS):
       return f"does not fit {len(inputs)} inputs into the shared memory of a block"
