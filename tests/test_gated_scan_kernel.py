@@ -61,7 +61,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in ("blocks of channels", "one token")
+                                                else pytest.mark.slow) for case in CASES])
 def test_numbers_and_gradients(case):
   shape, dtype, settings, how = CASES[case]
   logits, inputs, state, reset = draw(shape, dtype, **how)

@@ -39,7 +39,11 @@ def rows_named(*labels):
   return rows
 
 
-def test_a_small_trained_model_under_the_modes(small):
+QUICK = ("dense", "Quest 8, 1/4", "MoBA 16 prompt, 1/4", "SnapKV aware, 1/4", "dilated:8 everywhere")
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_small_trained_model_under_the_modes(small, quick):
   model, params = trained()
   expected = {  # of single_2 and of multikey_1, in which copying any needle gives 25
       "dense": ((97, 100), (70, 95)), "Quest 8, 1/4": ((97, 100), (70, 95)),
@@ -50,7 +54,7 @@ def test_a_small_trained_model_under_the_modes(small):
       "dilated:8 everywhere": ((90, 100), (60, 95)), "dilated:16 everywhere": ((50, 90), (20, 60)),
       "dilated:16,window=32 everywhere": ((50, 90), (20, 60)), "streaming_llm:60 everywhere": ((30, 70), (30, 70))}
   tasks = [TASKS["single_2"], TASKS["multikey_1"]]
-  for row in rows_named(*expected, "Quest 16, 1/4, first"):
+  for row in rows_named(*(label for label in expected if (label in QUICK) == quick), "Quest 16, 1/4, first"):
     with flagsaver.flagsaver(count=64):
       cells = eval_niah.cells(model, params, row, tasks)
     for i, task in enumerate(tasks):
@@ -82,6 +86,7 @@ def test_cells_alone_and_together_and_free_running_are_one(small, row):
       assert alone["right"] == together[task.name]["right"]
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_cell_alone_is_within_a_point_of_one_in_a_batch(small):
   model, params = trained()
   model = RATPlusLM(dataclasses.replace(model.config, dtype="bfloat16"))

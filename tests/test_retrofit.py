@@ -92,6 +92,7 @@ def test_operations_are_those_counted_by_hand():
     assert rat_jax.training_flops(config, mode, 32) == pytest.approx(6 * (3 * layer + 50 * 8) + 12 * 3 * 8 * keys)
 
 
+@pytest.mark.slow
 def test_the_script_from_a_checkpoint_to_a_folder(tmp_path):
   """Retrofitted, and the control trained on; then written as a folder with a card."""
   config = RATPlusConfig(256, 1, 16, 2, memory=False)

@@ -36,7 +36,8 @@ def assert_within(actual, expected, tolerance):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", cases("quest"))
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "t70_p8" else pytest.mark.slow)
+                                  for case in cases("quest")])
 def test_quest(case):
   data = fixture("quest")
   q, k, v = (heads_last(data[f"{case}/{name}"]) for name in "qkv")

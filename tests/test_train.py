@@ -111,7 +111,7 @@ def test_accumulation_is_the_mean_of_the_micro_batches_means():
   np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(mean), rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [Dense(), Dilated(4, 2, 1)], ids=str)
+@pytest.mark.parametrize("mode", [pytest.param(Dense(), marks=pytest.mark.slow), Dilated(4, 2, 1)], ids=str)
 def test_a_packed_batch_trains_as_its_documents_do(mode):
   params, batch = fresh_state().params, batch_at(3, batch=1, length=12)
   packed = batch | {"segment_ids": np.array([[1] * 5 + [2] * 7])}
@@ -177,7 +177,7 @@ def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
     train(MODEL, OPTIMIZER, state, lambda step: {"tokens": batch_at(step)["tokens"]}, steps=3)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bfloat16_parameters_train_with_float32_moments_and_gradients(accumulation):
   model = RATPlusLM(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
   params = model.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
