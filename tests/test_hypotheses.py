@@ -83,12 +83,12 @@ def test_the_two_by_two_holds_the_model_as_it_is():
 def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   model, params = trained()
   found = hypotheses.future(model, params)
-  assert list(found) == ["1/4", "1/8", "1/16"]
+  assert list(found) == ["dense", "1/4", "1/8", "1/16"]
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["multikey_1"]
   made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, eval_niah.DATA_SEED, 1))()
   tokens, size = made["tokens"], task.query_length + task.answer_length
 
-  def right(compressed_under, asked):  # with a cache: the prompt ends at ANS of question 0 or 1
+  def after(compressed_under, asked):  # with a cache: the prompt ends at ANS of question 0 or 1
     prompt = LENGTH - (2 - compressed_under) * size + task.query_length
     first, cache = rat_jax.prefill(model, one, tokens[:, :prompt], max_length=LENGTH,
                                    mode=SnapKV(LENGTH // 4, obs_window=task.query_length))
@@ -99,7 +99,12 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
     return 100 * np.mean((said[:, start - prompt:][:, :task.answer_length] == tokens[:, answer]).all(axis=1))
 
   assert {name: seeds[0] for name, seeds in found["1/4"]["multikey_1"].items()} == {
-      "A": right(0, 0), "B": right(0, 1), "B under B": right(1, 1)}
+      "A": after(0, 0), "B": after(0, 1), "B under B": after(1, 1)}
+  said, right = np.asarray(model.apply({"params": one}, tokens)).argmax(axis=-1), {}
+  for question, end in (("A", LENGTH - size), ("B", LENGTH)):
+    answer = slice(end - task.answer_length, end)
+    right[question] = 100 * np.mean((said[:, answer.start - 1:end - 1] == tokens[:, answer]).all(axis=1))
+  assert {name: seeds[0] for name, seeds in found["dense"]["multikey_1"].items()} == right
 
 
 def test_the_age_of_the_memory_is_that_of_its_weights():

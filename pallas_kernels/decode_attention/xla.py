@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.products import einsum_float32
 from pallas_kernels.softmax import masked_softmax
@@ -22,6 +23,9 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   """As `api.decode_attention`. Differentiable."""
   if layer is not None:
     keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+  if jax.default_backend() == "gpu":
+    # Left to itself the compiler transposes the whole cache, all its layers, before the loop over them.
+    keys, values = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
   b, n, h = q.shape
   kv = keys.shape[1]
   seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
