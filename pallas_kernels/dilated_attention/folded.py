@@ -59,7 +59,7 @@ def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Ca
 
 
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
-  parts = [_window_forward(q, k, v, pattern, causal)]
+  parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
   if pattern.sinks:
     parts.append(softmax.attend_part(q, k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)))
   if pattern.dilation and pattern.offset < q.shape[1]:
@@ -71,7 +71,7 @@ def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
 
 def _backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Gradients:
   q, k, v, out, lse = residuals
-  parts = [_window_backward(q, k, v, pattern, causal, out, lse, d_out)]
+  parts = [_causal_backward(q, k, v, _reach(pattern, q), causal, out, lse, d_out)]
   if pattern.sinks:
     parts.append(_sinks_backward(q, k, v, pattern, out, lse, d_out))
   if pattern.dilation and pattern.offset < q.shape[1]:
@@ -83,15 +83,7 @@ def _backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Grad
 dilated_attention.defvjp(_forward, _backward)
 
 
-# The window: the W keys before the query and its own.
-
-
-def _window_forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> softmax.Part:
-  return _causal_forward(q, k, v, _reach(pattern, q), causal)
-
-
-def _window_backward(q, k, v, pattern: Pattern, causal: Causal, out, lse, d_out) -> Gradients:
-  return _causal_backward(q, k, v, _reach(pattern, q), causal, out, lse, d_out)
+# Causal attention, which the window is (the W keys before the query and its own) and the folded strided keys are.
 
 
 def _causal_forward(q: Array, k: Array, v: Array, window: int | None, causal: Causal) -> softmax.Part:
