@@ -121,6 +121,7 @@ def device() -> str:
 
 
 def out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether it says that the device's memory did not suffice."""
   return "RESOURCE_EXHAUSTED" in str(error)
 
 
