@@ -27,7 +27,7 @@ from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
 from rat_jax.axes import Params
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.modes import Mode
-from rat_jax.train import ARL
+from rat_jax.train import ARL, compiler_options
 
 MODES = common.define_modes(
     ["dense", "dilated:16", "quest:0.0625", "moba:0.0625", "dilated_topk:64,0.0625", "snapkv:0.0625"],
@@ -46,6 +46,7 @@ HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Type of matrix products and caches, and of"
                           " parameters that are not trained.")
+REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
 STEPS = flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)
 
@@ -112,8 +113,9 @@ def train(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context
   draw = np.random.default_rng(common.SEED.value)
   tokens = draw.integers(0, model.config.vocab_size, (batch_size, context), np.int32)
   batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
-  carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.copy, params), optimizer)]
-  step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes), donate_argnums=0)
+  carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.array, params), optimizer)]
+  step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes, remat=REMAT.value),
+                 donate_argnums=0, compiler_options=compiler_options())
   compiled = step.lower(carried[0], batch).compile()
 
   def run():
@@ -167,6 +169,8 @@ def main() -> None:
   model, params = RATPlusLM(config), weights(config, common.workdir("bench_model") / "weights")
   print(f"{PRESET.value or 'a model'}: {config.num_layers} layers of width {config.embed_dim}, {config.num_heads}/"
         f"{config.num_kv_heads} heads, {config.dtype}, on {common.device()}", flush=True)
+  if PARTS.value == ["train"]:
+    params = jax.device_get(params)  # a step has the device to itself
   lines: list[dict[str, Any]] = []
   text = []
   for part, context, batch_size in itertools.product(PARTS.value, CONTEXTS.value, BATCH_SIZES.value):

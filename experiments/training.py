@@ -16,6 +16,7 @@ from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.step import Combine
+from rat_jax.transformer import Remat
 
 DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
@@ -25,6 +26,7 @@ ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "Micro-batches that a bat
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
 WARMUP = flags.DEFINE_float("warmup", 0.05, "Share of the steps with linear warm-up.", 0.0, 1.0)
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on every parameter.")
+REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
 COMBINE = flags.DEFINE_enum("combine", "sequential", ["sequential", "sum"], "One update per mode, or one in all.")
 DOCUMENTS_APART = flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
 SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.",
@@ -77,6 +79,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
         f" {', then '.join(map(str, modes))}, on {common.device()}")
   train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes, notes=notes,
-        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value, log_every=LOG_EVERY.value,
+        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value,
+        remat=cast(Remat, REMAT.value), donate=True, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
   print(f"checkpoint: {checkpoints.folder}")

@@ -9,7 +9,7 @@ The residual stream, norms, memory, softmax and logits are float32; matrix produ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,15 @@ from rat_jax.memory import memory
 from rat_jax.modes import Mode, layer_runs
 from rat_jax.selection import Origin
 
-# What a layer keeps for its gradient: matrix products with parameters and the memory's states. The rest, attention
-# included, is cheaper to make again than to write to a buffer of all layers and to read (H100, 1024 tokens).
-_KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(gated_scan.STATES))
+# What a layer keeps for its gradient beside its input. "products": matrix products with parameters and the memory's
+# states; the rest, attention included, is cheaper to make again than to write to a buffer of all layers and to read
+# (H100, 1024 tokens).
+Remat = Literal["products", "nothing", "everything"]
+_KEPT = {"products": jax.checkpoint_policies.save_from_both_policies(
+             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+             jax.checkpoint_policies.save_only_these_names(gated_scan.STATES)),
+         "nothing": jax.checkpoint_policies.nothing_saveable,
+         "everything": jax.checkpoint_policies.everything_saveable}
 _UNROLLED = 4  # layers that are compiled one by one, at most
 
 
@@ -190,7 +194,8 @@ def layers_of(params: Params, start: int, stop: int) -> Params:
 
 
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None) -> Stream:
+                  row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None,
+                  remat: Remat = "products") -> Stream:
   """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
   x = embed(params, tokens)
   for run in layer_runs(mode, config.num_layers, prefill_mode):
@@ -203,7 +208,7 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
 
     # Without a loop no buffers of all layers are written and read: 15 to 25% of a small model's training step (H100).
     unroll = run.stop - run.start <= _UNROLLED and jax.default_backend() != "cpu"
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT, prevent_cse=False), x,
+    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False), x,
                         (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)), unroll=unroll)
   return x
 

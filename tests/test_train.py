@@ -111,6 +111,14 @@ def test_accumulation_is_the_mean_of_the_micro_batches_means():
   np.testing.assert_allclose(metrics["grad_norm"][0], optax.tree.norm(mean), rtol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["nothing", pytest.param("everything", marks=pytest.mark.slow)])
+def test_what_layers_keep_changes_no_gradient(remat):
+  gradient = jax.jit(jax.grad(lambda p, remat: sequence_loss(MODEL, p, batch_at(0), mode=MODES[0], remat=remat)[0]),
+                     static_argnums=1)
+  params = fresh_state().params
+  jax.tree.map(lambda a, b: assert_close(a, b, GRADIENT), gradient(params, remat), gradient(params, "products"))
+
+
 @pytest.mark.parametrize("mode", [pytest.param(Dense(), marks=pytest.mark.slow), Dilated(4, 2, 1)], ids=str)
 def test_a_packed_batch_trains_as_its_documents_do(mode):
   params, batch = fresh_state().params, batch_at(3, batch=1, length=12)
@@ -252,6 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(modes=()), "at least one mode"),
     (dict(combine="both"), "combine='both'"),
+    (dict(remat="some"), "remat='some'"),
     (dict(accumulation=3), "accumulation=3 does not divide the batch of 4"),
 ])
 def test_bad_steps(arguments, message):

@@ -23,6 +23,7 @@ from pallas_kernels.products import einsum_float32
 
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
+_FEW_SINKS = 8  # up to so many, each is a part of its own
 
 
 class Causal(Protocol):
@@ -61,7 +62,7 @@ def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Ca
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
   parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
   if pattern.sinks:
-    parts.append(softmax.attend_part(q, k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)))
+    parts += _sinks_forward(q, k, v, pattern)
   if pattern.dilation and pattern.offset < q.shape[1]:
     parts.append(_strided_forward(q, k, v, pattern, causal))
   out, lse = softmax.merge_parts(parts)
@@ -87,24 +88,36 @@ dilated_attention.defvjp(_forward, _backward)
 
 
 def _causal_forward(q: Array, k: Array, v: Array, window: int | None, causal: Causal) -> softmax.Part:
-  if window == 0 or q.shape[1] == 1:  # one key: its score is the log-sum-exp, its value the output
-    return _heads(v, q), softmax.own_scores(q, k)
-  return causal.forward(q, k, v, window)
+  return _one_key_forward(q, k, v) if window == 0 or q.shape[1] == 1 else causal.forward(q, k, v, window)
 
 
 def _causal_backward(q, k, v, window: int | None, causal: Causal, out, lse, d_out) -> Gradients:
-  if window != 0 and q.shape[1] > 1:
-    return causal.backward(q, k, v, window, out, lse, d_out)
-  grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
-  weight = jnp.exp(softmax.own_scores(q, k) - lse)[..., None]
-  d_score = weight * jnp.sum((_heads(v, q) - out.astype(jnp.float32)) * d_out.astype(jnp.float32), -1, keepdims=True)
-  d_score *= q.shape[-1]**-0.5
-  return (d_score * _heads(k, q), jnp.sum(grouped(d_score * q.astype(jnp.float32)), axis=3),
-          jnp.sum(grouped(weight * d_out.astype(jnp.float32)), axis=3))
+  if window == 0 or q.shape[1] == 1:
+    return _one_key_backward(q, k, v, out, lse, d_out)
+  return causal.backward(q, k, v, window, out, lse, d_out)
 
 
 def _reach(pattern: Pattern, q: Array) -> int | None:
   return pattern.window if pattern.window < q.shape[1] - 1 else None
+
+
+# One key for each query (k, v [B, T, K, H]) or the same for all ([B, 1, K, H]): sums that fuse with their neighbours.
+
+
+def _one_key_forward(q: Array, k: Array, v: Array, seen: Array | bool = True) -> softmax.Part:
+  return _heads(v, q), jnp.where(seen, softmax.own_scores(q, k), softmax.NOTHING)
+
+
+def _one_key_backward(q, k, v, out, lse, d_out, seen: Array | bool = True) -> Gradients:
+  d_out = d_out.astype(jnp.float32)
+
+  def of_key(x):  # [B, T, N, H] -> the sum over the heads, and the queries, of a key
+    x = jnp.sum(x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]), axis=3)
+    return jnp.sum(x, axis=1, keepdims=True) if k.shape[1] < q.shape[1] else x
+
+  weight = jnp.where(seen, jnp.exp(softmax.own_scores(q, k) - lse), 0.0)[..., None]
+  d_score = weight * jnp.sum((_heads(v, q) - out.astype(jnp.float32)) * d_out, -1, keepdims=True) * q.shape[-1]**-0.5
+  return d_score * _heads(k, q), of_key(d_score * q.astype(jnp.float32)), of_key(weight * d_out)
 
 
 def _heads(x: Array, q: Array) -> Array:
@@ -117,22 +130,40 @@ def _heads(x: Array, q: Array) -> Array:
 
 def _sinks_seen(q: Array, pattern: Pattern) -> Array:
   t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(min(pattern.sinks, q.shape[1]))
-  return (t - s > pattern.window)[None, None]
+  return (t - s > pattern.window)[None]
+
+
+def _sinks_forward(q: Array, k: Array, v: Array, pattern: Pattern) -> list[softmax.Part]:
+  k, v, seen = k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)
+  if pattern.sinks > _FEW_SINKS:
+    return [softmax.attend_part(q, k, v, seen[None])]
+  return [_one_key_forward(q, k[:, s:s + 1], v[:, s:s + 1], seen[:, :, s:s + 1]) for s in range(k.shape[1])]
 
 
 def _sinks_backward(q, k, v, pattern: Pattern, out, lse, d_out) -> Gradients:
-  k, v, length = k[:, :pattern.sinks], v[:, :pattern.sinks], k.shape[1]
+  k, v, seen, length = k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern), k.shape[1]
+  if pattern.sinks > _FEW_SINKS:
+    d_q, d_k, d_v = _many_sinks_backward(q, k, v, seen, out, lse, d_out)
+  else:
+    of_sink = [_one_key_backward(q, k[:, s:s + 1], v[:, s:s + 1], out, lse, d_out, seen[:, :, s:s + 1])
+               for s in range(k.shape[1])]
+    d_qs, d_ks, d_vs = zip(*of_sink, strict=True)
+    d_q, d_k, d_v = sum(d_qs), jnp.concatenate(d_ks, axis=1), jnp.concatenate(d_vs, axis=1)
+  rest = ((0, 0), (0, length - k.shape[1]), (0, 0), (0, 0))
+  return d_q, jnp.pad(d_k, rest), jnp.pad(d_v, rest)
+
+
+def _many_sinks_backward(q, k, v, seen, out, lse, d_out) -> Gradients:
   grouped = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, *x.shape[3:])
   scores = einsum_float32("btkgh,bskh->bkgts", grouped(q), k) * q.shape[-1]**-0.5
   of_rows = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]  # [B, T, N] -> [B, K, G, T, 1]
-  weights = jnp.where(_sinks_seen(q, pattern)[:, :, None], jnp.exp(scores - of_rows(lse)), 0.0)
+  weights = jnp.where(seen[:, None, None], jnp.exp(scores - of_rows(lse)), 0.0)
   delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
   d_scores = weights * (einsum_float32("btkgh,bskh->bkgts", grouped(d_out), v) - of_rows(delta)) * q.shape[-1]**-0.5
   d_q = einsum_float32("bkgts,bskh->btkgh", d_scores.astype(q.dtype), k).reshape(q.shape)
   d_k = einsum_float32("bkgts,btkgh->bskh", d_scores.astype(q.dtype), grouped(q))
   d_v = einsum_float32("bkgts,btkgh->bskh", weights.astype(q.dtype), grouped(d_out))
-  rest = ((0, 0), (0, length - k.shape[1]), (0, 0), (0, 0))
-  return d_q, jnp.pad(d_k, rest), jnp.pad(d_v, rest)
+  return d_q, d_k, d_v
 
 
 # The strided keys, folded.

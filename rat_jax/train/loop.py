@@ -19,21 +19,26 @@ from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
 from rat_jax.train.loss import check_batch
 from rat_jax.train.optimizer import Optimizer
-from rat_jax.train.step import ARL, Batch, Combine, TrainState, train_step
+from rat_jax.train.step import ARL, Batch, Combine, TrainState, compiler_options, train_step
+from rat_jax.transformer import Remat
 
 _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
 
 
 def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
-          modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1, log_every: int = 10,
+          modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
+          remat: Remat = "products", donate: bool = False, log_every: int = 10,
           metrics_path: pathlib.Path | None = None, checkpoints: Checkpoints | None = None, save_every: int = 0,
           notes: Mapping[str, Any] | None = None, label: str = "train") -> TrainState:
   """Trains from `state.step` up to `steps` batches.
 
   Args:
     batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
+    remat: see `train_step`.
+    donate: gives the memory of `state` away, which is then of no use to the caller.
     log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines. The
-      "utilisation" of a line is `rat_jax.training_flops` over the chips' peak; null for an unknown chip.
+      "utilisation" of a line is `rat_jax.training_flops` over the chips' peak, null for an unknown chip; "peak_bytes"
+      the most memory that a chip has held, null where that is not known.
     checkpoints, save_every: where and how often to save; the last state is saved too.
     notes: what a checkpoint is to say of the run besides its step; plain JSON.
     label: what the progress bar says; where there is no terminal, a line is printed now and then instead.
@@ -45,7 +50,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if steps < 1 or log_every < 1 or save_every < 0:
     raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
-                                      accumulation=accumulation), donate_argnums=0)
+                                      accumulation=accumulation, remat=remat),
+                    donate_argnums=0, compiler_options=compiler_options())
   first, flops = int(state.step), 0.0
   later = [step for step in checkpoints.steps() if step > first] if checkpoints is not None else []
   if checkpoints is not None and later:
@@ -53,7 +59,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
                      " would be overwritten. Restore the newest, or use another folder.")
   if metrics_path is not None:
     drop_metrics(metrics_path, first)
-  state = jax.tree.map(jax.numpy.array, state)  # the step gives its input away; the caller's state stays
+  if not donate:
+    state = jax.tree.map(jax.numpy.array, state)
   pending: list[dict[str, Any]] = []
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
     clock = printed = time.perf_counter()
@@ -99,10 +106,12 @@ def _fetch(pending: list[dict[str, Any]], first: int, clock: float, flops: float
   seconds = time.perf_counter() - clock
   rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
   peak = len(chips) * PEAK_FLOPS.get(next(iter(chips)).device_kind, float("nan"))
+  held = max((chip.memory_stats() or {}).get("peak_bytes_in_use", float("nan")) for chip in chips)
   for i, metrics in enumerate(fetched):
     yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
            "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),
-           "tokens_per_second": rate, "utilisation": flops * len(fetched) / seconds / peak}
+           "tokens_per_second": rate, "utilisation": flops * len(fetched) / seconds / peak,
+           "peak_bytes": held}
 
 
 def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:

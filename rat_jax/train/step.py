@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
 from rat_jax.train.loss import IGNORED, check_batch, sequence_loss
 from rat_jax.train.optimizer import Optimizer
+from rat_jax.transformer import Remat
 
 Batch = dict[str, Array]
 Combine = Literal["sequential", "sum"]
@@ -45,12 +46,13 @@ def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> 
 
 
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
-               modes: Sequence[Mode] = ARL, combine: Combine = "sequential",
-               accumulation: int = 1) -> tuple[TrainState, dict[str, Any]]:
+               modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
+               remat: Remat = "products") -> tuple[TrainState, dict[str, Any]]:
   """One batch of training.
 
-  Compiled once for each set of `modes`, `combine` and `accumulation`. To give the old state's memory away, wrap it:
-  `jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=...), donate_argnums=0)`.
+  Compiled once for each set of the arguments after `batch`. To give the old state's memory away, wrap it, as
+  `rat_jax.train.train` does: `jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=...),
+  donate_argnums=0, compiler_options=rat_jax.train.compiler_options())`.
 
   Args:
     batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T] and
@@ -59,46 +61,64 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
       sparse mode adapts to that mode.
     combine: "sequential" makes one clipped update per mode, in order; "sum" makes one on the summed loss.
     accumulation: the batch axis is cut into so many equal micro-batches; loss and gradient are means of means.
+    remat: what a layer keeps for its gradient beside its input: "products" of matrices and the memory's states,
+      "nothing" (the least memory, about a third more work), "everything" (the most memory).
 
   Returns:
     (state, metrics): "loss" [modes], "grad_norm" [updates] before clipping, "learning_rate", "tokens" (counted
     targets of the batch).
 
   Raises:
-    ValueError: no modes, an unknown `combine`, a batch that `accumulation` does not divide, misshapen targets;
+    ValueError: no modes, an unknown `combine` or `remat`, a batch that `accumulation` does not divide, misshapen targets;
     outside of compilation, tokens or targets that are not in the vocabulary.
   """
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
     raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
+  if remat not in get_args(Remat):
+    raise ValueError(f"remat={remat!r} is unknown; use one of {get_args(Remat)}.")
   size = batch["tokens"].shape[0]
   if accumulation < 1 or size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
   check_batch(batch, model.config.vocab_size)
-  return _train_step(model, optimizer, modes, combine, accumulation, state, batch)
+  return _train_step(model, optimizer, modes, combine, accumulation, remat, state, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _train_step(model, optimizer, modes, combine, accumulation, state, batch):
+def compiler_options() -> dict[str, str]:
+  """For `jax.jit` around `train_step`.
+
+  Of the programs of several updates XLA's own rematerialisation on GPUs believes that all hold their activations at
+  once, and computes much of a large model twice or more to save what is not needed.
+  """
+  return {"xla_disable_hlo_passes": "rematerialization"} if jax.default_backend() == "gpu" else {}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _train_step(model, optimizer, modes, combine, accumulation, remat, state, batch):
   learning_rate = optimizer.schedule(state.step)
-  params, opt_state = state.params, state.opt_state
-  losses, norms = [], []
-  for group in ([(mode,) for mode in modes] if combine == "sequential" else [modes]):
-    loss, grads = _loss_and_gradient(model, params, batch, group, accumulation)
+  groups = [(mode,) for mode in modes] if combine == "sequential" else [modes]
+  gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, remat) for group in groups]
+
+  def update(carried, number):
+    params, opt_state = carried
+    losses, grads = jax.lax.switch(number, gradients, params, batch)
     params, opt_state, norm = optimizers.update(optimizer, params, opt_state, grads, learning_rate)
-    losses.append(loss)
-    norms.append(norm)
-  metrics = {"loss": jnp.concatenate(losses), "grad_norm": jnp.stack(norms), "learning_rate": learning_rate,
+    return (params, opt_state), (losses, norm)
+
+  # A loop, though the updates differ: written out, XLA holds the activations of all of them at once.
+  (params, opt_state), (losses, norms) = jax.lax.scan(update, (state.params, state.opt_state), jnp.arange(len(groups)))
+  metrics = {"loss": losses.reshape(-1), "grad_norm": norms, "learning_rate": learning_rate,
              "tokens": jnp.sum(batch["targets"] != IGNORED)}
   return TrainState(params, opt_state, state.step + 1), metrics
 
 
-def _loss_and_gradient(model: RATPlusLM, params: Params, batch: Batch, modes: tuple[Mode, ...], accumulation: int):
+def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, remat: Remat, params: Params,
+                       batch: Batch):
   """(loss of each mode [modes], gradient of their sum), means over the micro-batches."""
 
   def loss_fn(params, part):
     def mean_loss(mode):
-      total, count = sequence_loss(model, params, part, mode=mode)
+      total, count = sequence_loss(model, params, part, mode=mode, remat=remat)
       return total / jnp.where(count > 0, count, 1)
 
     losses = jnp.stack([mean_loss(mode) for mode in modes])
