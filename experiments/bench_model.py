@@ -14,7 +14,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
 from rat_jax.axes import Params
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.modes import Mode
-from rat_jax.train import ARL, compiler_options
+from rat_jax.train import ARL
+from rat_jax.transformer import Remat
 
 MODES = common.define_modes(
     ["dense", "dilated:16", "quest:0.0625", "moba:0.0625", "dilated_topk:64,0.0625", "snapkv:0.0625"],
@@ -47,6 +48,7 @@ KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as 
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Type of matrix products and caches, and of"
                           " parameters that are not trained.")
 REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
+UNROLL = flags.DEFINE_bool("unroll", False, "Compile layers one by one for training.")
 STEPS = flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)
 
@@ -85,7 +87,8 @@ def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, contex
   rounds, steps = ROUNDS.value, STEPS.value
   cache = random_cache(model.config, mode, batch_size, context, (rounds + 1) * steps + 1)
   tokens = jnp.ones(batch_size, jnp.int32)
-  step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2)  # the cache is updated in place
+  step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2,  # the cache is updated in place
+                 compiler_options=rat_jax.compiler_options())
   compiled = step.lower(params, tokens, cache).compile()
   carried = [compiled(params, tokens, cache)]
 
@@ -114,8 +117,8 @@ def train(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context
   tokens = draw.integers(0, model.config.vocab_size, (batch_size, context), np.int32)
   batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
   carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.array, params), optimizer)]
-  step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes, remat=REMAT.value),
-                 donate_argnums=0, compiler_options=compiler_options())
+  step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes, remat=cast(Remat, REMAT.value),
+                                   unroll=UNROLL.value), donate_argnums=0, compiler_options=rat_jax.compiler_options())
   compiled = step.lower(carried[0], batch).compile()
 
   def run():

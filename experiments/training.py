@@ -27,6 +27,7 @@ LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
 WARMUP = flags.DEFINE_float("warmup", 0.05, "Share of the steps with linear warm-up.", 0.0, 1.0)
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on every parameter.")
 REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
+UNROLL = flags.DEFINE_bool("unroll", False, "Compile layers one by one: slower to compile, faster on a GPU.")
 COMBINE = flags.DEFINE_enum("combine", "sequential", ["sequential", "sum"], "One update per mode, or one in all.")
 DOCUMENTS_APART = flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
 SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.",
@@ -80,6 +81,6 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
         f" {', then '.join(map(str, modes))}, on {common.device()}")
   train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes, notes=notes,
         combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value,
-        remat=cast(Remat, REMAT.value), donate=True, log_every=LOG_EVERY.value,
+        remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
   print(f"checkpoint: {checkpoints.folder}")

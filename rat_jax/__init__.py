@@ -3,6 +3,7 @@
 from rat_jax import convert, evaluate
 from rat_jax.attention import attend
 from rat_jax.cache import Cache, cache_bytes
+from rat_jax.compilation import compiler_options
 from rat_jax.compression import compress
 from rat_jax.config import RATPlusConfig
 from rat_jax.costs import tokens_read, training_flops
@@ -31,8 +32,8 @@ from rat_jax.version import __version__
 
 __all__ = [
     "Cache", "Dense", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig", "RATPlusLM",
-    "Selection", "SnapKV", "StreamingLLM", "__version__", "attend", "cache_bytes", "compress", "convert", "decode_step",
-    "evaluate", "extend", "generate", "init_train_state", "inspect", "load_pretrained", "make_optimizer", "memory",
-    "parse_mode", "prefill", "save_pretrained", "select", "tokens_read", "train_step", "training_flops",
-    "visible",
+    "Selection", "SnapKV", "StreamingLLM", "__version__", "attend", "cache_bytes", "compiler_options", "compress",
+    "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state", "inspect", "load_pretrained",
+    "make_optimizer", "memory", "parse_mode", "prefill", "save_pretrained", "select", "tokens_read", "train_step",
+    "training_flops", "visible",
 ]

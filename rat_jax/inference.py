@@ -241,7 +241,9 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
     layers = (transformer.layers_of(params, run.start, run.stop),
               jax.tree.map(lambda s, run=run: s[run.start:run.stop], cache.state), None if fresh else kv,
               jnp.arange(run.start, run.stop))
-    x, (state, new) = jax.lax.scan(layer, x, layers)
+    # A step is all reading of matrices: see `unrolled`.
+    alone = tokens.shape[1] == 1 and jax.default_backend() == "gpu"
+    x, (state, new) = jax.lax.scan(layer, x, layers, unroll=transformer.unrolled(run.stop - run.start, alone))
     runs.append(new if fresh else caches.append(cache, run, kv, new, layout.positions, total))
     states.append(state)
   state = jax.tree.map(lambda *s: jnp.concatenate(s), *states) if config.memory else None

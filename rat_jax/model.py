@@ -37,7 +37,7 @@ class RATPlusLM(nn.Module):
              positions: Positions | None = None, lengths: Lengths | None = None,
              prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None, row_ids: Array | None = None,
              select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory",
-             remat: transformer.Remat = "products") -> Stream:
+             remat: transformer.Remat = "products", unroll: bool = False) -> Stream:
     """The residual stream of whole sequences after the last layer, float32 [B, T, E]: logits but for norm and head.
 
     Args:
@@ -54,7 +54,7 @@ class RATPlusLM(nn.Module):
       row_ids: int [B], what random selection of a row depends on; default 0.
       select_from, attend_to: "plain" takes keys (and values) without the memory for choosing, or for attention: an
         experiment (`rat_jax.ablation`).
-      remat: what a layer keeps for its gradient; see `train_step`.
+      remat, unroll: how gradients are computed; see `train_step`.
 
     Raises:
       ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length, SnapKV or
@@ -71,7 +71,7 @@ class RATPlusLM(nn.Module):
     layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
     prompts = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
     row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
-    run = functools.partial(transformer.hidden_states, remat=remat)
+    run = functools.partial(transformer.hidden_states, remat=remat, unroll=unroll)
     if (select_from, attend_to) != ("memory", "memory"):
       run = functools.partial(ablation.hidden_states, select_from=select_from, attend_to=attend_to)
     return run(config, self.weights, tokens, mode, layout, prompts=prompts, prefill_mode=prefill_mode,

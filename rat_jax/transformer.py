@@ -33,7 +33,7 @@ _KEPT = {"products": jax.checkpoint_policies.save_from_both_policies(
              jax.checkpoint_policies.save_only_these_names(gated_scan.STATES)),
          "nothing": jax.checkpoint_policies.nothing_saveable,
          "everything": jax.checkpoint_policies.everything_saveable}
-_UNROLLED = 4  # layers that are compiled one by one, at most
+_FEW = 4  # layers that are compiled one by one without being asked
 
 
 class Projections(NamedTuple):
@@ -193,9 +193,18 @@ def layers_of(params: Params, start: int, stop: int) -> Params:
   return jax.tree.map(lambda a: a[start:stop], params["layers"])
 
 
+def unrolled(layers: int, asked: bool) -> bool:
+  """Whether to compile layers one by one rather than as a loop: when asked, and few layers on a GPU or TPU.
+
+  On a GPU a loop copies each layer's matrices out of their stack, and for gradients fills and reads stacks of what all
+  layers keep.
+  """
+  return asked or (layers <= _FEW and jax.default_backend() != "cpu")
+
+
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
                   row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None,
-                  remat: Remat = "products") -> Stream:
+                  remat: Remat = "products", unroll: bool = False) -> Stream:
   """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
   x = embed(params, tokens)
   for run in layer_runs(mode, config.num_layers, prefill_mode):
@@ -206,10 +215,10 @@ def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: M
           at.q, at.k, at.v, run, layout, prompts, Origin(row_ids, index)))
       return x, None
 
-    # Without a loop no buffers of all layers are written and read: 15 to 25% of a small model's training step (H100).
-    unroll = run.stop - run.start <= _UNROLLED and jax.default_backend() != "cpu"
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False), x,
-                        (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)), unroll=unroll)
+    # Of a few layers written out XLA may keep what it likes; of many it would keep everything.
+    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=unroll), x,
+                        (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)),
+                        unroll=unrolled(run.stop - run.start, unroll))
   return x
 
 

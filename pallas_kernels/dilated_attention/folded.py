@@ -217,4 +217,5 @@ def _scatter(d_x: Array, pattern: Pattern, x: Array) -> Array:
   """Gradients of the representatives at their places among those of all keys."""
   d = pattern.dilation or 1
   first = d * (1 + pattern.sinks // d) - 1
-  return jnp.zeros(x.shape, d_x.dtype).at[:, first:first + d * (d_x.shape[1] - 1) + 1:d].set(d_x)
+  rest = x.shape[1] - first - d * (d_x.shape[1] - 1) - 1
+  return jax.lax.pad(d_x, jnp.zeros((), d_x.dtype), ((0, 0, 0), (first, rest, d - 1), (0, 0, 0), (0, 0, 0)))

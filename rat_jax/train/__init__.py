@@ -4,7 +4,7 @@ from rat_jax.train.checkpoint import Checkpoints
 from rat_jax.train.loop import drop_metrics, train
 from rat_jax.train.loss import IGNORED, cross_entropy
 from rat_jax.train.optimizer import Optimizer, make_optimizer
-from rat_jax.train.step import ARL, TrainState, compiler_options, init_train_state, train_step
+from rat_jax.train.step import ARL, TrainState, init_train_state, train_step
 
-__all__ = ["ARL", "IGNORED", "Checkpoints", "Optimizer", "TrainState", "compiler_options", "cross_entropy", "drop_metrics",
+__all__ = ["ARL", "IGNORED", "Checkpoints", "Optimizer", "TrainState", "cross_entropy", "drop_metrics",
            "init_train_state", "make_optimizer", "train", "train_step"]

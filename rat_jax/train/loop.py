@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from rat_jax.compilation import compiler_options
 from rat_jax.costs import PEAK_FLOPS, training_flops
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
 from rat_jax.train.loss import check_batch
 from rat_jax.train.optimizer import Optimizer
-from rat_jax.train.step import ARL, Batch, Combine, TrainState, compiler_options, train_step
+from rat_jax.train.step import ARL, Batch, Combine, TrainState, train_step
 from rat_jax.transformer import Remat
 
 _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
@@ -27,14 +28,14 @@ _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
 
 def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
           modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
-          remat: Remat = "products", donate: bool = False, log_every: int = 10,
+          remat: Remat = "products", unroll: bool = False, donate: bool = False, log_every: int = 10,
           metrics_path: pathlib.Path | None = None, checkpoints: Checkpoints | None = None, save_every: int = 0,
           notes: Mapping[str, Any] | None = None, label: str = "train") -> TrainState:
   """Trains from `state.step` up to `steps` batches.
 
   Args:
     batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
-    remat: see `train_step`.
+    remat, unroll: see `train_step`.
     donate: gives the memory of `state` away, which is then of no use to the caller.
     log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines. The
       "utilisation" of a line is `rat_jax.training_flops` over the chips' peak, null for an unknown chip; "peak_bytes"
@@ -50,7 +51,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if steps < 1 or log_every < 1 or save_every < 0:
     raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
-                                      accumulation=accumulation, remat=remat),
+                                      accumulation=accumulation, remat=remat, unroll=unroll),
                     donate_argnums=0, compiler_options=compiler_options())
   first, flops = int(state.step), 0.0
   later = [step for step in checkpoints.steps() if step > first] if checkpoints is not None else []

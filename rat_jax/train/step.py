@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rat_jax import transformer
 from rat_jax.axes import Array, Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
@@ -47,12 +48,12 @@ def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> 
 
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
                modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
-               remat: Remat = "products") -> tuple[TrainState, dict[str, Any]]:
+               remat: Remat = "products", unroll: bool = False) -> tuple[TrainState, dict[str, Any]]:
   """One batch of training.
 
   Compiled once for each set of the arguments after `batch`. To give the old state's memory away, wrap it, as
   `rat_jax.train.train` does: `jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=...),
-  donate_argnums=0, compiler_options=rat_jax.train.compiler_options())`.
+  donate_argnums=0, compiler_options=rat_jax.compiler_options())`.
 
   Args:
     batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T] and
@@ -63,14 +64,15 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     accumulation: the batch axis is cut into so many equal micro-batches; loss and gradient are means of means.
     remat: what a layer keeps for its gradient beside its input: "products" of matrices and the memory's states,
       "nothing" (the least memory, about a third more work), "everything" (the most memory).
+    unroll: compiles layers one by one, which takes longer; on a GPU the step is then faster (docs/kernels.md).
 
   Returns:
     (state, metrics): "loss" [modes], "grad_norm" [updates] before clipping, "learning_rate", "tokens" (counted
     targets of the batch).
 
   Raises:
-    ValueError: no modes, an unknown `combine` or `remat`, a batch that `accumulation` does not divide, misshapen targets;
-    outside of compilation, tokens or targets that are not in the vocabulary.
+    ValueError: no modes, an unknown `combine` or `remat`, a batch that `accumulation` does not divide, misshapen
+    targets; outside of compilation, tokens or targets that are not in the vocabulary.
   """
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
@@ -81,44 +83,44 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   if accumulation < 1 or size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
   check_batch(batch, model.config.vocab_size)
-  return _train_step(model, optimizer, modes, combine, accumulation, remat, state, batch)
+  return _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch)
 
 
-def compiler_options() -> dict[str, str]:
-  """For `jax.jit` around `train_step`.
-
-  Of the programs of several updates XLA's own rematerialisation on GPUs believes that all hold their activations at
-  once, and computes much of a large model twice or more to save what is not needed.
-  """
-  return {"xla_disable_hlo_passes": "rematerialization"} if jax.default_backend() == "gpu" else {}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _train_step(model, optimizer, modes, combine, accumulation, remat, state, batch):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch):
   learning_rate = optimizer.schedule(state.step)
   groups = [(mode,) for mode in modes] if combine == "sequential" else [modes]
-  gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, remat) for group in groups]
+  gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, remat, unroll) for group in groups]
 
-  def update(carried, number):
+  def update(carried, gradient):
     params, opt_state = carried
-    losses, grads = jax.lax.switch(number, gradients, params, batch)
+    losses, grads = gradient(params, batch)
     params, opt_state, norm = optimizers.update(optimizer, params, opt_state, grads, learning_rate)
     return (params, opt_state), (losses, norm)
 
-  # A loop, though the updates differ: written out, XLA holds the activations of all of them at once.
-  (params, opt_state), (losses, norms) = jax.lax.scan(update, (state.params, state.opt_state), jnp.arange(len(groups)))
+  carried, found = (state.params, state.opt_state), []
+  if transformer.unrolled(model.config.num_layers, unroll):
+    for gradient in gradients:
+      carried, metrics = update(carried, gradient)
+      found.append(metrics)
+    losses, norms = jax.tree.map(lambda *x: jnp.stack(x), *found)
+  else:
+    # A loop, though the updates differ: else XLA lets the loops over layers of all of them start from the same zeros,
+    # and so holds the activations of all of them at once.
+    carried, (losses, norms) = jax.lax.scan(lambda carried, i: update(carried, functools.partial(
+        jax.lax.switch, i, gradients)), carried, jnp.arange(len(groups)))
   metrics = {"loss": losses.reshape(-1), "grad_norm": norms, "learning_rate": learning_rate,
              "tokens": jnp.sum(batch["targets"] != IGNORED)}
-  return TrainState(params, opt_state, state.step + 1), metrics
+  return TrainState(*carried, state.step + 1), metrics
 
 
-def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, remat: Remat, params: Params,
-                       batch: Batch):
+def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, remat: Remat, unroll: bool,
+                       params: Params, batch: Batch):
   """(loss of each mode [modes], gradient of their sum), means over the micro-batches."""
 
   def loss_fn(params, part):
     def mean_loss(mode):
-      total, count = sequence_loss(model, params, part, mode=mode, remat=remat)
+      total, count = sequence_loss(model, params, part, mode=mode, remat=remat, unroll=unroll)
       return total / jnp.where(count > 0, count, 1)
 
     losses = jnp.stack([mean_loss(mode) for mode in modes])

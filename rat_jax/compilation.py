@@ -1,0 +1,20 @@
+"""What XLA should be told."""
+
+from __future__ import annotations
+
+import jax
+
+
+def compiler_options() -> dict[str, str]:
+  """For the outermost `jax.jit` around `train_step` or `decode_step`; inner ones cannot take options.
+
+  On GPUs two passes are left out, elsewhere nothing:
+
+  * Rematerialisation counts the memory of all updates of a training step, of which one runs at a time, and computes
+    much of a large model again, once or more, to save what is not needed.
+  * Products of one input are merged by copying their matrices side by side: in a decode step, all of a layer's
+    projections, at every step.
+  """
+  if jax.default_backend() != "gpu":
+    return {}
+  return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_dot_merger_threshold_mb": "0"}
