@@ -2,11 +2,13 @@
 # The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
 #   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode modes train
-# PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours.
+#                                     pretrain
+# PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours; SOURCE is a folder
+# of Python sources to train on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/gpu
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.94}
 
 ops_bench() { "$python" -m experiments.bench_ops --workdir="$runs/$1" "${@:2}"; }
 model_bench() { "$python" -m experiments.bench_model --workdir="$runs/$1" --dtype=bfloat16 "${@:2}"; }
@@ -22,20 +24,30 @@ short() {  # the same where rows are short: dense attention beside every impleme
   ops_bench short --op=prefill --dilation=16 --dilation=64 --batch_size=32 --length=128 --length=512 --length=2048
 }
 decode() {  # tokens/s of the 1.4B model against batch and context
-  model_bench decode --preset=ratplus-1b --mode=dilated:64 --context=4096 --context=16384 --context=65536 \
-    --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
+  local size=(--preset=ratplus-1b --mode=dilated:64)
+  model_bench decode "${size[@]}" --context=16384 --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
+  model_bench decode-context "${size[@]}" --context=4096 --context=16384 --context=65536 --batch_size=16
 }
 modes() {  # a decode step of every mode, plain heads and grouped ones
-  local size=(--batch_size=8 --layers=8 --width=2048 --heads=16)
-  model_bench modes "${size[@]}"
-  model_bench modes-grouped "${size[@]}" --kv_heads=2
+  local size=(--layers=4 --width=2048 --heads=16 --batch_size=64) modes=()
+  for mode in dense dilated:16 dilated:64 quest:0.0625,block=64 quest:0.0625 moba:0.0625 dilated_topk:64,0.0625 snapkv:0.0625; do
+    modes+=(--mode=$mode)
+  done
+  model_bench modes "${size[@]}" "${modes[@]}"
+  model_bench modes-grouped "${size[@]}" "${modes[@]}" --kv_heads=2
 }
-train() {  # a step of the 1.4B model under active recurrence learning
-  model_bench train --preset=ratplus-1b --part=train --mode=dilated:64 --context=4096 --batch_size=8 --rounds=3
+train() {  # a step of the 1.4B model: active recurrence learning, and two dense updates
+  model_bench train --preset=ratplus-1b --part=train --mode=dilated:64 --context=4096 --batch_size=8 --rounds=3 --unroll
+}
+pretrain() {  # some hundred steps of it on real text
+  local data=$runs/data
+  [ -f $data/train.bin ] || "$python" -m experiments.prepare_data --workdir=$data ${SOURCE:+--source="$SOURCE" --pattern="*.py"}
+  "$python" -m experiments.pretrain --preset=ratplus-1b --dtype=bfloat16 --data=$data --length=4096 --batch_size=8 \
+    --steps=200 --learning_rate=3e-4 --unroll --save_every=0 --log_every=10 --workdir=$runs/pretrain
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train)
+[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train pretrain)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -139,6 +140,26 @@ def draw_throughput(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
     axis.set_ylabel("decoded tokens/s")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=6)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def draw_training(metrics: pathlib.Path, modes: Sequence[Mode], path: pathlib.Path) -> None:
+  """The losses of a training run and, where the chip is known, its utilisation, from the loop's JSON lines."""
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+  steps = [line["step"] for line in lines]
+  figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+  for colour, mode, losses in zip(COLOURS, modes, zip(*(line["loss"] for line in lines), strict=True), strict=False):
+    axis.plot(steps, losses, color=colour, linewidth=1, label=f"loss, {mode}")
+  axis.set_xlabel("batch")
+  axis.set_ylabel("nats per token")
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize=8)
+  if lines[-1]["utilisation"] is not None:
+    other = axis.twinx()
+    other.plot(steps, [100 * line["utilisation"] for line in lines], color=COLOURS[2], linewidth=1)
+    other.set_ylim(0, 100)
+    other.set_ylabel("% of the chip's peak (grey)")
   figure.savefig(path, dpi=130)
   plt.close(figure)
 

@@ -9,7 +9,7 @@ import jax
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments import common, plots
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
@@ -83,4 +83,5 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
         combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value,
         remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
-  print(f"checkpoint: {checkpoints.folder}")
+  plots.draw_training(folder / "metrics.jsonl", modes, folder / "training.png")
+  print(f"checkpoint: {checkpoints.folder}; losses: {folder}/training.png")
