@@ -66,17 +66,26 @@ def configuration() -> RATPlusConfig:
 
 
 def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, steps: int) -> caches.Cache:
-  """A cache as after a prompt of `context` tokens, its keys, values and statistics random, with room for `steps`."""
-  cache = caches.empty_cache(config, mode, batch, context + steps, prompt_width=context)
+  """A cache as after a prompt of `context` tokens, keys, values and statistics random, with room for `steps`.
+
+  All layers of a run get the same numbers, so that drawing them takes little more memory than the cache.
+  """
+  cache = jax.eval_shape(lambda: caches.empty_cache(config, mode, batch, context + steps, prompt_width=context))
   lengths = jnp.full(batch, context, jnp.int32)
   leaves, structure = jax.tree.flatten(cache.runs)
   keys = jax.random.split(jax.random.key(common.SEED.value), len(leaves))
   at = jnp.arange(context + steps)
-  leaves = [jax.random.normal(key, leaf.shape).astype(leaf.dtype) if leaf.dtype != jnp.int32 else jnp.where(
-      at[:leaf.shape[-1]] < leaf.shape[-1] - steps, at[:leaf.shape[-1]], -1) + jnp.zeros_like(leaf)
+  leaves = [_random(key, leaf.shape, leaf.dtype) if leaf.dtype != jnp.int32 else jnp.where(
+      at[:leaf.shape[-1]] < leaf.shape[-1] - steps, at[:leaf.shape[-1]], -1) + jnp.zeros(leaf.shape, jnp.int32)
       for key, leaf in zip(keys, leaves, strict=True)]
+  empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dataclasses.replace(cache, runs=()))
   prompt = None if cache.prompt_lengths is None else lengths + 0  # a buffer of its own, to be given away
-  return dataclasses.replace(cache, lengths=lengths, prompt_lengths=prompt, runs=jax.tree.unflatten(structure, leaves))
+  return dataclasses.replace(empty, lengths=lengths, prompt_lengths=prompt, runs=jax.tree.unflatten(structure, leaves))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  return jnp.broadcast_to(jax.random.normal(key, shape[1:], dtype), shape)
 
 
 Measured = tuple[float, float]  # (seconds, bytes that the program needs: arguments, results and what is between)

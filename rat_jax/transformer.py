@@ -110,6 +110,15 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
   return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + eps) * weight.astype(jnp.float32)
 
 
+def _product(subscripts: str, x: Array, matrix: Array, product: Callable[..., Array] = jnp.einsum) -> Array:
+  """The product of tokens x [B, T, ...] with a matrix, in x's type."""
+  matrix = matrix.astype(x.dtype)
+  if x.shape[:2] == (1, 1) and jax.default_backend() == "gpu":
+    # Of a single row XLA makes no matrix product, but sums over products that it writes to memory first.
+    return product(subscripts, jnp.concatenate([x, x], axis=1), matrix)[:, :1]
+  return product(subscripts, x, matrix)
+
+
 def embed(params: Params, tokens: Tokens) -> Stream:
   """The residual stream's start, float32 [B, T, E]."""
   return jnp.asarray(params["embedding"])[tokens].astype(jnp.float32)
@@ -122,7 +131,7 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
   x = x.astype(dtype)
 
   def heads(name):
-    return jnp.einsum("bte,enh->btnh", x, p[name].astype(dtype))
+    return _product("bte,enh->btnh", x, p[name])
 
   q, k = heads("query"), heads("key")
   if config.qk_norm:
@@ -154,7 +163,7 @@ def attention_branch(config: RATPlusConfig, p: Params, x: Stream, y: Queries, ou
   y = y.astype(dtype)
   if output_gate is not None:
     y *= jax.nn.sigmoid(output_gate)
-  y = einsum_float32("btnh,nhe->bte", y, p["out"].astype(dtype))
+  y = _product("btnh,nhe->bte", y, p["out"], einsum_float32)
   if config.norm_placement == "post":
     y = rms_norm(y, p["attention_norm"], config.norm_eps)
   return x + y
@@ -165,12 +174,12 @@ def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
   dtype = jnp.dtype(config.dtype)
   y = rms_norm(x, p["mlp_norm"], config.norm_eps) if config.norm_placement == "pre" else x
   y = y.astype(dtype)
-  hidden = y @ p["mlp_in"].astype(dtype)
+  hidden = _product("bte,ef->btf", y, p["mlp_in"])
   if config.mlp == "swiglu":
-    hidden *= jax.nn.silu(y @ p["mlp_gate"].astype(dtype))
+    hidden *= jax.nn.silu(_product("bte,ef->btf", y, p["mlp_gate"]))
   else:
     hidden = jax.nn.gelu(hidden, approximate=False)
-  y = einsum_float32("btf,fe->bte", hidden, p["mlp_out"].astype(dtype))
+  y = _product("btf,fe->bte", hidden, p["mlp_out"], einsum_float32)
   if config.norm_placement == "post":
     y = rms_norm(y, p["mlp_norm"], config.norm_eps)
   return x + y

@@ -11,7 +11,7 @@ import pytest
 
 import rat_jax
 from conftest import WHOLE_MODEL, assert_close, assert_logits_close
-from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM, StreamingLLM
+from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM, StreamingLLM, inference
 
 VOCAB, LAYERS, LENGTH = 61, 3, 24
 MODES = [Dense(), Dilated(4), Dilated(5, window=3, sinks=2), Dilated(None, 2, 3), Dilated(64), StreamingLLM(6, 2),
@@ -208,6 +208,21 @@ def test_lists_serve_as_arrays():
                                 rat_jax.decode_step(model, params, next_tokens, cache)[0])
   np.testing.assert_array_equal(model.apply({"params": params}, tokens.tolist(), lengths=[5, 6, 7, 8]),
                                 model.apply({"params": params}, tokens, lengths=np.array([5, 6, 7, 8])))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_steps_of_a_gpu_give_the_same_logits(rows, monkeypatch):
+  """There layers are compiled one by one and single rows are doubled; the results do not depend on it."""
+  model, params, tokens = setup(True, 2)
+  tokens, mode = tokens[:rows], Dilated(5, window=3, sinks=2)
+  expected = np.asarray(apply(model, params, tokens, mode))
+  _, cache = rat_jax.prefill(model, params, tokens[:, :9], mode=mode, max_length=LENGTH)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  inference._extend.clear_cache()
+  for t in range(9, LENGTH):
+    logits, cache = rat_jax.decode_step(model, params, tokens[:, t], cache)
+    assert_logits_close(logits, expected[:, t], "float32")
+  inference._extend.clear_cache()
 
 
 def test_equal_layers_share_one_compiled_body():
