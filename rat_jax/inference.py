@@ -270,9 +270,9 @@ def _attend_step(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache
   if kv.positions is not None:
     cached = cached[index]
   seen = visible(rule, layout.positions if cached.ndim == 2 else layout.positions[:, None], cached)
-  out, lse = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2), layer=index)
-  own = attention.attend_keys(at.q, at.k, at.v, rule, layout.positions, layout.positions)
-  return softmax.merge([(out[:, None], lse[:, None]), own])
+  out, _ = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2), layer=index,
+                            own=(at.k[:, 0], at.v[:, 0]))
+  return out[:, None]
 
 
 def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, origin: Origin

@@ -101,6 +101,32 @@ def test_the_kernel_takes_a_mask_for_every_head():
   check(interpreted(shape, Tuning(tile_rows=16)), q, keys, values, visible)
 
 
+def draw_own(shape, cache):
+  """Key and value [B, K, H] of the new token, of a large score in the first row; and cache and mask with them."""
+  keys, values, visible = cache
+  rng = np.random.default_rng(1)
+  own = [rng.standard_normal((shape.batch, shape.kv_heads, shape.width)).astype(keys.dtype) for _ in range(2)]
+  own[0][0] *= 100
+  whole = (np.concatenate([x, one[:, :, None]], axis=2) for x, one in zip((keys, values), own, strict=True))
+  return tuple(own), (*whole, np.pad(visible, ((0, 0),) * (visible.ndim - 1) + ((0, 1),), constant_values=True))
+
+
+@pytest.mark.parametrize(("implementation", "shape"), [
+    ("xla", Shape(3, 17, 6, 2, 64)), ("xla", Shape(2, 9, 2, 2, 128, "float32")),
+    ("mosaic_gpu", Shape(3, 19, 2, 1, 128)), ("mosaic_gpu", Shape(2, 33, 5, 1, 64, "float32"))], ids=str)
+def test_the_own_key_is_one_more_row_of_the_cache(implementation, shape):
+  """Also where nothing of the cache is seen, in several splits, and where its score is far above the others."""
+  q, keys, values, visible = draw(shape)
+  keys, values = poison(keys, values, visible)
+  own, whole = draw_own(shape, (keys, values, visible))
+  run = xla.decode_attention if implementation == "xla" else functools.partial(
+      mosaic_gpu.decode_attention, tuning=Tuning(tile_rows=8, splits=2), interpret=InterpretParams(detect_races=True))
+  out, lse = jax.jit(run)(*map(jnp.asarray, (q, keys, values, visible)), own=own)
+  relative = BFLOAT16 if implementation == "xla" and shape.dtype == "bfloat16" else OPERATION
+  for one, other in zip((out, lse), reference.decode_attention(q, *whole), strict=True):
+    assert_close(one, other, relative)
+
+
 @pytest.mark.parametrize("implementation", [xla.decode_attention, functools.partial(
     mosaic_gpu.decode_attention, interpret=InterpretParams())], ids=["xla", "mosaic_gpu"])
 def test_one_layer_of_a_cache_of_several(implementation):
@@ -160,14 +186,16 @@ def test_the_kernel_has_the_gradient_of_plain_jax(monkeypatch):
   monkeypatch.setattr(api, "_mosaic_gpu", lambda: kernel)
   q, keys, values, visible = draw(Shape(2, 5, 2, 1, 64, "float32"))
   keys, values = (np.stack([x, x + 1]) for x in (keys, values))
+  own = (keys[0, :, :, 0], values[0, :, :, 0])
 
-  @functools.partial(jax.jit, static_argnums=3)
-  @functools.partial(jax.grad, argnums=(0, 1, 2))
-  def gradients(q, keys, values, implementation):
-    out, lse = decode_attention(q, keys, values, visible, layer=jnp.int32(1), implementation=implementation)
-    return jnp.sum(out**2) + jnp.sum(jnp.where(lse == softmax.NOTHING, 0, lse))
+  @functools.partial(jax.jit, static_argnums=4)
+  @functools.partial(jax.grad, argnums=(0, 1, 2, 3))
+  def gradients(q, keys, values, own, implementation):
+    out, lse = decode_attention(q, keys, values, visible, layer=jnp.int32(1), own=own, implementation=implementation)
+    return jnp.sum(out**2) + jnp.sum(lse)
 
-  for ours, theirs in zip(gradients(q, keys, values, "mosaic_gpu"), gradients(q, keys, values, "xla"), strict=True):
+  both = (jax.tree.leaves(gradients(q, keys, values, own, name)) for name in ("mosaic_gpu", "xla"))
+  for ours, theirs in zip(*both, strict=True):
     assert np.abs(ours).max() > 0
     assert_close(ours, theirs, GRADIENT)
 
@@ -188,8 +216,11 @@ def test_masks_set_every_visible_row_once():
 @pytest.mark.parametrize("shape", [*TARGETS.values(), Shape(1, 4097, 32, 16), Shape(4, 77, 12, 2, 64),
                                    Shape(2, 5, 6, 2, 256, "float32")], ids=str)
 def test_the_kernel_lowers_for_cuda(shape):
-  lowered = jax.jit(mosaic_gpu.decode_attention).trace(*shape.arguments()).lower(lowering_platforms=("cuda",))
-  assert "mosaic_gpu" in lowered.as_text()
+  q, keys, values, visible = shape.arguments()
+  own = (jax.ShapeDtypeStruct((*keys.shape[:2], keys.shape[3]), keys.dtype),) * 2
+  for arguments in ({}, {"own": own}):
+    traced = jax.jit(mosaic_gpu.decode_attention).trace(q, keys, values, visible, **arguments)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_small_batches_split_the_cache():
@@ -210,6 +241,7 @@ def test_small_batches_split_the_cache():
     (dict(visible=np.zeros((2, 5), np.int32)), ValueError, r"visible is int32 \(2, 5\); give bool"),
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
+    (dict(own=(np.zeros((2, 2, 8), np.float32), np.zeros((2, 4, 8), np.float32))), ValueError, r"give key and value"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
     (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs .* and newer, not on 'cpu'"),

@@ -5,6 +5,8 @@ Run by `make test-gpu`, which prints the worst errors (as shares of the largest 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +131,8 @@ def test_dilated_attention_of_any_shape(length, dilation, window, sinks, heads, 
 def check_decode(implementation, shape, per_head=False, seed=0):
   q, keys, values, visible = decode_cases.draw(shape, seed, per_head=per_head)
   keys, values = decode_cases.poison(keys, values, visible)
-  out, lse = jax.jit(lambda *a: decode_attention(*a, implementation=implementation))(q, keys, values, visible)
+  run = jax.jit(functools.partial(decode_attention, implementation=implementation))
+  out, lse = run(q, keys, values, visible)
   expected_out, expected_lse = reference.decode_attention(q, keys, values, visible)
   empty = expected_lse == NOTHING
   of = ("decode_attention", implementation, shape.dtype)
@@ -137,6 +140,11 @@ def check_decode(implementation, shape, per_head=False, seed=0):
   compare(out, expected_out, BFLOAT16 if rounded else OPERATION, *of, "values")
   np.testing.assert_array_equal(np.asarray(out)[empty], 0)
   compare(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), OPERATION, *of, "log-sum-exp")
+  own, whole = decode_cases.draw_own(shape, (keys, values, visible))
+  for kind, bound, ours, theirs in zip(("values", "log-sum-exp"), (BFLOAT16 if rounded else OPERATION, OPERATION),
+                                       run(q, keys, values, visible, own=own),
+                                       reference.decode_attention(q, *whole), strict=True):
+    compare(ours, theirs, bound, *of, kind)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

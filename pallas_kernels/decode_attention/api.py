@@ -26,12 +26,12 @@ def decode_attention(
     visible: Array,
     *,
     layer: Array | int | None = None,
+    own: tuple[Array, Array] | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
   """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
 
-  The log-sum-exp lets the new token's own key, which is not in the cache yet, be merged (`pallas_kernels.softmax`).
-  What is not visible reaches no result, whatever it holds.
+  The log-sum-exp lets attention to other keys be merged with it (`pallas_kernels.softmax`). What is not visible reaches no result, whatever it holds.
 
   Args:
     q: [B, N, H], already rotated.
@@ -39,6 +39,7 @@ def decode_attention(
     visible: bool, the cache rows that a row reads: [B, R], or [B, K, R] where heads differ.
     layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
       here rather than hand over slices: before a kernel a slice is a copy.
+    own: key and value [B, K, H] of the new token itself, which are not in the cache yet and always seen.
     implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
       bfloat16 or all float32 and H of 64, 128 or 256; its gradient is that of "xla", and over several devices it
       belongs inside `jax.shard_map`.
@@ -51,15 +52,16 @@ def decode_attention(
     NotImplementedError: a known implementation that this operation, the device or these shapes do not have.
   """
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
-  _check(q, keys, values, visible, layer)
+  own = None if own is None else (jnp.asarray(own[0]), jnp.asarray(own[1]))
+  _check(q, keys, values, visible, layer, own)
   name = dispatch.resolve("decode_attention", implementation, {
       "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys)}, math.prod(keys.shape[-4:]))
-  return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer)
+  return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer, own)
 
 
 @jax.custom_vjp
-def _kernel(q, keys, values, visible, layer):
-  return _mosaic_gpu().decode_attention(q, keys, values, visible, layer)
+def _kernel(q, keys, values, visible, layer, own):
+  return _mosaic_gpu().decode_attention(q, keys, values, visible, layer, own)
 
 
 def _kernel_forward(*arguments):
@@ -67,15 +69,17 @@ def _kernel_forward(*arguments):
 
 
 def _kernel_backward(arguments, cotangents):
-  *floats, visible, layer = arguments
-  _, pull = jax.vjp(lambda q, keys, values: xla.decode_attention(q, keys, values, visible, layer), *floats)
-  return *pull(cotangents), None, None
+  q, keys, values, visible, layer, own = arguments
+  _, pull = jax.vjp(lambda q, keys, values, own: xla.decode_attention(q, keys, values, visible, layer, own),
+                    q, keys, values, own)
+  *d_cache, d_own = pull(cotangents)
+  return *d_cache, None, None, d_own
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _check(q, keys, values, visible, layer):
+def _check(q, keys, values, visible, layer, own):
   if q.ndim != 3 or keys.ndim != (4 if layer is None else 5) or keys.shape != values.shape:
     cache = "[B, K, R, H]" if layer is None else "[L, B, K, R, H], as layer is given"
     raise ValueError(f"q, keys, values have shapes {q.shape}, {keys.shape}, {values.shape}; give q [B, N, H] and keys,"
@@ -92,3 +96,6 @@ def _check(q, keys, values, visible, layer):
   if visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
     raise ValueError(f"visible is {visible.dtype} {visible.shape}; give bool [B, R] = {(b, rows)} or"
                      f" [B, K, R] = {(b, kv, rows)}.")
+  if own is not None and any(x.shape != (b, kv, h) or x.dtype != keys.dtype for x in own):
+    raise ValueError(f"own has shapes {[x.shape for x in own]} and types {[str(x.dtype) for x in own]}; give key and"
+                     f" value [B, K, H] = {(b, kv, h)} of the cache's type, {keys.dtype}.")

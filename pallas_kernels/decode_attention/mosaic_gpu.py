@@ -33,8 +33,9 @@ from pallas_kernels.softmax import NOTHING, merge_parts
 Array = jax.Array
 
 
-def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None, *,
-                     tuning: Tuning | None = None, interpret: Any = None) -> tuple[Array, Array]:
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None,
+                     own: tuple[Array, Array] | None = None, *, tuning: Tuning | None = None, interpret: Any = None
+                     ) -> tuple[Array, Array]:
   """As `api.decode_attention`, for what is not `unsupported`.
 
   Args:
@@ -54,7 +55,8 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
   keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
   start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
-  out, lse = _kernel(cut, visible.shape[1], interpret)(q, keys, values, start, *_masks(cut, visible))
+  out, lse = _kernel(cut, visible.shape[1], own is not None, interpret)(
+      q, keys, values, start, *_masks(cut, visible), *(own or ()))
   return merge_parts(list(zip(out, lse, strict=True))) if cut.splits > 1 else (out[0], lse[0])
 
 
@@ -82,21 +84,22 @@ def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
   return seen.astype(jnp.int32), last // cut.tile + 1
 
 
-def _kernel(cut: Cut, mask_heads: int, interpret: Any):
-  """The kernel: (q, keys, values, first row, masks, tiles to read) -> (out [splits, B, N, H], lse [splits, B, N]).
+def _kernel(cut: Cut, mask_heads: int, own: bool, interpret: Any):
+  """(q, keys, values, first row, masks, tiles to read[, own key, own value]) -> (out [splits, B, N, H], lse [.., N]).
 
   Row b of the batch has its keys and values in row `first row` + b.
   """
   tile = plgpu.SMEM((cut.stages, cut.tile, cut.width), cut.dtype)
   return plgpu.kernel(
-      functools.partial(_block, cut, mask_heads, _Arrays.of(cut, interpret)),
+      functools.partial(_block, cut, mask_heads, own, _Arrays.of(cut, interpret)),
       out_type=(jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads, cut.width), jnp.float32),
                 jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads), jnp.float32)),
       scratch_types=dict(
           q_tile=plgpu.SMEM((cut.block_heads, cut.width), cut.dtype), k_tiles=tile, v_tiles=tile,
           mask_tiles=plgpu.SMEM((cut.stages, cut.flags), jnp.int32),
           partial=plgpu.SMEM((3 if cut.dtype == jnp.bfloat16 else 1, cut.step, cut.width), cut.dtype),
-          q_copied=plgpu.Barrier(), k_copied=plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
+          own_tile=plgpu.SMEM((2, 1, cut.width), cut.dtype),
+          q_copied=plgpu.Barrier(num_arrivals=3 if own else 1), k_copied=plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
           v_copied=plgpu.Barrier(num_barriers=cut.stages)),
       grid=(cut.splits, cut.batch * cut.heads // cut.block_heads), grid_names=("split", "heads"),
       compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -158,9 +161,10 @@ class _Arrays:
     return plgpu.layout_cast(x, layout) if self.layouts else x
 
 
-def _block(cut: Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, out_ref,
-           lse_ref, *, q_tile, k_tiles, v_tiles, mask_tiles, partial, q_copied, k_copied, v_copied):
+def _block(cut: Cut, mask_heads: int, own: bool, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref,
+           *refs, q_tile, k_tiles, v_tiles, mask_tiles, own_tile, partial, q_copied, k_copied, v_copied):
   """What one block does: query heads `head` on, of row `row`, over the tiles of one split."""
+  *own_refs, out_ref, lse_ref = refs
   split, heads = lax.axis_index("split"), lax.axis_index("heads")
   blocks = cut.heads // cut.block_heads
   row, head = lax.div(heads, jnp.int32(blocks)), lax.rem(heads, jnp.int32(blocks)) * cut.block_heads
@@ -195,6 +199,8 @@ def _block(cut: Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, star
     for fetch in (fetch_keys, fetch_values):
       pl.when(t < count)(functools.partial(fetch, jnp.int32(t)))
   plgpu.copy_gmem_to_smem(q_ref.at[row, pl.ds(head, cut.block_heads)], q_tile, q_copied)
+  for i, own_ref in enumerate(own_refs):
+    plgpu.copy_gmem_to_smem(own_ref.at[row, pl.ds(kv_head, 1)], own_tile.at[i], q_copied)
   plgpu.barrier_wait(q_copied)
   # Scores are in base 2, which is what the hardware has.
   queries = [arrays.per_column(q_tile[i].astype(jnp.float32) * (cut.width**-0.5 * math.log2(math.e)))
@@ -214,9 +220,16 @@ def _block(cut: Cut, mask_heads: int, arrays: _Arrays, q_ref, k_ref, v_ref, star
   def full(place, shape, value):
     return place(jnp.full(shape, value, jnp.float32))
 
-  empty = (full(arrays.as_rows, (cut.step, cut.width), 0), full(arrays.per_row, (cut.step,), NOTHING),
-           full(arrays.per_row, (cut.step,), 0))
-  state = lax.fori_loop(0, count, body, [empty] * cut.block_heads)
+  if own:
+    # Each place starts with its share of the own key, all of it in the first split.
+    share = jnp.where(split == 0, 1 / cut.step, 0.0)
+    key, value = (arrays.stack(arrays.per_column(own_tile[i, 0].astype(jnp.float32))) for i in range(2))
+    start = [(value * share, jnp.sum(arrays.stack(q) * key, axis=1), full(arrays.per_row, (cut.step,), share))
+             for q in queries]
+  else:
+    start = [(full(arrays.as_rows, (cut.step, cut.width), 0), full(arrays.per_row, (cut.step,), NOTHING),
+              full(arrays.per_row, (cut.step,), 0))] * cut.block_heads
+  state = lax.fori_loop(0, count, body, start)
   for i, of_head in enumerate(state):
     _store(arrays, of_head, partial, out_ref.at[split, row, head + i], lse_ref.at[split, row, head + i])
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.products import einsum_float32
-from pallas_kernels.softmax import masked_softmax
+from pallas_kernels.softmax import masked_softmax, merge_parts, own_scores
 
 Array = jax.Array
 
 
-def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None
-                     ) -> tuple[Array, Array]:
+def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None,
+                     own: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
   """As `api.decode_attention`. Differentiable."""
   if layer is not None:
     keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
@@ -32,7 +32,11 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   weights, lse = masked_softmax(_scores(q.reshape(b, kv, n // kv, h), keys) * h**-0.5, seen)
   # A weight of 0 is not enough: what is not visible may hold what is not finite.
   out = _weighted_sum(weights, jnp.where(seen[:, :, 0, :, None], values, 0))
-  return out.reshape(b, n, h), lse.reshape(b, n)
+  out, lse = out.reshape(b, n, h), lse.reshape(b, n)
+  if own is None:
+    return out, lse
+  value = jnp.repeat(own[1].astype(jnp.float32), n // kv, axis=1)
+  return merge_parts([(out, lse), (value, own_scores(q[:, None], own[0][:, None])[:, 0])])
 
 
 def _as_matrices(x: Array) -> bool:
