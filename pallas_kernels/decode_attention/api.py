@@ -31,7 +31,8 @@ def decode_attention(
 ) -> tuple[Array, Array]:
   """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
 
-  The log-sum-exp lets attention to other keys be merged with it (`pallas_kernels.softmax`). What is not visible reaches no result, whatever it holds.
+  The log-sum-exp lets attention to other keys be merged with it (`pallas_kernels.softmax`). What is not visible
+  reaches no result, whatever it holds.
 
   Args:
     q: [B, N, H], already rotated.
