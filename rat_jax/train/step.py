@@ -101,8 +101,8 @@ def _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, s
   carried, found = (state.params, state.opt_state), []
   if transformer.unrolled(model.config.num_layers, unroll):
     for gradient in gradients:
-      carried, metrics = update(carried, gradient)
-      found.append(metrics)
+      carried, of_update = update(carried, gradient)
+      found.append(of_update)
     losses, norms = jax.tree.map(lambda *x: jnp.stack(x), *found)
   else:
     # A loop, though the updates differ: else XLA lets the loops over layers of all of them start from the same zeros,
