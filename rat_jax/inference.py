@@ -270,8 +270,9 @@ def _attend_step(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache
   if kv.positions is not None:
     cached = cached[index]
   seen = visible(rule, layout.positions if cached.ndim == 2 else layout.positions[:, None], cached)
-  out, _ = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2), layer=index,
-                            own=(at.k[:, 0], at.v[:, 0]))
+  # A compressed cache may have a head for every query head.
+  own_k, own_v = (jnp.repeat(x[:, 0], kv.keys.shape[2] // x.shape[2], axis=1) for x in (at.k, at.v))
+  out, _ = decode_attention(at.q[:, 0], kv.keys, kv.values, jnp.squeeze(seen, -2), layer=index, own=(own_k, own_v))
   return out[:, None]
 
 
