@@ -121,6 +121,13 @@ def test_dilated_attention(implementation, dtype, length, pattern, heads, groups
   check_dilated(implementation, dtype, length, pattern, heads, groups, width)
 
 
+@pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
+    (256, (2, 0, 4), 2, 1, 64), (512, (4, 0, 5), 1, 2, 128), (512, (2, 5, 4), 2, 1, 64), (768, (2, 3, 0), 1, 4, 128),
+    (4096, (16, 0, 4), 2, 2, 128), (2048, (8, 40, 30), 2, 1, 64)])
+def test_dilated_attention_unfolded(length, pattern, heads, groups, width):
+  check_dilated("mosaic_gpu", "bfloat16", length, pattern, heads, groups, width)
+
+
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(st.integers(1, 300), st.one_of(st.none(), st.integers(1, 40)), st.integers(0, 60), st.integers(0, 20),
        st.sampled_from([(1, 1), (2, 3)]), st.sampled_from([64, 128]), st.integers(0, 9))

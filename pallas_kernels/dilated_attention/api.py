@@ -13,6 +13,12 @@ from pallas_kernels.packing import number_documents
 Array = jax.Array
 
 
+def _mosaic_gpu():
+  # Imported when it is used: not every installation has this part of JAX.
+  from pallas_kernels.dilated_attention import mosaic_gpu
+  return mosaic_gpu
+
+
 def dilated_attention(
     q: Array,
     k: Array,
@@ -36,7 +42,8 @@ def dilated_attention(
     sinks: first tokens that every later query sees, >= 0.
     segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
-    implementation: None, "xla", or "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows).
+    implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "mosaic_gpu" (Hopper GPUs,
+      bfloat16, heads of 64 or 128, T a multiple of 128 D; windows and gradients are those of "cudnn").
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.
@@ -48,9 +55,12 @@ def dilated_attention(
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
-      "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k)}, q.shape[1])
-  if name == "cudnn":
-    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn)
+      "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
+      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, dilation, sinks)},
+                          q.shape[1])
+  if name != "xla":
+    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn,
+                                    _mosaic_gpu() if name == "mosaic_gpu" else None)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
   if segment_ids is None and strided + 2 * window + sinks < length:

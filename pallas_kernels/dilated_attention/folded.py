@@ -53,24 +53,38 @@ class Pattern(NamedTuple):
     return self.window + self.dilation * (1 + self.sinks // self.dilation) if self.dilation else 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> Array:
+class Unfolded(Protocol):
+  """The forward pass where the queries lie, of all but a window."""
+
+  def forward(self, q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int) -> softmax.Part:
+    """Attention to strided keys and sinks beyond the window and, where that is 0, to the own key."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unfolded: Unfolded | None = None
+                      ) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
-  return _forward(q, k, v, pattern, causal)[0]
+  return _forward(q, k, v, pattern, causal, unfolded)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
-  parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
-  if pattern.sinks:
-    parts += _sinks_forward(q, k, v, pattern)
-  if pattern.dilation and pattern.offset < q.shape[1]:
-    parts.append(_strided_forward(q, k, v, pattern, causal))
-  out, lse = softmax.merge_parts(parts)
+def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unfolded: Unfolded | None):
+  parts = []
+  if unfolded is not None and pattern.dilation:
+    parts.append(unfolded.forward(q, k, v, pattern.dilation, pattern.window, pattern.sinks))
+  else:
+    if pattern.sinks:
+      parts += _sinks_forward(q, k, v, pattern)
+    if pattern.dilation and pattern.offset < q.shape[1]:
+      parts.append(_strided_forward(q, k, v, pattern, causal))
+  if unfolded is None or pattern.window:
+    parts.append(_causal_forward(q, k, v, _reach(pattern, q), causal))
+  out, lse = softmax.merge_parts(parts) if len(parts) > 1 else parts[0]
   out = out.astype(q.dtype)
   return out, (q, k, v, out, lse)
 
 
-def _backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Gradients:
+def _backward(pattern: Pattern, causal: Causal, unfolded: Unfolded | None, residuals, d_out: Array) -> Gradients:
+  del unfolded  # the gradient is folded
   q, k, v, out, lse = residuals
   parts = [_causal_backward(q, k, v, _reach(pattern, q), causal, out, lse, d_out)]
   if pattern.sinks:

@@ -1,0 +1,60 @@
+"""Dilated attention by the kernel that folds nothing: against a masked softmax, in Pallas' interpreter; and lowered."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
+from pallas_kernels import softmax
+from pallas_kernels.dilated_attention import mosaic_gpu
+from pallas_kernels.dilated_attention.reference import dilated_pattern
+
+
+def expected(q, k, v, dilation, window, sinks):
+  """One softmax, in float32, over all keys of the pattern that no window shows."""
+  t, s = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])
+  seen = dilated_pattern(t, s, dilation, 0, sinks) & (t - s > window) if window else dilated_pattern(
+      t, s, dilation, 0, sinks)
+  return softmax.attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), (seen & (s <= t))[None, None])
+
+
+@pytest.mark.parametrize(("shape", "pattern"), [
+    ((1, 256, 2, 1, 64), (2, 0, 4)),  # batch, tokens, heads, key/value heads, width; D, W, S0
+    pytest.param((1, 512, 1, 1, 64), (4, 0, 5), marks=pytest.mark.slow),   # a strided key that is a sink
+    pytest.param((1, 512, 2, 1, 64), (2, 5, 4), marks=pytest.mark.slow),   # a window that D does not divide
+    pytest.param((2, 512, 2, 2, 128), (2, 3, 0), marks=pytest.mark.slow),  # queries that see nothing
+], ids=str)
+def test_the_kernel_equals_a_masked_softmax(shape, pattern):
+  batch, length, heads, kv_heads, width = shape
+  draw = np.random.default_rng(0).standard_normal
+  q, k, v = (jnp.asarray(draw((batch, length, n, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads))
+  run = jax.jit(lambda q, k, v: mosaic_gpu.forward(q, k, v, *pattern, interpret=InterpretParams(detect_races=True)))
+  (out, lse), (wanted, wanted_lse) = run(q, k, v), expected(q, k, v, *pattern)
+  empty = np.asarray(wanted_lse) == softmax.NOTHING
+  assert_close(out, wanted, BFLOAT16)
+  np.testing.assert_array_equal(np.asarray(out)[empty], 0)
+  np.testing.assert_array_equal(np.asarray(lse)[empty], np.float32(softmax.NOTHING))
+  assert_close(np.where(empty, 0, lse), np.where(empty, 0, wanted_lse), OPERATION)
+
+
+@pytest.mark.parametrize(("shape", "pattern"), [
+    ((1, 262144, 32, 32, 128), (16, 0, 4)), ((8, 32768, 32, 32, 128), (64, 0, 4)), ((1, 4096, 8, 2, 64), (16, 5, 4))],
+    ids=str)
+def test_the_kernel_lowers_for_cuda(shape, pattern):
+  batch, length, heads, kv_heads, width = shape
+  arrays = [jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
+  run = functools.partial(mosaic_gpu.forward, dilation=pattern[0], window=pattern[1], sinks=pattern[2])
+  assert "mosaic_gpu" in jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("shape", "dtype", "message"), [
+    ((1, 256, 1, 96), "bfloat16", "heads of 64 or 128, these are 96"), ((1, 256, 1, 64), "float16", "takes bfloat16"),
+    ((1, 300, 1, 64), "bfloat16", "multiples of 128 times the dilation, not T=300 at D=2")])
+def test_what_the_kernel_refuses(shape, dtype, message):
+  q = jax.ShapeDtypeStruct(shape, dtype)
+  assert message in mosaic_gpu.unsupported(q, q, 2, 4)
