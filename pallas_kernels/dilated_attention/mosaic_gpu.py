@@ -124,15 +124,15 @@ def _block(cut: Cut, on_device: bool, q_ref, k_ref, v_ref, k_tokens, v_tokens, o
     def copy(i, slot, of_k, of_v, wait):
       for ref, tiles, copied, read in ((of_k, k_tiles, k_copied, k_read), (of_v, v_tiles, v_copied, v_read)):
         if wait:
-          pl.when(i >= STAGES)(lambda read=read: plgpu.barrier_wait(read.at[slot]))
+          pl.when(i >= STAGES)(functools.partial(plgpu.barrier_wait, read.at[slot]))
         plgpu.copy_gmem_to_smem(ref, tiles.at[slot], copied.at[slot])
 
     if cut.own:
       rows = (batch, pl.ds(start, TILE), residue, kv_head)
       copy(0, 0, k_ref.at[rows], v_ref.at[rows], wait=False)
     if cut.sinks:
-      rows = (batch, pl.ds(0, KEYS), kv_head)
-      copy(cut.besides - 1, cut.besides - 1, k_tokens.at[rows], v_tokens.at[rows], wait=False)
+      tokens = (batch, pl.ds(0, KEYS), kv_head)
+      copy(cut.besides - 1, cut.besides - 1, k_tokens.at[tokens], v_tokens.at[tokens], wait=False)
 
     @pl.loop(0, count)
     def _(at):
