@@ -14,7 +14,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ HEADS = flags.DEFINE_integer("heads", 4, "Attention heads.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Type of matrix products and caches, and of"
                           " parameters that are not trained.")
-REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
+REMAT = flags.DEFINE_enum("remat", "products", get_args(Remat), "What layers keep for gradients.")
 UNROLL = flags.DEFINE_bool("unroll", False, "Compile layers one by one for training.")
 STEPS = flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import cast, get_args
 
 import jax
 from absl import flags
@@ -26,7 +26,7 @@ ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "Micro-batches that a bat
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
 WARMUP = flags.DEFINE_float("warmup", 0.05, "Share of the steps with linear warm-up.", 0.0, 1.0)
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on every parameter.")
-REMAT = flags.DEFINE_enum("remat", "products", ["products", "nothing", "everything"], "What layers keep for gradients.")
+REMAT = flags.DEFINE_enum("remat", "products", get_args(Remat), "What layers keep for gradients.")
 UNROLL = flags.DEFINE_bool("unroll", False, "Compile layers one by one: slower to compile, faster on a GPU.")
 COMBINE = flags.DEFINE_enum("combine", "sequential", ["sequential", "sum"], "One update per mode, or one in all.")
 DOCUMENTS_APART = flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")

@@ -214,7 +214,12 @@ def unrolled(layers: int, asked: bool) -> bool:
 def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
                   row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None,
                   remat: Remat = "products", unroll: bool = False) -> Stream:
-  """The stream [B, T, E] of a whole sequence after the last layer, before the final norm."""
+  """The stream [B, T, E] of a whole sequence after the last layer, before the final norm.
+
+  Raises ValueError for an unknown `remat`.
+  """
+  if remat not in _KEPT:
+    raise ValueError(f"remat={remat!r} is unknown; use one of {tuple(_KEPT)}.")
   x = embed(params, tokens)
   for run in layer_runs(mode, config.num_layers, prefill_mode):
 

@@ -18,8 +18,9 @@ from pallas_kernels.dilated_attention.reference import dilated_pattern
 def expected(q, k, v, dilation, window, sinks):
   """One softmax, in float32, over all keys of the pattern that no window shows."""
   t, s = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])
-  seen = dilated_pattern(t, s, dilation, 0, sinks) & (t - s > window) if window else dilated_pattern(
-      t, s, dilation, 0, sinks)
+  seen = dilated_pattern(t, s, dilation, 0, sinks)
+  if window:
+    seen &= t - s > window
   return softmax.attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), (seen & (s <= t))[None, None])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +77,6 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
     raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
-  if remat not in get_args(Remat):
-    raise ValueError(f"remat={remat!r} is unknown; use one of {get_args(Remat)}.")
   size = batch["tokens"].shape[0]
   if accumulation < 1 or size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
