@@ -167,13 +167,14 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
 
 def served(case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention."""
-  if IMPLEMENTATIONS.value:
+  if IMPLEMENTATIONS.value and (case.op == "scan" or case.dilation > 1):
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
   if case.op == "scan":
     return ["xla", "mosaic_gpu"]
   if case.op == "decode":
     return ["xla", "cudnn"] if case.dilation == 1 else ["xla", "mosaic_gpu"]
-  return ["xla, cudnn"] if case.dilation == 1 else ["xla, xla", "xla, cudnn", "mosaic_gpu, cudnn"]
+  return ["xla, cudnn"] if case.dilation == 1 else [
+      "xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
 
 
 def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
@@ -280,27 +281,26 @@ def authors(directory: str, every: list[Case]) -> dict[Case, float]:
 
 
 def crossovers() -> dict[str, dict[str, int]]:
-  """{operation: {implementation: the least size from which on it was faster than "xla"}}; see crossovers.py."""
-  sweeps = {
-      "gated_scan": ("xla", "mosaic_gpu", [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
-                     lambda case: case.batch * case.length * heads()[1] * heads()[2]),
-      "decode_attention": ("xla", "mosaic_gpu", [Case("decode", 16 * r, b, 16) for b, r in (
-          (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))],
-                           lambda case: case.batch * case.rows * heads()[1] * heads()[2]),
-      "dilated_attention": ("xla, xla", "xla, cudnn", [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in (
-          32, 64, 128, 256, 512, 1024, 2048, 4096)], lambda case: case.length)}
+  """{operation: {implementation: the least size from which on it was faster than those after it}}; crossovers.py."""
+  prefills = lambda *lengths: [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in lengths]
+  entries = lambda case: case.batch * (case.length if case.op == "scan" else case.rows) * heads()[1] * heads()[2]
+  length = lambda case: case.length
+  sweeps = [  # (operation, the slower one, the faster one, cases from small to large, their size)
+      ("gated_scan", "xla", "mosaic_gpu", [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
+       entries),
+      ("decode_attention", "xla", "mosaic_gpu", [Case("decode", 16 * r, b, 16) for b, r in (
+          (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
+      ("dilated_attention", "xla, cudnn", "xla, mosaic_gpu", prefills(2048, 4096, 8192, 16384, 32768), length),
+      ("dilated_attention", "xla, xla", "xla, cudnn", prefills(32, 64, 128, 256, 512, 1024, 2048, 4096), length)]
   found: dict[str, dict[str, int]] = {}
-  for operation, (plain, kernel, every, size) in sweeps.items():
-    least = None
+  for operation, slower, faster, every, size in sweeps:
     for case in reversed(every):
       made = draw(case)
-      slow, fast = (time_one(case, name, made)[0] for name in (plain, kernel))
-      print(f"{case}: {plain} {slow * 1e3:.3f} ms, {kernel} {fast * 1e3:.3f} ms", flush=True)
+      slow, fast = (time_one(case, name, made)[0] for name in (slower, faster))
+      print(f"{case}: {slower} {slow * 1e3:.3f} ms, {faster} {fast * 1e3:.3f} ms", flush=True)
       if fast > slow:
         break
-      least = size(case)
-    if least is not None:
-      found[operation] = {kernel.split(", ")[-1]: least}
+      found.setdefault(operation, {})[faster.split(", ")[-1]] = size(case)
   return found
 
 

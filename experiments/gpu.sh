@@ -2,7 +2,7 @@
 # The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
 #   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode modes train
-#                                     pretrain
+#                                     pretrain seven
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours; SOURCE is a folder
 # of Python sources to train on.
 set -euo pipefail
@@ -17,7 +17,7 @@ tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
 ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
 crossovers() { ops_bench crossovers --crossovers; }
 lengths() {  # time of a prompt against its length
-  ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --dilation=16 --dilation=64 --rounds=3 \
+  ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --implementation=mosaic_gpu --dilation=16 --dilation=64 --rounds=3 \
     --length=4096 --length=16384 --length=65536 --length=131072 --length=262144 --length=524288
 }
 short() {  # the same where rows are short: dense attention beside every implementation
@@ -46,8 +46,15 @@ pretrain() {  # some hundred steps of it on real text
     --steps=200 --learning_rate=3e-4 --unroll --save_every=0 --log_every=10 --workdir=$runs/pretrain
 }
 
+seven() {  # models of seven billion parameters, written and loaded as files, under four modes
+  local modes=(--mode=dense --mode=dilated:64 --mode=quest:0.0625,block=64 --mode=snapkv:0.0625)
+  for preset in olmo2-7b ratplus-7b; do
+    model_bench $preset --preset=$preset --through_files --part=prefill --part=decode "${modes[@]}"
+  done
+}
+
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train pretrain)
+[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train pretrain seven)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -24,7 +24,7 @@ def expected(q, k, v, dilation, window, sinks):
   return softmax.attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), (seen & (s <= t))[None, None])
 
 
-@pytest.mark.parametrize(("shape", "pattern"), [
+@pytest.mark.parametrize(("shape", "pattern"), [  # a block takes two tiles of queries, or one and another two
     ((1, 256, 2, 1, 64), (2, 0, 4)),  # batch, tokens, heads, key/value heads, width; D, W, S0
     pytest.param((1, 512, 1, 1, 64), (4, 0, 5), marks=pytest.mark.slow),   # a strided key that is a sink
     pytest.param((1, 512, 2, 1, 64), (2, 5, 4), marks=pytest.mark.slow),   # a window that D does not divide
@@ -34,7 +34,8 @@ def test_the_kernel_equals_a_masked_softmax(shape, pattern):
   batch, length, heads, kv_heads, width = shape
   draw = np.random.default_rng(0).standard_normal
   q, k, v = (jnp.asarray(draw((batch, length, n, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads))
-  run = jax.jit(lambda q, k, v: mosaic_gpu.forward(q, k, v, *pattern, interpret=InterpretParams(detect_races=True)))
+  run = jax.jit(functools.partial(mosaic_gpu.forward, dilation=pattern[0], window=pattern[1], sinks=pattern[2],
+                                  blocks=3, interpret=InterpretParams(detect_races=True)))
   (out, lse), (wanted, wanted_lse) = run(q, k, v), expected(q, k, v, *pattern)
   empty = np.asarray(wanted_lse) == softmax.NOTHING
   assert_close(out, wanted, BFLOAT16)
