@@ -29,6 +29,8 @@ def expected(q, k, v, dilation, window, sinks):
     pytest.param((1, 512, 1, 1, 64), (4, 0, 5), marks=pytest.mark.slow),   # a strided key that is a sink
     pytest.param((1, 512, 2, 1, 64), (2, 5, 4), marks=pytest.mark.slow),   # a window that D does not divide
     pytest.param((2, 512, 2, 2, 128), (2, 3, 0), marks=pytest.mark.slow),  # queries that see nothing
+    pytest.param((1, 256, 1, 1, 64), (1, 0, 128), marks=pytest.mark.slow),  # a whole tile of sinks
+    pytest.param((1, 1024, 1, 1, 64), (2, 0, 9), marks=pytest.mark.slow),  # tiles without an edge between
 ], ids=str)
 def test_the_kernel_equals_a_masked_softmax(shape, pattern):
   batch, length, heads, kv_heads, width = shape
@@ -45,7 +47,8 @@ def test_the_kernel_equals_a_masked_softmax(shape, pattern):
 
 
 @pytest.mark.parametrize(("shape", "pattern"), [
-    ((1, 262144, 32, 32, 128), (16, 0, 4)), ((8, 32768, 32, 32, 128), (64, 0, 4)), ((1, 4096, 8, 2, 64), (16, 5, 4))],
+    ((1, 262144, 32, 32, 128), (16, 0, 4)), ((8, 32768, 32, 32, 128), (64, 0, 4)), ((1, 4096, 8, 2, 64), (16, 5, 4)),
+    ((1, 2048, 2, 1, 64), (4, 40, 30)), ((2, 512, 2, 1, 128), (4, 0, 5))],
     ids=str)
 def test_the_kernel_lowers_for_cuda(shape, pattern):
   batch, length, heads, kv_heads, width = shape

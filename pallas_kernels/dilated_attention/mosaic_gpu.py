@@ -78,7 +78,7 @@ class _Work(NamedTuple):
   kv_head: Array
   residue: Array
   start: Array
-  shift: Array  # query number m sees the strided keys first .. m + shift - 1
+  shift: Array  # query number m sees the strided keys up to m + shift - 1
   key_tiles: Array  # tiles of strided keys
 
   @classmethod
@@ -89,7 +89,7 @@ class _Work(NamedTuple):
     start = (cut.steps // TILE - 1 - rest) * TILE  # the longest first
     whole = -(-cut.window // cut.dilation)
     shift = lax.div(residue + (whole * cut.dilation - cut.window), jnp.int32(cut.dilation)) - whole
-    last = jnp.maximum(start + (TILE - 1) + shift - cut.first, 0)
+    last = jnp.maximum(start + (TILE - 1) + shift, 0)
     return cls(batch, head, lax.div(head, jnp.int32(cut.heads // cut.kv_heads)), residue, start, shift,
                lax.div(last + (KEYS - 1), jnp.int32(KEYS)))
 
@@ -181,7 +181,7 @@ def _fetch(cut: Cut, count, work, q_ref, kv_refs, token_refs, *, q_tiles, k_tile
 
     @pl.loop(0, at.key_tiles)
     def _(j):
-      rows = (at.batch, pl.ds(_begin(cut, j), KEYS), cut.dilation - 1, at.kv_head)
+      rows = (at.batch, pl.ds(j * KEYS, KEYS), cut.dilation - 1, at.kv_head)
       copy(i + cut.besides + j, kv_refs, rows)
 
     return i + cut.besides + at.key_tiles
@@ -258,14 +258,15 @@ def _compute(cut: Cut, on_device: bool, group, count, work, out_ref, lse_ref, *,
       return add_keys(queries, i + cut.besides + j, state)
 
     def edge(j, state):
-      begin, row, key = _begin(cut, j), iota(KEYS, 0), iota(KEYS, 1)
-      new = cut.first + j * KEYS - begin  # the last tile is moved back to end with the keys
-      seen = (begin + key < mine + row + at.shift) & (key >= new)
-      return add_keys(queries, i + cut.besides + j, state, seen)
+      row, key = iota(KEYS, 0), j * KEYS + iota(KEYS, 1)
+      return add_keys(queries, i + cut.besides + j, state, (key < mine + row + at.shift) & (key >= cut.first))
 
     pl.when(group == 1)(take_turn)  # the other multiplies first, and waits once more at the end
-    whole = lax.div(jnp.maximum(at.start + at.shift - cut.first, 0), jnp.int32(KEYS))
-    state = lax.fori_loop(0, whole, inner, state)
+    start = jnp.minimum(1, at.key_tiles) if cut.first else 0  # the first tile holds sinks too
+    whole = jnp.maximum(lax.div(jnp.maximum(at.start + at.shift, 0), jnp.int32(KEYS)), start)
+    if cut.first:
+      state = lax.fori_loop(0, start, edge, state)
+    state = lax.fori_loop(start, whole, inner, state)
     out, top, total = lax.fori_loop(whole, at.key_tiles, edge, state)
     pl.when(group == 0)(functools.partial(plgpu.barrier_arrive, turn))
     nothing = total == 0
@@ -297,11 +298,6 @@ def _weigh(cut: Cut, scores: Array, seen: Array | None, state):
     weights = jnp.where(seen, weights, 0.0)
   total = total * shrink + weights.sum(axis=1)
   return (out * lax.broadcast_in_dim(shrink, out.shape, [0]), new_top, total), weights.astype(jnp.bfloat16)
-
-
-def _begin(cut: Cut, j: Array) -> Array:
-  """The first strided key of a tile."""
-  return jnp.minimum(cut.first + j * KEYS, cut.steps - KEYS)
 
 
 def _place(i: Array, places: int) -> Array:
