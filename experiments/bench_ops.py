@@ -166,15 +166,14 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
 
 
 def served(case: Case) -> list[str]:
-  """The implementations to time: of a prefill, those of its scan and its attention."""
+  """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries'."""
   if IMPLEMENTATIONS.value and (case.op == "scan" or case.dilation > 1):
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
   if case.op == "scan":
     return ["xla", "mosaic_gpu"]
   if case.op == "decode":
     return ["xla", "cudnn"] if case.dilation == 1 else ["xla", "mosaic_gpu"]
-  return ["xla, cudnn"] if case.dilation == 1 else [
-      "xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
+  return ["xla, cudnn"] if case.dilation == 1 else ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
 
 
 def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:

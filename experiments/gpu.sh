@@ -17,7 +17,8 @@ tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
 ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
 crossovers() { ops_bench crossovers --crossovers; }
 lengths() {  # time of a prompt against its length
-  ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --implementation=mosaic_gpu --dilation=16 --dilation=64 --rounds=3 \
+  ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --implementation=mosaic_gpu --rounds=3 \
+    --dilation=16 --dilation=64 \
     --length=4096 --length=16384 --length=65536 --length=131072 --length=262144 --length=524288
 }
 short() {  # the same where rows are short: dense attention beside every implementation

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import MULTIPROCESSORS
+
 Array = jax.Array
 
 WIDTHS = (64, 128, 256)
 _HEADS_PER_BLOCK = 4  # more queries and outputs than this leave too few registers
-_BLOCKS = 3 * 132  # what an H100 or H200 runs at a time
+_BLOCKS = 3 * MULTIPROCESSORS  # that run at a time
 _TILE_BYTES = 16384
 SHARED_BYTES = 220 * 1024  # for tiles; a block has 227 KiB, and some are for the rest
 _COPY_WORDS = 32  # an asynchronous copy goes to a multiple of 128 bytes in shared memory

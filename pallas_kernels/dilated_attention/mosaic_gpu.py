@@ -22,12 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import MULTIPROCESSORS
 from pallas_kernels.softmax import NOTHING
 
 Array = jax.Array
 ROWS, KEYS, GROUPS, STAGES = 64, 128, 2, 2  # queries of a warpgroup, keys of a tile, warpgroups, tiles in flight
 TILE = GROUPS * ROWS  # queries of a block at a time
-_MULTIPROCESSORS = 132  # of an H100 or H200; each takes one block
 _LOG2_E = math.log2(math.e)  # scores are in base 2, which is what the hardware has
 
 
@@ -107,7 +107,7 @@ def unsupported(q: Array, k: Array, dilation: int | None, sinks: int) -> str | N
   return None
 
 
-def forward(q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int, blocks: int = _MULTIPROCESSORS,
+def forward(q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int, blocks: int = MULTIPROCESSORS,
             interpret: Any = None) -> tuple[Array, Array]:
   """Attention of q [B, T, N, H] to strided keys and sinks beyond the window and, where that is 0, to the own keys.
 

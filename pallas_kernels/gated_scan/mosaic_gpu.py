@@ -22,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import MULTIPROCESSORS
 from pallas_kernels.gated_scan.mosaic_gpu_shapes import SHARED_MEMORY, Operand, Settings, shared_bytes
 from pallas_kernels.gated_scan.mosaic_gpu_tiles import Finish, Frame, Local, Tile, gates, passed
 from pallas_kernels.gated_scan.xla import linear_scan
 
 Array = jax.Array
 
-_MULTIPROCESSORS = 132  # of an H100 or H200; each takes one block
 _STEPS = (16, 8, 4)     # tokens of a piece, the best first
 _FEWEST_TILES = 16      # of a segment: fewer would not pay for filling the pipeline
 
@@ -109,7 +109,7 @@ def _segments(like: Array, settings: Settings) -> int:
   Two segments gain little over one, because the inputs are then read twice.
   """
   blocks = like.shape[0] * max(-(-math.prod(like.shape[2:]) // settings.channels), 1)
-  most = min(_MULTIPROCESSORS // blocks, like.shape[1] // (settings.tile * _FEWEST_TILES))
+  most = min(MULTIPROCESSORS // blocks, like.shape[1] // (settings.tile * _FEWEST_TILES))
   segments = 1
   while 2 * segments <= most and like.shape[1] % (2 * segments * settings.tile) == 0:
     segments *= 2
