@@ -167,13 +167,14 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
 
 def served(case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries'."""
-  if IMPLEMENTATIONS.value and (case.op == "scan" or case.dilation > 1):
+  libraries = ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
+  if case.op != "scan" and case.dilation == 1:
+    return libraries if case.op == "decode" else [f"xla, {libraries[-1]}"]
+  if IMPLEMENTATIONS.value:
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
-  if case.op == "scan":
-    return ["xla", "mosaic_gpu"]
-  if case.op == "decode":
-    return ["xla", "cudnn"] if case.dilation == 1 else ["xla", "mosaic_gpu"]
-  return ["xla, cudnn"] if case.dilation == 1 else ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
+  if case.op == "prefill":
+    return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
+  return ["xla", "mosaic_gpu"]
 
 
 def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:

@@ -33,6 +33,8 @@ from pallas_kernels.softmax import NOTHING, merge_parts
 Array = jax.Array
 
 
+# A jit of its own: the kernel is lowered once for all layers of a program.
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
 def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None,
                      own: tuple[Array, Array] | None = None, *, tuning: Tuning | None = None, interpret: Any = None
                      ) -> tuple[Array, Array]:

@@ -107,6 +107,8 @@ def unsupported(q: Array, k: Array, dilation: int | None, sinks: int) -> str | N
   return None
 
 
+# A jit of its own: the kernel is lowered once for all layers of a program.
+@functools.partial(jax.jit, static_argnames=("dilation", "window", "sinks", "blocks", "interpret"))
 def forward(q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int, blocks: int = MULTIPROCESSORS,
             interpret: Any = None) -> tuple[Array, Array]:
   """Attention of q [B, T, N, H] to strided keys and sinks beyond the window and, where that is 0, to the own keys.

@@ -15,6 +15,7 @@ copies all arrays in and out once more, about doubling the bytes moved. Lengths 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -116,6 +117,8 @@ def _segments(like: Array, settings: Settings) -> int:
   return segments if segments > 2 else 1
 
 
+# Under a jit of its own, a kernel is lowered once for all layers of a program, not once for each: it takes seconds.
+@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
 def _forward(gate_logits, inputs, state, reset, settings, interpret):
   layout = _Layout.of(gate_logits, settings)
   operands = {"logits": layout.tokens(gate_logits, jnp.inf), **layout.flags(reset),
@@ -148,6 +151,7 @@ def _forward(gate_logits, inputs, state, reset, settings, interpret):
   return tuple(layout.back(y) for y in results.values()), last
 
 
+@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
 def _backward(gate_logits, inputs, state, reset, outputs, d_outputs, d_last, settings, interpret):
   """What runs backwards is not dL/dh_t but the message decay_t * dL/dh_t that token t sends to t - 1: it enters at the
   last token as the cotangent of the last state and leaves at the first as that of the first one."""
