@@ -3,6 +3,7 @@
 Claim: a decode step reads what its mode chose, a dilated prefill computes what it sees, and both save time.
 Command: python -m experiments.bench_model --mode=dense --mode=quest:0.0625 --context=16384
 A preset through files: --preset=olmo2-7b --dtype=bfloat16 --through_files --part=prefill --part=decode
+Where the time goes, kernel by kernel: --profile
 Weights are random, decoding starts from caches of random numbers, medians are of several rounds.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common, plots
+from experiments import common, kernel_times, plots
 from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
 from rat_jax.axes import Params
 from rat_jax.costs import PEAK_FLOPS
@@ -94,7 +95,7 @@ Measured = tuple[float, float]  # (seconds, bytes that the program needs: argume
 def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
   """A decode step, host work included."""
   rounds, steps = ROUNDS.value, STEPS.value
-  cache = random_cache(model.config, mode, batch_size, context, (rounds + 1) * steps + 1)
+  cache = random_cache(model.config, mode, batch_size, context, (rounds + 2) * steps + 1)  # --profile takes one more
   tokens = jnp.ones(batch_size, jnp.int32)
   step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2,  # the cache is updated in place
                  compiler_options=rat_jax.compiler_options())
@@ -106,7 +107,7 @@ def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, contex
       carried[0] = compiled(params, tokens, carried[0][1])
     return carried[0][0]
 
-  return median_seconds(run) / steps, needs(compiled)
+  return median_seconds(run, steps), needs(compiled)
 
 
 def prefill(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
@@ -137,14 +138,15 @@ def train(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context
   return median_seconds(run), needs(compiled)
 
 
-def median_seconds(run: Callable[[], Any]) -> float:
-  """The median over rounds, after one that is not counted."""
+def median_seconds(run: Callable[[], Any], calls: int = 1) -> float:
+  """Of one of the calls that `run` makes: the median over rounds, after one that is not counted."""
   times = []
   for _ in range(1 + ROUNDS.value):
     start = time.perf_counter()
     jax.block_until_ready(run())
     times.append(time.perf_counter() - start)
-  return float(np.median(times[1:]))
+  kernel_times.report(run, calls)
+  return float(np.median(times[1:])) / calls
 
 
 def needs(compiled: Any) -> float:

@@ -2,6 +2,7 @@
 
 Claim: memory, dilated prefill and decoding over a compact cache are as fast as their bytes and operations say.
 Command: python -m experiments.bench_ops                      (--op=prefill --length=262144 --dilation=16 for one case)
+Where the time goes, kernel by kernel: --profile
 Time against T: --op=prefill --length=4096 --length=16384 ...   The authors' code beside ours: --torch_reference=DIR
 Inputs are drawn anew, and every result is checked against the reference on some queries and heads before it is timed.
 Floors are the operation's bytes and FLOPs over what this device's copies and matrix products were measured to do.
@@ -25,7 +26,7 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
-from experiments import common, plots, torch_reference
+from experiments import common, kernel_times, plots, torch_reference
 from experiments.torch_reference import ROPE_BASE
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.reference import dilated_pattern
@@ -257,8 +258,9 @@ def time_one(case: Case, implementation: str, made: dict[str, Any]) -> tuple[flo
   """(seconds, error) of a case by an implementation. Raises NotImplementedError where it does not serve it."""
   f = build(case, implementation)
   compiled = jax.jit(lambda made: f(**made)).lower(made).compile()
-  error = check(case, made, compiled(made))
-  return median_seconds(compiled, made), error
+  error, seconds = check(case, made, compiled(made)), median_seconds(compiled, made)
+  kernel_times.report(lambda: compiled(made))
+  return seconds, error
 
 
 def authors(directory: str, every: list[Case]) -> dict[Case, float]:

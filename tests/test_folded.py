@@ -57,14 +57,19 @@ def check(length, pattern, heads, groups, seed=0):
   rng = np.random.default_rng(seed)
   q, d_out = rng.standard_normal((2, 2, length, heads * groups, 4))
   k, v = rng.standard_normal((2, 2, length, heads, 4))
+
+  def run(attention, dtype):
+    @jax.jit
+    def values_and_gradients(arrays, d):
+      values, pull = jax.vjp(lambda *a: attention(*a, pattern), *arrays)
+      return values, pull(d)
+    return jax.tree.map(np.asarray, values_and_gradients(*jax.tree.map(lambda x: x.astype(dtype), ((q, k, v), d_out))))
+
   with jax.enable_x64():
-    values, pull = jax.vjp(lambda *a: expected(*a, pattern), *(jnp.asarray(x, jnp.float64) for x in (q, k, v)))
-    gradients = pull(jnp.asarray(d_out))
-    values, gradients = np.asarray(values), [np.asarray(x) for x in gradients]
-  ours, pull = jax.vjp(lambda *a: folded.dilated_attention(*a, pattern, PLAIN),
-                       *(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    values, gradients = run(expected, np.float64)
+  ours, found = run(lambda *a: folded.dilated_attention(*a, PLAIN), np.float32)
   assert_close(ours, values, OPERATION, pattern)
-  for name, gradient, theirs in zip("qkv", pull(jnp.asarray(d_out, jnp.float32)), gradients, strict=True):
+  for name, gradient, theirs in zip("qkv", found, gradients, strict=True):
     assert_close(gradient, theirs, GRADIENT, f"{name} {pattern}")
 
 

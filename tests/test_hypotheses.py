@@ -34,6 +34,7 @@ def table_row(label):
   return row
 
 
+@pytest.mark.slow
 def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +40,15 @@ def rows_from(tokens, start, width):
 
 
 def matrix():
-  """Grouped RAT+ in both types and attention in float32 always, the rest in the slow run."""
-  for memory in (True, False):
-    for kv_heads in (4, 2):
-      for dtype in ("float32", "bfloat16"):
-        quick = (memory and kv_heads == 2) or (not memory and kv_heads == 4 and dtype == "float32")
-        name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
-        yield pytest.param(memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
+  """Grouped RAT+ in float32 always, one mode also in bfloat16 and of plain attention; the rest in the slow run."""
+  for mode, memory, kv_heads, dtype in itertools.product(MODES, (True, False), (4, 2), ("float32", "bfloat16")):
+    one = mode == MODES[2]
+    quick = memory == (kv_heads == 2) and (one or memory) and (dtype == "float32" or (one and memory))
+    name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
+    yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("memory", "kv_heads", "dtype"), list(matrix()))
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("mode", "memory", "kv_heads", "dtype"), list(matrix()))
 def test_every_way_gives_the_same_logits(mode, memory, kv_heads, dtype):
   model, params, tokens = setup(memory, kv_heads, dtype)
   expected = np.asarray(apply(model, params, tokens, mode))

@@ -69,8 +69,8 @@ RANDOM = niah_table.Row("Quest 8, 1/2, random", lambda task: (Quest(64, block=8,
                                                               None))
 
 
-@pytest.mark.parametrize("row", [*rows_named("Quest 8, 1/4", "SnapKV aware, 1/4, random"), RANDOM],
-                         ids=lambda row: row.label)
+@pytest.mark.parametrize("row", [*rows_named("Quest 8, 1/4"), *(pytest.param(row, marks=pytest.mark.slow) for row in (
+    *rows_named("SnapKV aware, 1/4, random"), RANDOM))], ids=lambda row: row.label)
 def test_cells_alone_and_together_and_free_running_are_one(small, row):
   model, params = trained()
   tasks = [TASKS["single_2"], TASKS["single_1"], TASKS["multikey_1"]]

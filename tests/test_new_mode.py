@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import rat_jax
 from conftest import WHOLE_MODEL, assert_close
@@ -43,6 +44,7 @@ class LogBlocks(BlockMode):
     return 1 + (length // self.block).bit_length()
 
 
+@pytest.mark.slow
 def test_a_new_mode_that_chooses_blocks():
   mode = LogBlocks(2)
   assert text.parse(str(mode), MODES | {"log_blocks": LogBlocks}) == mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -37,7 +38,8 @@ def test_logits_of_every_configuration(authors, backbone):
   assert len(modes) >= 4
   for suffix, tokens, names in (("", "tokens", modes), ("_odd", "tokens_odd", fixture.names("odd_names"))):
     for name in names:
-      logits = fixture.model.apply({"params": fixture.params()}, fixture[tokens], mode=modes[name])
+      apply = jax.jit(functools.partial(fixture.model.apply, mode=modes[name]))
+      logits = apply({"params": fixture.params()}, fixture[tokens])
       assert_within(logits, fixture[f"logits{suffix}/{name}"], LOGITS, name)
 
 
@@ -81,7 +83,7 @@ def test_gradients(authors, backbone):
       total, count = cross_entropy(model.apply({"params": params}, tokens, mode=mode), labels)
       return total / count
 
-    loss, grads = jax.value_and_grad(mean_loss)(params)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert_within(loss, fixture[f"loss/{name}"], LOSS, name)
     theirs = fixture.state_dict(f"grad/{name}")
     ours = to_ratplus_state_dict(grads, fixture.config)

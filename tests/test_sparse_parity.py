@@ -58,7 +58,8 @@ def test_quest(case):
   assert checked >= len(data[f"{case}/budgets"])
 
 
-@pytest.mark.parametrize("case", cases("moba"))
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "gqa_t48_b16" else pytest.mark.slow)
+                                  for case in cases("moba")])
 def test_moba(case):
   data = fixture("moba")
   q, k, v = (data[f"{case}/{name}"] for name in "qkv")

@@ -56,7 +56,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch):
                                  batch["weights"])
     return total / count
 
-  expected = jax.value_and_grad(plain)(params)
+  expected = jax.jit(jax.value_and_grad(plain))(params)
   for chunk in (1 << 27, 31 * 48, 31 * 17, 31):  # all 48 tokens at once, also counted; 17; one
     monkeypatch.setattr("rat_jax.train.loss._LOGITS", chunk)
 
@@ -64,8 +64,9 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch):
       total, count = sequence_loss(MODEL, p, batch, mode=MODES[0])
       return total / count
 
-    for found, known in zip(*map(jax.tree.leaves, (jax.value_and_grad(chunked)(params), expected)), strict=True):
-      assert_close(found, known, GRADIENT)
+    found = jax.jit(jax.value_and_grad(chunked))(params)
+    for ours, known in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+      assert_close(ours, known, GRADIENT)
 
 
 def test_utilisation_is_operations_over_the_peak(tmp_path, monkeypatch):
@@ -78,6 +79,7 @@ def test_utilisation_is_operations_over_the_peak(tmp_path, monkeypatch):
   assert line["utilisation"] == pytest.approx(line["tokens_per_second"] * flops / 1e6)
 
 
+@pytest.mark.slow
 def test_the_summed_form_is_one_update_on_the_summed_loss():
   state, batch = fresh_state(), batch_at(0)
   after, metrics = rat_jax.train_step(MODEL, OPTIMIZER, state, batch, modes=MODES, combine="sum")
@@ -112,7 +114,8 @@ def test_accumulation_is_the_mean_of_the_micro_batches_means():
 
 
 @pytest.mark.parametrize("choice", [
-    dict(remat="nothing"), pytest.param(dict(remat="everything"), marks=pytest.mark.slow), dict(unroll=True)], ids=str)
+    pytest.param(dict(remat="nothing"), marks=pytest.mark.slow),
+    pytest.param(dict(remat="everything"), marks=pytest.mark.slow), dict(unroll=True)], ids=str)
 def test_how_gradients_are_computed_changes_no_update(choice):
   batch = batch_at(0)
   expected, found = (rat_jax.train_step(MODEL, OPTIMIZER, fresh_state(), batch, modes=MODES, **one)
@@ -189,7 +192,8 @@ def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
     train(MODEL, OPTIMIZER, state, lambda step: {"tokens": batch_at(step)["tokens"]}, steps=3)
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_bfloat16_parameters_train_with_float32_moments_and_gradients(accumulation):
   model = RATPlusLM(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
   params = model.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
