@@ -74,15 +74,18 @@ class Slots:
     return jnp.where(also_sink | also_in_ring, -1, held)
 
   def destinations(self, positions: Positions) -> Array:
-    """The slots that take a position [B, T] when it comes: int32 [B, T, 3]; `rows` where there is none."""
+    """The slots that take a position [B, T] when it comes: int32 [B, T, up to 3]; `rows` where there is none."""
     nowhere = self.rows
-    sink = jnp.where(positions < self.sinks, positions, nowhere)
-    ring = self.sinks + positions % self.ring if self.ring else jnp.full_like(positions, nowhere)
-    block = positions // self.stride
-    strided = jnp.where(((positions + 1) % self.stride == 0) & (block < self.strided),
-                        self.sinks + self.ring + block, nowhere)
-    slots = jnp.stack([sink, ring, strided], axis=-1)
-    return jnp.where((positions >= 0)[..., None], slots, nowhere)
+    slots: list[Any] = []
+    if self.sinks:
+      slots.append(jnp.where(positions < self.sinks, positions, nowhere))
+    if self.ring:
+      slots.append(self.sinks + positions % self.ring)
+    if self.strided:
+      block = positions // self.stride
+      slots.append(jnp.where(((positions + 1) % self.stride == 0) & (block < self.strided),
+                             self.sinks + self.ring + block, nowhere))
+    return jnp.where((positions >= 0)[..., None], jnp.stack(slots, axis=-1), nowhere)
 
   def _is_ring(self, slot: Array) -> Array:
     return (slot >= self.sinks) & (slot < self.sinks + self.ring)
@@ -299,5 +302,7 @@ def write(slots: Slots | BlockSlots, old: Array, new: Array, positions: Position
   stays = jnp.take_along_axis(held[:, None], slot, axis=2) == positions[:, :, None]
   slot = jnp.where(stays & (positions >= 0)[:, :, None], slot, slots.rows)
   row = jnp.arange(slot.shape[0])[:, None, None]
+  # XLA would fuse what makes slots and rows into the scatter and compute it again for every number that is written.
+  slot, new = jax.lax.optimization_barrier((slot, new))
   # Indices [B, T, places] come first, then layers, K, H.
-  return old.at[:, row, :, slot].set(jnp.moveaxis(new, 0, 2)[:, :, None], mode="drop")
+  return old.at[:, row, :, slot].set(jnp.moveaxis(new, 0, 2)[:, :, None], mode="drop", unique_indices=True)
