@@ -95,7 +95,8 @@ Measured = tuple[float, float]  # (seconds, bytes that the program needs: argume
 def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context: int) -> Measured:
   """A decode step, host work included."""
   rounds, steps = ROUNDS.value, STEPS.value
-  cache = random_cache(model.config, mode, batch_size, context, (rounds + 2) * steps + 1)  # --profile takes one more
+  room = (1 + rounds + kernel_times.PROFILE.value) * steps + 1
+  cache = random_cache(model.config, mode, batch_size, context, room)
   tokens = jnp.ones(batch_size, jnp.int32)
   step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2,  # the cache is updated in place
                  compiler_options=rat_jax.compiler_options())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import sys
+import types
 
 import pytest
 
 from conftest import run_python
-from experiments import plots, torch_reference
+from experiments import kernel_times, plots, torch_reference
 
 
 @pytest.mark.slow
@@ -36,6 +38,25 @@ def test_whole_models_are_timed_at_every_batch_and_context(tmp_path):
   lines = json.loads((tmp_path / "results.json").read_text())["lines"]
   assert len({(line["part"], line["mode"], line["context"], line["batch_size"]) for line in lines}) == 24
   assert (tmp_path / "decode.png").exists()
+
+
+def test_kernels_of_a_trace_add_up(monkeypatch):
+  """A plane of a device with two streams and one of the host, of two calls; copies of a kernel are one."""
+  made = lambda **fields: types.SimpleNamespace(**fields)
+  events = lambda *pairs: [made(name=name, duration_ns=ns) for name, ns in pairs]
+  planes = [made(name="/device:GPU:0", lines=[
+      made(name="Stream #1", events=events(("scan_1", 3e6), ("scan_2", 1e6), ("gemm", 2e6))),
+      made(name="Stream #2", events=events(*((f"small{i}x", 2e3 * (i + 1)) for i in range(20)))),
+      made(name="Steps", events=events(("0", 9e9)))]), made(name="/host:CPU", lines=[
+          made(name="Stream #3", events=events(("host", 9e9)))])]
+  read = made(from_file=lambda path: made(planes=planes))
+  monkeypatch.setattr(kernel_times.jax.profiler, "ProfileData", read)
+  seconds = kernel_times.kernels(pathlib.Path("trace"))
+  assert seconds["scan"] == pytest.approx([3e-3, 1e-3])
+  assert len(seconds) == 22
+  rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in kernel_times.table(seconds, 2).splitlines()]
+  assert rows[2:4] == [["scan", "1", "2.000"], ["gemm", "0.5", "1.000"]]
+  assert rows[-2:] == [["6 others", "3", "0.021"], ["all", "11.5", "3.210"]]
 
 
 def test_what_did_not_fit_is_not_drawn(tmp_path):
