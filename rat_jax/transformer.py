@@ -175,10 +175,12 @@ def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
   y = rms_norm(x, p["mlp_norm"], config.norm_eps) if config.norm_placement == "pre" else x
   y = y.astype(dtype)
   hidden = _product("bte,ef->btf", y, p["mlp_in"])
+  # Activations are computed in float32 and rounded once, as in PyTorch; XLA then makes one kernel of them on a GPU.
   if config.mlp == "swiglu":
-    hidden *= jax.nn.silu(_product("bte,ef->btf", y, p["mlp_gate"]))
+    gate = _product("bte,ef->btf", y, p["mlp_gate"])
+    hidden *= jax.nn.silu(gate.astype(jnp.float32)).astype(dtype)
   else:
-    hidden = jax.nn.gelu(hidden, approximate=False)
+    hidden = jax.nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(dtype)
   y = _product("btf,fe->bte", hidden, p["mlp_out"], einsum_float32)
   if config.norm_placement == "post":
     y = rms_norm(y, p["mlp_norm"], config.norm_eps)

@@ -29,10 +29,7 @@ Array = jax.Array
 
 _FETCH_REGISTERS = 40
 _LOG2_E = 1.4426950408889634
-# jax 0.10 has `plgpu.load` with an index, and assignments that tolerate banks that meet; 0.12 has it without one, and
-# `plgpu.store` for such assignments.
-_WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()
-_STORE = getattr(plgpu, "store", None)
+_WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10 wants an index, 0.12 none
 
 # Thread i holds channels 2i and 2i+1 of the flattened [subs, 1, channels]: (tiles, axes over warps, axes over lanes).
 _LAYOUTS = {
@@ -65,10 +62,15 @@ class Registers:
 
   def write(self, ref: Ref, x: Array) -> None:
     """ref[...] = x for a whole reference."""
-    if self.interpret or _STORE is None:
+    if self.interpret:
       ref[...] = x
-    else:
-      _STORE(ref, x, optimized=False)
+      return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.layout))
+    def store(_, to, values):
+      values.store_untiled(to, optimized=False)
+
+    store(ref, x)  # `ref[...] = x` would first read what is there
 
   def spread(self, x: Array, axis: int) -> Array:
     """[subs, 1, channels] from an array of that one axis."""
@@ -201,8 +203,9 @@ class Frame:
         grid=(self.rows, self.channels // settings.channels), grid_names=("rows", "blocks"),
         num_threads=workers + 1, thread_name="worker", kernel_name=self.name, interpret=self.interpret,
         # Every store to shared memory is followed by `commit_smem` before another thread reads it.
+        # Threads are lowered one by one: layouts stand here, and to infer them for a warpgroup takes several seconds.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True,
-                                             lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
+                                             lowering_semantics=plgpu.LoweringSemantics.Lane))
     *outputs, last = kernel(*(x.array for x in self.operands.values()), self.state)
     return dict(zip(self.outputs, outputs, strict=True)), last
 
