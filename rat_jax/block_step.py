@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels import softmax
+from pallas_kernels import decode_attention, softmax
 from rat_jax import selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.cache import KVCache, Slots
@@ -13,13 +14,14 @@ from rat_jax.modes import BlockMode, visible
 from rat_jax.selection import Origin, Statistics
 
 
-def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positions, kv: KVCache,
+def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positions, kv: KVCache, layer: Array | int,
                 statistics: Statistics, lengths: Lengths, origin: Origin, max_length: int) -> Array:
   """Attention of one new token to the blocks that it chooses, to what the mode's rule adds, and to itself.
 
   Args:
     q: [B, 1, N, H]; k, v: [B, 1, K, H], of the token at `positions` [B, 1]; -1 for a row that takes none.
-    kv: keys and values of one layer, [B, K, R, H], row p holding position p of the `lengths` [B] tokens so far.
+    kv: keys and values [L, B, K, R, H] of which `layer` is read, row p holding position p of the `lengths` [B] tokens
+      so far.
     statistics: of the blocks of these tokens, [B, K, P, H] each.
 
   Returns:
@@ -29,25 +31,31 @@ def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positi
   count, size, kv_heads = statistics[0].shape[2], mode.block, k.shape[2]
   keys = (k, positions)
   if mode.selector == "oracle":
-    at = jnp.arange(kv.keys.shape[2], dtype=jnp.int32)
-    keys = (jnp.concatenate([jnp.swapaxes(kv.keys, 1, 2), k], axis=1),
+    old = _layer(kv.keys, layer)
+    at = jnp.arange(old.shape[2], dtype=jnp.int32)
+    keys = (jnp.concatenate([jnp.swapaxes(old, 1, 2), k], axis=1),
             jnp.concatenate([jnp.where(at < lengths[:, None], at, -1), positions], axis=1))
   scores = selection.score_blocks(mode, {"q": q, "own": own, "position": positions}, statistics, keys, origin)
   blocks, valid = selection.pick(mode, scores, positions, max_length)
 
-  def part(at, mask):  # the rows `at` [B, Ksel, X] of the cache, where `mask` [B, N or K, X] lets them be seen
-    old_k, old_v = (jnp.swapaxes(take_rows(x, jnp.clip(at, 0, x.shape[2] - 1)), 1, 2) for x in (kv.keys, kv.values))
-    return softmax.attend_part(q, old_k, old_v, selection.to_groups(mask[:, None], old_k.shape[2]))
-
-  batch, heads = blocks.shape[0], blocks.shape[2]
-  rows = (blocks[:, 0, :, :, None] * size + jnp.arange(size)).reshape(batch, heads, -1)
-  parts = [part(rows, jnp.repeat(valid[:, 0], size, axis=-1) & (rows < lengths[:, None, None]))]
-  seen = selection.seen_keys(mode, blocks, count, positions, positions)
-  parts.append(softmax.attend_part(q, k, v, selection.to_groups(seen, kv_heads)))
+  rows = blocks[:, 0, :, :, None] * size + jnp.arange(size, dtype=jnp.int32)
+  seen = valid[:, 0, :, :, None] & (rows < lengths[:, None, None, None])
+  # A query's own block, if it must be read, has the query's own key.
+  forced = (k[:, 0], v[:, 0]) if mode.forces_own else None
+  out, lse = decode_attention(q[:, 0], kv.keys, kv.values, seen, blocks=blocks[:, 0], layer=layer, own=forced)
+  parts = [(out[:, None], lse[:, None])]
+  if forced is None:
+    is_seen = selection.seen_keys(mode, blocks, count, positions, positions)
+    parts.append(softmax.attend_part(q, k, v, selection.to_groups(is_seen, kv_heads)))
   if mode.rule is not None:
     held = Slots.of(mode.rule, max_length).readable(lengths)
     besides = ~selection.is_chosen(blocks, count, jnp.maximum(held, 0)[:, None, None] // size)[:, 0]
     besides &= visible(mode.rule, positions, held)
-    at = jnp.broadcast_to(held[:, None], (batch, kv_heads, held.shape[1]))
-    parts.append(part(at, besides))
+    at = jnp.broadcast_to(jnp.maximum(held, 0)[:, None], (*lengths.shape, kv_heads, held.shape[1]))
+    old_k, old_v = (jnp.swapaxes(take_rows(_layer(x, layer), at), 1, 2) for x in (kv.keys, kv.values))
+    parts.append(softmax.attend_part(q, old_k, old_v, selection.to_groups(besides[:, None], kv_heads)))
   return softmax.merge(parts)
+
+
+def _layer(x: Array, layer: Array | int) -> Array:
+  return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)

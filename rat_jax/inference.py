@@ -228,7 +228,7 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
           return attention.attend_sequence(at.q, at.k, at.v, rule, layout, origin)
         if tokens.shape[1] == 1 and not isinstance(rule, BlockMode):
           return _attend_step(run, rule, layout, at, whole, cache, index)
-        return _attend_cached(run, rule, layout, at, kv, cache, origin)
+        return _attend_cached(run, rule, layout, at, kv, whole, cache, origin)
 
       x, state, at = transformer.block(config, p, x, layout, state, attend)
       if not fresh:
@@ -276,12 +276,15 @@ def _attend_step(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache
   return out[:, None]
 
 
-def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, origin: Origin
-                   ) -> Array:
-  """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax."""
+def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, whole: KVCache, cache: Cache,
+                   origin: Origin) -> Array:
+  """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax.
+
+  `whole` is the part of all layers of the run.
+  """
   positions = layout.positions
   if isinstance(rule, BlockMode):
-    return _attend_cached_blocks(run, rule, positions, at, kv, cache, origin)
+    return _attend_cached_blocks(run, rule, positions, at, kv, whole, cache, origin)
   rule, cached = _cached_positions(run, rule, kv.positions, cache)
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
   return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached),
@@ -295,14 +298,15 @@ def _cached_positions(run: Run, rule: Mode, kept: Array | None, cache: Cache) ->
   return rule, Slots.of(run.mode, cache.max_length).readable(cache.lengths)
 
 
-def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, cache: Cache,
-                          origin: Origin) -> Array:
+def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, whole: KVCache,
+                          cache: Cache, origin: Origin) -> Array:
   """The same for a rule that chooses blocks; the cache is full."""
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
   statistics = kv.statistics if rule == run.mode and kv.statistics else selection.block_statistics(
       rule, old_k, cache.lengths)
   if positions.shape[1] == 1:
-    return attend_step(at.q, at.k, at.v, rule, positions, kv, statistics, cache.lengths, origin, cache.max_length)
+    return attend_step(at.q, at.k, at.v, rule, positions, whole, origin.layer - run.start, statistics, cache.lengths,
+                       origin, cache.max_length)
   own = selection.continued(rule, statistics, at.k, positions, cache.lengths)
   blocks = caches.BlockSlots(rule.block, statistics[0].shape[2])
   total = cache.lengths + jnp.sum(positions >= 0, axis=1)

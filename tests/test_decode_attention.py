@@ -136,6 +136,68 @@ def test_one_layer_of_a_cache_of_several(implementation):
   assert_close(out, reference.decode_attention(q, keys[1], values[1], visible)[0], OPERATION)
 
 
+def draw_blocks(shape, block, chosen, apart=False, seed=0):
+  """q, keys, values, visible and blocks: blocks in any order; what no head may see is NaN, the last row sees nothing."""
+  rng = np.random.default_rng(seed)
+  q, keys, values, _ = draw(shape, seed)
+  heads, count = shape.heads if apart else shape.kv_heads, -(-shape.rows // block)
+  blocks = np.stack([rng.permutation(count)[:chosen] for _ in range(shape.batch * heads)])
+  blocks = blocks.reshape(shape.batch, heads, -1).astype(np.int32)
+  visible = rng.random((*blocks.shape, block)) < 0.7
+  visible &= blocks[..., None] * block + np.arange(block) < shape.rows
+  visible[0, 0, chosen // 2:], blocks[0, 0, chosen // 2:] = False, count + 5
+  if shape.batch > 1:
+    visible[-1] = False
+  seen = reference.rows_of_blocks(visible, blocks, shape.rows)
+  keys, values = poison(keys, values, seen.reshape(shape.batch, shape.kv_heads, -1, shape.rows).any(axis=2))
+  return q, keys, values, visible, blocks
+
+
+def check_blocks(run, drawn, own=None, relative=OPERATION):
+  q, keys, values, visible, blocks = drawn
+  out, lse = jax.jit(run)(*map(jnp.asarray, (q, keys, values, visible)), blocks=jnp.asarray(blocks), own=own)
+  seen = reference.rows_of_blocks(visible, blocks, keys.shape[2])
+  if own is not None:
+    keys, values = (np.concatenate([x, one[:, :, None]], axis=2) for x, one in zip((keys, values), own, strict=True))
+    seen = np.pad(seen, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+  expected_out, expected_lse = reference.decode_attention(q, keys, values, seen)
+  assert_close(out, expected_out, relative, "output")
+  np.testing.assert_array_equal(np.asarray(lse) == np.float32(softmax.NOTHING), expected_lse == softmax.NOTHING)
+  empty = expected_lse == softmax.NOTHING
+  assert_close(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), relative, "log-sum-exp")
+
+
+@given(st.integers(1, 2), st.integers(1, 40), st.sampled_from([(1, 1), (4, 4), (6, 2)]), st.integers(1, 9),
+       st.integers(1, 6), st.booleans(), st.integers(0, 9))
+@settings(deadline=None, max_examples=15)
+def test_plain_jax_reads_chosen_blocks(batch, rows, heads, block, chosen, apart, seed):
+  shape = Shape(batch, rows, *heads, 8, "float32")
+  check_blocks(xla.decode_attention, draw_blocks(shape, block, min(chosen, -(-rows // block)), apart, seed))
+
+
+@pytest.mark.parametrize(("shape", "block", "chosen", "apart", "tuning"), [
+    (Shape(2, 90, 2, 2, 128), 16, 3, False, None),                                # the cache ends within a block
+    (Shape(2, 64, 4, 2, 128), 32, 2, False, Tuning(tile_rows=16, stages=3)),      # blocks of two tiles, grouped heads
+    (Shape(1, 70, 4, 2, 64), 16, 4, True, Tuning(splits=2)),                      # query heads that choose apart
+    (Shape(2, 10, 1, 1, 128, "float32"), 16, 1, False, None),                     # a cache smaller than a block
+    (Shape(2, 50, 2, 1, 256), 8, 5, True, None),
+], ids=str)
+def test_the_kernel_reads_chosen_blocks(shape, block, chosen, apart, tuning):
+  run = functools.partial(mosaic_gpu.decode_attention, tuning=tuning, interpret=InterpretParams(detect_races=True))
+  check_blocks(run, draw_blocks(shape, block, chosen, apart))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_the_own_key_beside_chosen_blocks(implementation):
+  shape = Shape(2, 40, 4, 2, 64, "float32")
+  rng = np.random.default_rng(3)
+  own = tuple(rng.standard_normal((2, 2, 64)).astype(np.float32) for _ in range(2))
+  run = xla.decode_attention if implementation == "xla" else functools.partial(
+      mosaic_gpu.decode_attention, interpret=InterpretParams())
+  for apart in (False, True):
+    check_blocks(run, draw_blocks(shape, 8, 3, apart), own)
+
+
 def test_the_kernel_with_large_scores():
   shape = Shape(1, 20, 1, 1, 64, "float32")
   q, keys, values, visible = draw(shape)
@@ -224,6 +286,16 @@ def test_the_kernel_lowers_for_cuda(shape):
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize(("shape", "block", "chosen", "heads"), [
+    (Shape(128, 16384), 64, 16, 32), (Shape(128, 16400), 16, 64, 32), (Shape(4, 999, 16, 2, 64), 32, 3, 16)], ids=str)
+def test_the_kernel_of_chosen_blocks_lowers_for_cuda(shape, block, chosen, heads):
+  q, keys, values, _ = shape.arguments()
+  blocks = jax.ShapeDtypeStruct((shape.batch, heads, chosen), jnp.int32)
+  visible = jax.ShapeDtypeStruct((*blocks.shape, block), bool)
+  traced = jax.jit(mosaic_gpu.decode_attention).trace(q, keys, values, visible, blocks=blocks)
+  assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_small_batches_split_the_cache():
   splits = {batch: Cut(batch, 32, 32, 4097, 128, jnp.dtype("bfloat16"), Tuning()).splits
             for batch in (1, 4, 13, 256)}
@@ -242,6 +314,8 @@ def test_small_batches_split_the_cache():
     (dict(visible=np.zeros((2, 5), np.int32)), ValueError, r"visible is int32 \(2, 5\); give bool"),
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
+    (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"blocks is int32 \(2, 3, 1\); give int32 \[B, K or N, n\]"),
+    (dict(blocks=np.zeros((2, 2, 1), np.int32)), ValueError, r"with blocks \(2, 2, 1\) give bool"),
     (dict(own=(np.zeros((2, 2, 8), np.float32), np.zeros((2, 4, 8), np.float32))), ValueError, r"give key and value"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
@@ -263,6 +337,14 @@ def test_what_the_kernel_refuses(shape, message):
   with pytest.raises(NotImplementedError, match=message):
     decode_attention(*draw(shape), implementation="mosaic_gpu")
   api.decode_attention(*draw(shape))
+
+
+@pytest.mark.usefixtures("any_device")
+def test_blocks_that_the_kernel_refuses():
+  shape = Shape(1, 24, 1, 1, 128)
+  with pytest.raises(NotImplementedError, match="blocks of a multiple of 8 rows at H=128 and bfloat16, not of 12"):
+    q, keys, values, visible, blocks = draw_blocks(shape, 12, 1)
+    decode_attention(q, keys, values, visible, blocks=blocks, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("change", [dict(tile_rows=0), dict(tile_rows=257), dict(stages=0), dict(splits=0)])

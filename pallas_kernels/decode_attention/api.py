@@ -27,6 +27,7 @@ def decode_attention(
     *,
     layer: Array | int | None = None,
     own: tuple[Array, Array] | None = None,
+    blocks: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
   """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
@@ -41,9 +42,12 @@ def decode_attention(
     layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
       here rather than hand over slices: before a kernel a slice is a copy.
     own: key and value [B, K, H] of the new token itself, which are not in the cache yet and always seen.
+    blocks: int32 [B, K or N, n], the only blocks of S rows that are read, by a key/value head or by every query head
+      for itself: block i holds rows i*S .. i*S+S-1. `visible` is then [B, K or N, n, S], of the rows of these blocks;
+      a block has visible rows in one place at most, and any index may stand where it has none.
     implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
-      bfloat16 or all float32 and H of 64, 128 or 256; its gradient is that of "xla", and over several devices it
-      belongs inside `jax.shard_map`.
+      bfloat16 or all float32, H of 64, 128 or 256, and blocks of a multiple of 4 to 16 rows (the wider a row, the
+      fewer); its gradient is that of "xla", and over several devices it belongs inside `jax.shard_map`.
 
   Returns:
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.
@@ -54,15 +58,18 @@ def decode_attention(
   """
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
   own = None if own is None else (jnp.asarray(own[0]), jnp.asarray(own[1]))
-  _check(q, keys, values, visible, layer, own)
+  blocks = None if blocks is None else jnp.asarray(blocks)
+  _check(q, keys, values, visible, layer, own, blocks)
+  block = None if blocks is None else visible.shape[3]
+  size = math.prod(keys.shape[-4:]) if blocks is None else visible.size * q.shape[2]
   name = dispatch.resolve("decode_attention", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys)}, math.prod(keys.shape[-4:]))
-  return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer, own)
+      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys, block)}, size)
+  return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer, own, blocks)
 
 
 @jax.custom_vjp
-def _kernel(q, keys, values, visible, layer, own):
-  return _mosaic_gpu().decode_attention(q, keys, values, visible, layer, own)
+def _kernel(q, keys, values, visible, layer, own, blocks):
+  return _mosaic_gpu().decode_attention(q, keys, values, visible, layer, own, blocks)
 
 
 def _kernel_forward(*arguments):
@@ -70,17 +77,17 @@ def _kernel_forward(*arguments):
 
 
 def _kernel_backward(arguments, cotangents):
-  q, keys, values, visible, layer, own = arguments
-  _, pull = jax.vjp(lambda q, keys, values, own: xla.decode_attention(q, keys, values, visible, layer, own),
+  q, keys, values, visible, layer, own, blocks = arguments
+  _, pull = jax.vjp(lambda q, keys, values, own: xla.decode_attention(q, keys, values, visible, layer, own, blocks),
                     q, keys, values, own)
   *d_cache, d_own = pull(cotangents)
-  return *d_cache, None, None, d_own
+  return *d_cache, None, None, d_own, None
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _check(q, keys, values, visible, layer, own):
+def _check(q, keys, values, visible, layer, own, blocks):
   if q.ndim != 3 or keys.ndim != (4 if layer is None else 5) or keys.shape != values.shape:
     cache = "[B, K, R, H]" if layer is None else "[L, B, K, R, H], as layer is given"
     raise ValueError(f"q, keys, values have shapes {q.shape}, {keys.shape}, {values.shape}; give q [B, N, H] and keys,"
@@ -94,7 +101,15 @@ def _check(q, keys, values, visible, layer, own):
     raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")
   if not q.dtype == keys.dtype == values.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
     raise ValueError(f"q, keys, values are {q.dtype}, {keys.dtype}, {values.dtype}; give them one floating type.")
-  if visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
+  if blocks is not None:
+    heads = q.shape[1]
+    if blocks.dtype != jnp.int32 or blocks.ndim != 3 or blocks.shape[0] != b or blocks.shape[1] not in (kv, heads):
+      raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give int32 [B, K or N, n], here B={b}, K={kv},"
+                       f" N={heads}.")
+    if visible.dtype != jnp.bool_ or visible.shape[:-1] != blocks.shape or 0 in visible.shape:
+      raise ValueError(f"visible is {visible.dtype} {visible.shape}; with blocks {blocks.shape} give bool"
+                       " [B, K or N, n, S], with a row in every block.")
+  elif visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
     raise ValueError(f"visible is {visible.dtype} {visible.shape}; give bool [B, R] = {(b, rows)} or"
                      f" [B, K, R] = {(b, kv, rows)}.")
   if own is not None and any(x.shape != (b, kv, h) or x.dtype != keys.dtype for x in own):

@@ -9,6 +9,7 @@ the products are multiplications and sums in float32 by the ordinary ones.
     has a running maximum, sum and output of its own, over the rows that fell to it. They merge once, at the end.
   * The last tile is moved back so that it ends with the cache; rows that the tile before it has had are masked.
     Tiles after the last visible row are not read.
+  * Of chosen blocks, a list says where tiles start: the blocks, or equal pieces of them.
   * Where B * K is too small to fill the device, the cache is split over several blocks, and their results are merged.
 
 docs/kernels.md has the byte counts.
@@ -36,8 +37,8 @@ Array = jax.Array
 # A jit of its own: the kernel is lowered once for all layers of a program.
 @functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
 def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None,
-                     own: tuple[Array, Array] | None = None, *, tuning: Tuning | None = None, interpret: Any = None
-                     ) -> tuple[Array, Array]:
+                     own: tuple[Array, Array] | None = None, blocks: Array | None = None, *,
+                     tuning: Tuning | None = None, interpret: Any = None) -> tuple[Array, Array]:
   """As `api.decode_attention`, for what is not `unsupported`.
 
   Args:
@@ -48,26 +49,31 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
     ValueError: tiles of `tuning` that do not fit the shared memory of a block.
   """
   batch, kv_heads, rows, width = keys.shape[-4:]
-  cut = Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning)
+  visible = visible[:, None] if visible.ndim == 2 else visible
+  chosen = None if blocks is None else (blocks.shape[2], visible.shape[3])
+  cut = Cut(batch, q.shape[1], kv_heads, rows, width, q.dtype, Tuning() if tuning is None else tuning,
+            visible.shape[1], chosen)
   tiles = 2 * cut.stages * cut.tile * cut.row_bytes
   if tiles > SHARED_BYTES:
     raise ValueError(f"Tuning: stages={cut.stages} of {cut.tile} rows are {tiles} bytes of keys and values; use fewer,"
                      f" a block has {SHARED_BYTES}.")
-  visible = visible[:, None] if visible.ndim == 2 else visible
   # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
   keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
   start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
-  out, lse = _kernel(cut, visible.shape[1], own is not None, interpret)(
-      q, keys, values, start, *_masks(cut, visible), *(own or ()))
+  masks = _masks(cut, visible) if blocks is None else _masks_of_blocks(cut, visible, blocks)
+  out, lse = _kernel(cut, own is not None, interpret)(q, keys, values, start, *masks, *(own or ()))
   return merge_parts(list(zip(out, lse, strict=True))) if cut.splits > 1 else (out[0], lse[0])
 
 
-def unsupported(q: Array, keys: Array) -> str | None:
-  """Why the kernel does not serve these arrays, or None."""
+def unsupported(q: Array, keys: Array, block: int | None = None) -> str | None:
+  """Why the kernel does not serve these arrays, read in blocks of so many rows if that is given, or None."""
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     return f"takes bfloat16 or float32, not {q.dtype}"
   if keys.shape[-1] not in WIDTHS:
     return f"takes heads of H in {WIDTHS}, not {keys.shape[-1]}"
+  step = Cut(1, 1, 1, 1, keys.shape[-1], q.dtype, Tuning()).step
+  if block is not None and block % step:
+    return f"takes blocks of a multiple of {step} rows at H={keys.shape[-1]} and {q.dtype}, not of {block}"
   return None
 
 
@@ -86,14 +92,29 @@ def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
   return seen.astype(jnp.int32), last // cut.tile + 1
 
 
-def _kernel(cut: Cut, mask_heads: int, own: bool, interpret: Any):
-  """(q, keys, values, first row, masks, tiles to read[, own key, own value]) -> (out [splits, B, N, H], lse [.., N]).
+def _masks_of_blocks(cut: Cut, visible: Array, blocks: Array) -> tuple[Array, Array, Array]:
+  """`_masks` of the tiles of chosen blocks [B, M, n], `visible` [B, M, n, S]; and where these start, [B, M, tiles]."""
+  pieces = visible.shape[3] // cut.tile
+  seen = visible.reshape(*blocks.shape[:2], cut.tiles, cut.tile)
+  begin = blocks[..., None] * visible.shape[3] + jnp.arange(pieces, dtype=jnp.int32) * cut.tile
+  begin = begin.reshape(*blocks.shape[:2], cut.tiles)
+  start = jnp.clip(begin, 0, cut.rows - cut.copied)  # the cache may end within a block
+  source = jnp.arange(cut.flags, dtype=jnp.int32) - (begin - start)[..., None]
+  inside = (source >= 0) & (source < cut.tile) & (jnp.arange(cut.flags) < cut.copied)
+  seen = jnp.take_along_axis(seen, jnp.clip(source, 0, cut.tile - 1), axis=-1) & inside
+  last = jnp.max(jnp.where(seen.any(axis=-1), jnp.arange(1, cut.tiles + 1, dtype=jnp.int32), 0), axis=-1)
+  return seen.astype(jnp.int32), last, start
+
+
+def _kernel(cut: Cut, own: bool, interpret: Any):
+  """(q, keys, values, first row, masks, tiles to read[, their starts][, own key, own value])
+  -> (out [splits, B, N, H], lse [splits, B, N]).
 
   Row b of the batch has its keys and values in row `first row` + b.
   """
   tile = plgpu.SMEM((cut.stages, cut.tile, cut.width), cut.dtype)
   return plgpu.kernel(
-      functools.partial(_block, cut, mask_heads, own, _Arrays.of(cut, interpret)),
+      functools.partial(_block, cut, own, _Arrays.of(cut, interpret)),
       out_type=(jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads, cut.width), jnp.float32),
                 jax.ShapeDtypeStruct((cut.splits, cut.batch, cut.heads), jnp.float32)),
       scratch_types=dict(
@@ -164,21 +185,25 @@ class _Arrays:
     return plgpu.layout_cast(x, layout) if self.layouts else x
 
 
-def _block(cut: Cut, mask_heads: int, own: bool, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref,
-           *refs, q_tile, k_tiles, v_tiles, mask_tiles, own_tile, partial, q_copied, k_copied, v_copied):
+def _block(cut: Cut, own: bool, arrays: _Arrays, q_ref, k_ref, v_ref, start_ref, mask_ref, count_ref, *refs,
+           q_tile, k_tiles, v_tiles, mask_tiles, own_tile, partial, q_copied, k_copied, v_copied):
   """What one block does: query heads `head` on, of row `row`, over the tiles of one split."""
   *own_refs, out_ref, lse_ref = refs
+  tile_starts = own_refs.pop(0) if cut.chosen is not None else None
   split, heads = lax.axis_index("split"), lax.axis_index("heads")
   blocks = cut.heads // cut.block_heads
   row, head = lax.div(heads, jnp.int32(blocks)), lax.rem(heads, jnp.int32(blocks)) * cut.block_heads
   kv_head = lax.div(head, jnp.int32(cut.heads // cut.kv_heads))
-  mask_head = kv_head if mask_heads > 1 else 0
+  mask_head = lax.div(head, jnp.int32(cut.heads // cut.mask_heads))
   cache_row = start_ref[0] + row
   first = split * cut.tiles_per_split
   count = jnp.minimum(count_ref[row, mask_head] - first, cut.tiles_per_split)
 
   def place(t):  # of tile t of this split: its slot, and its rows in the cache
-    start = jnp.minimum((first + t) * cut.tile, cut.rows - cut.copied)
+    if tile_starts is None:
+      start = jnp.minimum((first + t) * cut.tile, cut.rows - cut.copied)
+    else:
+      start = tile_starts[row, mask_head, first + t]
     return lax.rem(t, jnp.int32(cut.stages)), pl.ds(start, cut.copied)
 
   filled = pl.ds(0, cut.copied)

@@ -19,13 +19,18 @@ Array = jax.Array
 
 
 def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None = None,
-                     own: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+                     own: tuple[Array, Array] | None = None, blocks: Array | None = None) -> tuple[Array, Array]:
   """As `api.decode_attention`. Differentiable."""
   if layer is not None:
     keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
   if jax.default_backend() == "gpu":
     # Left to itself the compiler transposes the whole cache, all its layers, before the loop over them.
     keys, values = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (keys, values))
+  if blocks is not None:
+    rows = blocks[..., None] * visible.shape[3] + jnp.arange(visible.shape[3], dtype=jnp.int32)
+    visible, last = visible & (rows < keys.shape[2]), keys.shape[2] - 1
+    rows, visible = (x.reshape(*blocks.shape[:2], -1) for x in (jnp.clip(rows, 0, last), visible))
+    keys, values = _take_rows(keys, rows), _take_rows(values, rows)
   b, n, h = q.shape
   kv = keys.shape[1]
   seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
@@ -35,8 +40,14 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   out, lse = out.reshape(b, n, h), lse.reshape(b, n)
   if own is None:
     return out, lse
-  value = jnp.repeat(own[1].astype(jnp.float32), n // kv, axis=1)
+  value = jnp.repeat(own[1].astype(jnp.float32), n // own[1].shape[1], axis=1)
   return merge_parts([(out, lse), (value, own_scores(q[:, None], own[0][:, None])[:, 0])])
+
+
+def _take_rows(x: Array, rows: Array) -> Array:
+  """x [B, K, R, H] at rows [B, M, X], M a multiple of K: [B, M, X, H]."""
+  b, heads, count = rows.shape
+  return jnp.take_along_axis(x, rows.reshape(b, x.shape[1], -1, 1), axis=2).reshape(b, heads, count, x.shape[3])
 
 
 def _as_matrices(x: Array) -> bool:
