@@ -31,12 +31,18 @@ from experiments.torch_reference import ROPE_BASE
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.gated_scan.reference import gated_scan_sequential
-from rat_jax import rope
+from rat_jax import rope, selection
+from rat_jax.block_step import attend_step
+from rat_jax.cache import KVCache
+from rat_jax.modes import Quest
+from rat_jax.selection import Origin, Statistics
 
 OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode"], "What to time.")
 IMPLEMENTATIONS = flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
 LENGTHS = flags.DEFINE_multi_integer("length", [], "Tokens, instead of those of the standard cases.", lower_bound=1)
 DILATIONS = flags.DEFINE_multi_integer("dilation", [], "D, instead of those of the standard cases.", lower_bound=1)
+BLOCKS = flags.DEFINE_multi_integer("block", [], "Tokens of a block, for decoding by Quest beside --length.",
+                                    lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
 SINKS = flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
@@ -60,14 +66,27 @@ class Case:
   dilation: int = 1  # 1 is dense
   window: int = 0
   sinks: int = 0
+  block: int = 0  # of a decode step by Quest over a full cache, at a budget of 1/16
+
+  @property
+  def is_dense(self) -> bool:
+    return self.op != "scan" and self.dilation == 1 and not self.block
+
+  @property
+  def mode(self) -> Quest:
+    return Quest(1 / 16, self.block, keep_first=False)
 
   @property
   def rows(self) -> int:
     """Cache rows that a decode step reads."""
+    if self.block:
+      return self.length // 16
     return self.length if self.dilation == 1 else self.sinks + self.window + 1 + self.length // self.dilation
 
   def __str__(self) -> str:
     pattern = f", D={self.dilation}, W={self.window}, S={self.sinks}" if self.op != "scan" else ""
+    if self.block:
+      pattern = f", Quest 1/16, blocks of {self.block}"
     return f"{self.op} T={self.length}, B={self.batch}{pattern}"
 
 
@@ -80,12 +99,15 @@ def cases() -> list[Case]:
     elif LENGTHS.value or DILATIONS.value:
       found += [Case(op, length, BATCH_SIZE.value, *((1, 0, 0) if d == 1 else (d, WINDOW.value, SINKS.value)))
                 for length in LENGTHS.value or [32768] for d in (1, *(DILATIONS.value or [16, 64]))]
+      if op == "decode":
+        found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value for block in BLOCKS.value]
     elif op == "prefill":
       found += [Case(op, 262144), Case(op, 262144, 1, 16, 0, 4), Case(op, 262144, 1, 64, 0, 4),
                 Case(op, 262144, 1, 16, 256, 4), Case(op, 32768, 8), Case(op, 32768, 8, 16, 0, 4),
                 Case(op, 32768, 8, 64, 0, 4)]
     else:
       found += [Case(op, length, batch, d) for length, batch in ((4096, 256), (16384, 128)) for d in (1, 16, 64)]
+      found += [Case(op, 16384, 128, block=block) for block in (64, 16)]
   return found
 
 
@@ -100,7 +122,8 @@ def floor(case: Case, copy: float, product: float) -> float:
   if case.op == "scan":
     return scan
   if case.op == "decode":
-    return 2 * 2 * case.batch * kv * case.rows * h / copy
+    statistics = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
+    return 2 * 2 * case.batch * kv * (case.rows + statistics) * h / copy
   reach, counts = np.arange(1, case.length + 1), 0
   if case.dilation == 1:
     counts = reach.sum()
@@ -120,9 +143,13 @@ def draw(case: Case) -> dict[str, jax.Array]:
 
   if case.op == "decode":
     # Every kernel gets the order of axes that it reads fastest.
-    shape = (case.batch, case.rows, kv, h) if case.dilation == 1 else (case.batch, kv, case.rows, h)
+    shape = (case.batch, case.rows, kv, h) if case.is_dense else (case.batch, kv, case.rows, h)
+    if case.block:
+      shape = (case.batch, kv, case.length, h)
     made = {"q": normal(0, case.batch, 1, n, h), "keys": normal(1, *shape), "values": normal(2, *shape)}
-    if case.dilation > 1:
+    if case.block:
+      made["statistics"] = jax.jit(functools.partial(_statistics, case))(made["keys"])
+    if not case.is_dense:
       new = (case.batch, 1, kv, h)
       state = tuple(normal(i, case.batch, kv, h).astype(jnp.float32) for i in (6, 7))
       made |= {"gate": normal(3, *new), "k": normal(4, *new), "v": normal(5, *new), "state": state}
@@ -139,13 +166,17 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
   def scan(gate, k, v):
     return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)
 
-  def decode(q, keys, values, gate=None, k=None, v=None, state=None):
-    """Of a dilated case with the memory's step, RoPE, and the new token's own key."""
-    if case.dilation == 1:
+  def decode(q, keys, values, gate=None, k=None, v=None, state=None, statistics=None):
+    """Of a sparse case with the memory's step, RoPE, and the new token's own key."""
+    if case.is_dense:
       return dense(q, keys, values, implementation=implementation)
     (k, v), state = pallas_kernels.gated_scan(gate, (k, v), state)
     at = jnp.full((case.batch, 1), case.length - 1, jnp.int32)
     q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
+    if case.block:
+      out = attend_step(q, k, v, case.mode, at, KVCache(keys[None], values[None]), 0, statistics, at[:, 0],
+                        Origin(at[:, 0], 0), case.length, implementation)
+      return out.astype(q.dtype), state
     seen = jnp.ones((case.batch, keys.shape[2]), bool)
     own = (k[:, 0], v[:, 0])
     out, _ = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, own=own, implementation=implementation)
@@ -169,7 +200,7 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
 def served(case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries'."""
   libraries = ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
-  if case.op != "scan" and case.dilation == 1:
+  if case.is_dense:
     return libraries if case.op == "decode" else [f"xla, {libraries[-1]}"]
   if IMPLEMENTATIONS.value:
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
@@ -187,9 +218,9 @@ def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
     expected, _ = jax.jit(gated_scan_sequential)(wide["gate"], (wide["k"], wide["v"]), zero, None)
     pairs = [(out[:, some], one) for out, one in zip(outs, expected, strict=True)]
   elif case.op == "decode":
-    few = jax.tree.map(lambda x: x[:CHECKED], made)
-    out = result if case.dilation == 1 else result[0]
-    pairs = [(out[:CHECKED], jax.jit(functools.partial(_decode_reference, case))(**few))]
+    rows = CHECKED // 8 if case.block else CHECKED
+    few, out = jax.tree.map(lambda x: x[:rows], made), result if case.is_dense else result[0]
+    pairs = [(out[:rows], jax.jit(functools.partial(_decode_reference, case))(**few))]
   else:
     at = jnp.sort(jax.random.choice(jax.random.key(1), case.length, (CHECKED,), replace=False))
     n, kv, few = *heads()[:2], min(2, heads()[1])  # key/value heads
@@ -204,15 +235,30 @@ def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
   return worst
 
 
-def _decode_reference(case: Case, q, keys, values, gate=None, k=None, v=None, state=None) -> jax.Array:
+def _statistics(case: Case, keys) -> Statistics:
+  blocks = keys.reshape(*keys.shape[:2], -1, case.block, keys.shape[3])
+  return blocks.min(axis=3), blocks.max(axis=3)
+
+
+def _decode_reference(case: Case, q, keys, values, gate=None, k=None, v=None, state=None, statistics=None) -> jax.Array:
   """One softmax over the cache and the new token, in float32."""
-  if case.dilation > 1:
+  seen = jnp.ones((1, 1, 1, 1), bool)
+  if not case.is_dense:
     (k, v), _ = gated_scan_sequential(gate, (k, v), state)
-    at = jnp.full((1, 1), case.length - 1, jnp.int32)
+    at = jnp.full((q.shape[0], 1), case.length - 1, jnp.int32)
     q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k.astype(jnp.bfloat16)))
     keys, values = (jnp.concatenate([jnp.swapaxes(old, 1, 2), new.astype(jnp.bfloat16)], axis=1)
                     for old, new in ((keys, k), (values, v)))
-  return softmax.attend_part(q, keys, values, jnp.ones((1, 1, 1, 1), bool))[0]
+  if case.block:  # the last row of the cache is the new token's, which stands beside it here
+    keys, values = (jnp.delete(x, case.length - 1, axis=1) for x in (keys, values))
+    positions = jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32), (q.shape[0], case.length))
+    own = selection.continued(case.mode, statistics, keys[:, -1:], at, at[:, 0])
+    scores = selection.score_blocks(case.mode, {"q": q, "own": own, "position": at}, statistics, (keys, positions),
+                                    Origin(at[:, 0], 0))
+    blocks, _ = selection.pick(case.mode, scores, at, case.length)
+    seen = selection.seen_keys(case.mode, blocks, statistics[0].shape[2], at, positions)
+    seen = selection.to_groups(seen, keys.shape[2])
+  return softmax.attend_part(q, keys, values, seen)[0]
 
 
 def _reference(case: Case, made: dict[str, jax.Array], at: jax.Array) -> jax.Array:
@@ -307,7 +353,8 @@ def crossovers() -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-  of_authors = authors(TORCH_REFERENCE.value, cases()) if TORCH_REFERENCE.value else {}
+  theirs = [case for case in cases() if not case.block]
+  of_authors = authors(TORCH_REFERENCE.value, theirs) if TORCH_REFERENCE.value else {}
   folder, (copy, product) = common.workdir("bench_ops"), speeds()
   print(f"{common.device()}: copies {copy / 1e12:.2f} TB/s, bfloat16 products {product / 1e12:.0f} TFLOP/s;"
         f" {'/'.join(map(str, heads()))} query heads, key/value heads, width", flush=True)
@@ -335,7 +382,7 @@ def main() -> None:
           raise
         print(f"{case} by {implementation}: not timed: out of memory", flush=True)
     if case in of_authors:
-      add(case, least, "torch" if case.dilation == 1 and case.op != "scan" else "authors, torch", of_authors[case])
+      add(case, least, "torch" if case.is_dense else "authors, torch", of_authors[case])
     del made
   text = table(lines)
   print(f"\n{text}")
@@ -347,7 +394,7 @@ def table(lines: list[dict[str, Any]]) -> str:
   """A line for each timing; the ratio is that to the fastest dense attention of the same op, length and batch."""
   dense: dict[tuple, float] = {}
   for line in lines:
-    if line["case"]["dilation"] == 1:
+    if Case(**line["case"]).is_dense:
       of = (line["case"]["op"], line["case"]["length"], line["case"]["batch"])
       dense[of] = min(line["seconds"], dense.get(of, math.inf))
   rows = []

@@ -100,6 +100,7 @@ def draw_times(lines: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None
       case = line["case"]
       if case["op"] == op:
         pattern = "dense" if case["dilation"] == 1 else f"D={case['dilation']}, W={case['window']}"
+        pattern = f"Quest, blocks of {case['block']}" if case["block"] else pattern
         label = f"{line['implementation']}, B={case['batch']}" + f", {pattern}" * (op != "scan")
         curves.setdefault(label, []).append((case["length"], 1e3 * line["seconds"]))
     if max(len(points) for points in curves.values()) < 2:

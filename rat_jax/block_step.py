@@ -15,7 +15,8 @@ from rat_jax.selection import Origin, Statistics
 
 
 def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positions, kv: KVCache, layer: Array | int,
-                statistics: Statistics, lengths: Lengths, origin: Origin, max_length: int) -> Array:
+                statistics: Statistics, lengths: Lengths, origin: Origin, max_length: int,
+                implementation: str | None = None) -> Array:
   """Attention of one new token to the blocks that it chooses, to what the mode's rule adds, and to itself.
 
   Args:
@@ -23,6 +24,7 @@ def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positi
     kv: keys and values [L, B, K, R, H] of which `layer` is read, row p holding position p of the `lengths` [B] tokens
       so far.
     statistics: of the blocks of these tokens, [B, K, P, H] each.
+    implementation: of `decode_attention`, which reads the chosen blocks.
 
   Returns:
     float32 [B, 1, N, H].
@@ -42,7 +44,8 @@ def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positi
   seen = valid[:, 0, :, :, None] & (rows < lengths[:, None, None, None])
   # A query's own block, if it must be read, has the query's own key.
   forced = (k[:, 0], v[:, 0]) if mode.forces_own else None
-  out, lse = decode_attention(q[:, 0], kv.keys, kv.values, seen, blocks=blocks[:, 0], layer=layer, own=forced)
+  out, lse = decode_attention(q[:, 0], kv.keys, kv.values, seen, blocks=blocks[:, 0], layer=layer, own=forced,
+                              implementation=implementation)
   parts = [(out[:, None], lse[:, None])]
   if forced is None:
     is_seen = selection.seen_keys(mode, blocks, count, positions, positions)

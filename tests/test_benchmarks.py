@@ -17,10 +17,10 @@ from experiments import kernel_times, plots, torch_reference
 def test_every_operation_is_checked_and_timed(tmp_path):
   """In plain JAX, at two lengths: a table, a figure for each operation, errors of bfloat16."""
   told = run_python("-m", "experiments.bench_ops", "--implementation=xla", "--length=96", "--length=200",
-                    "--dilation=16", "--heads=4", "--head_dim=16", "--rounds=1", "--profile",
+                    "--dilation=16", "--block=8", "--heads=4", "--head_dim=16", "--rounds=1", "--profile",
                     f"--workdir={tmp_path}")
   lines = json.loads((tmp_path / "results.json").read_text())["lines"]
-  assert [line["case"]["op"] for line in lines] == ["scan"] * 2 + ["prefill"] * 4 + ["decode"] * 4
+  assert [line["case"]["op"] for line in lines] == ["scan"] * 2 + ["prefill"] * 4 + ["decode"] * 6
   assert all(0 < line["error"] < 2e-2 for line in lines)
   assert "times faster than dense" in told
   assert "no kernels: the profiler names none on CPU" in told

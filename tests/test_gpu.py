@@ -164,6 +164,25 @@ def test_decode_attention(implementation, shape, per_head, dtype):
   check_decode(implementation, Shape(*shape, dtype), per_head)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize(("shape", "block", "chosen", "apart"), [
+    ((2, 90, 2, 2, 128), 16, 3, False), ((2, 1000, 8, 2, 128), 128, 5, False), ((1, 700, 8, 2, 64), 16, 20, True),
+    ((2, 50, 4, 2, 256), 8, 5, True), ((64, 1024, 32, 32, 128), 64, 4, False)])
+def test_decode_attention_of_chosen_blocks(implementation, shape, block, chosen, apart, dtype):
+  shape = Shape(*shape, dtype)
+  q, keys, values, visible, blocks = decode_cases.draw_blocks(shape, block, chosen, apart)
+  run = jax.jit(functools.partial(decode_attention, implementation=implementation))
+  out, lse = run(q, keys, values, visible, blocks=blocks)
+  expected_out, expected_lse = reference.decode_attention(q, keys, values, visible, blocks)
+  of = ("decode_attention, blocks", implementation, dtype)
+  rounded = implementation == "xla" and dtype == "bfloat16" and shape.heads > shape.kv_heads and not apart
+  compare(out, expected_out, BFLOAT16 if rounded else OPERATION, *of, "values")
+  empty = expected_lse == NOTHING
+  np.testing.assert_array_equal(np.asarray(lse) == np.float32(NOTHING), empty)
+  compare(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), OPERATION, *of, "log-sum-exp")
+
+
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 700), st.sampled_from([(1, 1), (4, 4), (6, 2), (16, 1)]),
        st.sampled_from([64, 128, 256]), st.booleans(), st.integers(0, 9))
