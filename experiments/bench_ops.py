@@ -339,7 +339,8 @@ def crossovers() -> dict[str, dict[str, int]]:
       ("decode_attention", "xla", "mosaic_gpu", [Case("decode", 16 * r, b, 16) for b, r in (
           (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
       ("dilated_attention", "xla, cudnn", "xla, mosaic_gpu", prefills(2048, 4096, 8192, 16384, 32768), length),
-      ("dilated_attention", "xla, xla", "xla, cudnn", prefills(32, 64, 128, 256, 512, 1024, 2048, 4096), length)]
+      ("dilated_attention", "xla, cudnn_masked", "xla, cudnn", prefills(512, 1024, 2048, 4096, 8192), length),
+      ("dilated_attention", "xla, xla", "xla, cudnn_masked", prefills(32, 64, 128, 256, 512, 1024), length)]
   found: dict[str, dict[str, int]] = {}
   for operation, slower, faster, every, size in sweeps:
     for case in reversed(every):

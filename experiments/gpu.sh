@@ -22,7 +22,9 @@ lengths() {  # time of a prompt against its length
     --length=4096 --length=16384 --length=65536 --length=131072 --length=262144 --length=524288
 }
 short() {  # the same where rows are short: dense attention beside every implementation
-  ops_bench short --op=prefill --dilation=16 --dilation=64 --batch_size=32 --length=128 --length=512 --length=2048
+  ops_bench short --op=prefill --dilation=16 --dilation=64 --batch_size=32 --length=128 --length=512 --length=2048 \
+    --implementation=xla --implementation="mosaic_gpu, cudnn_masked" --implementation="mosaic_gpu, cudnn" \
+    --implementation=mosaic_gpu
 }
 decode() {  # tokens/s of the 1.4B model against batch and context
   local size=(--preset=ratplus-1b --mode=dilated:64)

@@ -58,7 +58,7 @@ TASK_NAMES = flags.DEFINE_list("tasks", list(TASKS), "Tasks of the mixture.")
 STAGES = flags.DEFINE_list("stages", [], "Length x rows of every stage. Default: 128x128,256x64,512x48,1024x32; one"
                            " of 4096x32 for --text.")
 SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each stage but the last ends. Default:"
-                           " 0.3,0.45,0.5 for the default stages.")
+                           " 0.6,0.7,0.75 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
@@ -120,7 +120,7 @@ class Stage:
       counts[max((name for name, n in counts.items() if n > 2), key=lambda name: counts[name] - exact[name])] -= 1
     while sum(counts.values()) < self.rows:
       counts[max(exact, key=lambda name: exact[name] - counts[name])] += 1
-    return mini_niah.training_rows(counts)
+    return mini_niah.training_rows(counts, self.length)
 
 
 def sizes(default: str) -> list[tuple[int, int]]:
@@ -133,7 +133,7 @@ def sizes(default: str) -> list[tuple[int, int]]:
 
 def stages(steps: int) -> list[Stage]:
   of_stage = sizes("128x128,256x64,512x48,1024x32")
-  shares = SHARES.value if SHARES.value is not None else [] if STAGES.value else ["0.3", "0.45", "0.5"]
+  shares = SHARES.value if SHARES.value is not None else [] if STAGES.value else ["0.6", "0.7", "0.75"]
   if len(shares) != len(of_stage) - 1:
     raise ValueError(f"--shares={','.join(shares)} for {len(of_stage)} stages; give one share less than stages.")
   ends = [round(float(share) * steps) for share in shares] + [steps]

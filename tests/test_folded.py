@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import jax
@@ -106,6 +107,21 @@ def test_what_cudnn_is_given(pattern):
   if pattern["dilation"]:
     folded_queries = (4096 - pattern.get("window", 0)) // pattern["dilation"] - 1
     assert f"tensor<1x{folded_queries}x{8 * pattern['dilation']}x128xbf16>" in text
+
+
+@pytest.mark.usefixtures("any_device")
+def test_short_rows_are_dense_attention_under_a_mask():
+  """One kernel in each direction, and none of the mask's gradient, which cuDNN would sum up too."""
+  q = jax.ShapeDtypeStruct((2, 512, 8, 64), jnp.bfloat16)
+  attend = functools.partial(pallas_kernels.dilated_attention, dilation=16, sinks=4, implementation="cudnn_masked")
+  loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32))
+  text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == text.count("__cudnn$fmhaScaleBiasSoftmax(") == 1
+  (backward,) = (line for line in text.splitlines() if "fmhaScaleBiasSoftmaxBackward" in line)
+  assert "512x512" not in backward.split("->")[1]
+  odd = jnp.zeros((1, 33, 2, 16), jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="an even number of tokens, not 33"):
+    attend(odd, odd, odd)
 
 
 @pytest.mark.usefixtures("any_device")

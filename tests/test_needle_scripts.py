@@ -157,7 +157,7 @@ def test_the_same_data_on_one_and_on_four_devices():
 import hashlib, sys, jax, numpy as np
 from experiments import niah
 from rat_jax.evaluate import mini_niah
-rows = mini_niah.training_rows({"multikey_1": 4, "multivalue": 4})
+rows = mini_niah.training_rows({"multikey_1": 4, "multivalue": 4}, 96)
 make = jax.jit(jax.vmap(lambda seed: mini_niah.batch(rows, 96, seed, 5)), out_shardings=niah.over_seeds())
 made = make(np.arange(4))
 assert len(made["tokens"].sharding.device_set) == int(sys.argv[1])

@@ -101,7 +101,8 @@ def test_every_answer_is_in_its_context(task):
 def test_training_rows_are_packed_and_weigh_fresh_questions():
   counts = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
             "multivalue": 14, "multiquery": 9}
-  rows, length = training_rows(counts), 384
+  length = 384
+  rows = training_rows(counts, length)
   assert sum(kind.count for kind in rows) == 64
   made = jax.tree.map(np.asarray, batch(rows, length, 0, 11))
   assert made["tokens"].shape == (64, length)
@@ -122,6 +123,12 @@ def test_training_rows_are_packed_and_weigh_fresh_questions():
   assert single == 21
   assert set(numbers) <= set(range(1, 9))
   assert len(set(numbers)) > 4
+
+
+def test_questions_take_a_quarter_of_a_short_row_at_most():
+  questions = lambda name, length: training_rows({name: 3}, length)[0].questions
+  assert [questions("multikey_3", length) for length in (24, 128, 256, 512, 1024)] == [1, 2, 4, 8, 8]  # of 13 tokens
+  assert [questions("multiquery", length) for length in (64, 128, 256, 512, 1024)] == [1, 1, 3, 4, 4]  # of 21
 
 
 def test_a_row_depends_on_seed_step_and_place_alone():

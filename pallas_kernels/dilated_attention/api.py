@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, softmax
-from pallas_kernels.dilated_attention import cudnn, folded, xla
+from pallas_kernels.dilated_attention import cudnn, folded, masked, xla
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
@@ -42,8 +42,9 @@ def dilated_attention(
     sinks: first tokens that every later query sees, >= 0.
     segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
-    implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "mosaic_gpu" (Hopper GPUs,
-      bfloat16, heads of 64 or 128, T a multiple of 128 D; windows and gradients are those of "cudnn").
+    implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
+      under a mask, for short rows; an even T besides); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, T a
+      multiple of 128 D; windows and gradients are those of "cudnn").
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.
@@ -56,8 +57,11 @@ def dilated_attention(
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
       "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
+      "cudnn_masked": lambda: packed or masked.unsupported(q, k),
       "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, dilation, sinks)},
                           q.shape[1])
+  if name == "cudnn_masked":
+    return masked.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
   if name != "xla":
     return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn,
                                     _mosaic_gpu() if name == "mosaic_gpu" else None)

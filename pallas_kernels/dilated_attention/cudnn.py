@@ -18,16 +18,17 @@ Array = jax.Array
 MAX_WIDTH = 128  # of a head
 
 
-def forward(q: Array, k: Array, v: Array, window: int | None) -> softmax.Part:
+def forward(q: Array, k: Array, v: Array, window: int | None, seen: Array | None = None) -> softmax.Part:
+  """As `folded.Causal.forward`; `seen` bool [T, T], which keys a query sees of those before it."""
   out, lse = fused._dot_product_attention_fwd_p_wrapper.bind(
-      q, k, v, *_unused(q, 7), is_training=True, **_settings(q, window))
+      q, k, v, *_others(q, seen), is_training=True, **_settings(q, window, seen))
   return out, jnp.moveaxis(lse, 1, 2)
 
 
-def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array
-             ) -> tuple[Array, Array, Array]:
+def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array,
+             seen: Array | None = None) -> tuple[Array, Array, Array]:
   return fused._dot_product_attention_bwd_p_wrapper.bind(
-      q, k, v, *_unused(q, 7), jnp.moveaxis(lse, 2, 1), out, d_out, **_settings(q, window))
+      q, k, v, *_others(q, seen), jnp.moveaxis(lse, 2, 1), out, d_out, **_settings(q, window, seen))
 
 
 def unsupported(q: Array, k: Array) -> str | None:
@@ -39,12 +40,17 @@ def unsupported(q: Array, k: Array) -> str | None:
   return None
 
 
-def _unused(q: Array, count: int) -> list[Array]:
-  """Bias, lengths, offsets and page tables, which are not there."""
-  return [jnp.zeros(0, q.dtype)] * count
+def _others(q: Array, seen: Array | None) -> list[Array]:
+  """The bias, by which a mask is said, and lengths, offsets and page tables, which are not there."""
+  nothing = jnp.zeros(0, q.dtype)
+  if seen is None:
+    return [nothing] * 7
+  bias = jnp.where(seen, jnp.zeros((), q.dtype), fused.get_large_negative_number(q.dtype))
+  return [bias[None, None], *[nothing] * 6]
 
 
-def _settings(q: Array, window: int | None) -> dict[str, Any]:
-  return {"scale": q.shape[-1]**-0.5, "seed": 0, "dropout_rate": 0.0, "variadic_args": (False, False),
+def _settings(q: Array, window: int | None, seen: Array | None) -> dict[str, Any]:
+  has_bias, bias_has_gradient = seen is not None, False
+  return {"scale": q.shape[-1]**-0.5, "seed": 0, "dropout_rate": 0.0, "variadic_args": (has_bias, bias_has_gradient),
           "mask_type": fused.MaskType.CAUSAL, "layout": fused.AttentionLayout.BTNH.value,
           "sliding_window_length": None if window is None else window + 1}

@@ -102,8 +102,11 @@ def evaluation_rows(task: Task, count: int, **options: Any) -> tuple[Rows, ...]:
   return (Rows(task, count, **options),)
 
 
-def training_rows(counts: Mapping[str, int]) -> tuple[Rows, ...]:
-  """A training mixture: {task: rows}. Two thirds of the rows of a task hold several questions, one third a single one.
+def training_rows(counts: Mapping[str, int], length: int) -> tuple[Rows, ...]:
+  """A training mixture {task: rows} of `length` tokens. One third of the rows of a task hold a single question.
+
+  The others hold up to 8 (4 where an answer has four values), which take a quarter of the row at most: what they take
+  is lost to needles, and with few needles an answer is found without looking at the key.
 
   Needles vary: 1 to 8 keys among filler (4 to 16 where a question asks for four), and needles-only rows are full with
   a probability of 0.6.
@@ -113,7 +116,8 @@ def training_rows(counts: Mapping[str, int]) -> tuple[Rows, ...]:
     task = TASKS[name]
     single = round(count / 3)
     keys = None if task.filler == "needles" else (4, 16) if task.queries > 1 else (1, 8)
-    questions = 4 if task.values * task.queries > 1 else 8
+    most = 4 if task.values * task.queries > 1 else 8
+    questions = max(1, min(most, length // 4 // (task.query_length + task.answer_length)))
     rows += [Rows(task, n, q, keys, 0.6) for n, q in ((count - single, questions), (single, 1)) if n]
   return tuple(rows)
 

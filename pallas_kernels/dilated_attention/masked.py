@@ -1,0 +1,49 @@
+"""Dilated attention as dense attention under a mask, by cuDNN: for rows so short that all else costs more than keys.
+
+It computes as many scores as dense attention does, which the other forms save; but it is one kernel, where they are
+copies, several kernels and a merge.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dilated_attention import cudnn
+from pallas_kernels.dilated_attention.folded import Pattern
+from pallas_kernels.dilated_attention.reference import dilated_pattern
+
+Array = jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
+  """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
+  return _forward(q, k, v, pattern)[0]
+
+
+def unsupported(q: Array, k: Array) -> str | None:
+  """Why it does not serve these arrays, or None."""
+  if q.shape[1] % 2:
+    return f"takes an even number of tokens, not {q.shape[1]}"
+  return cudnn.unsupported(q, k)
+
+
+def _forward(q: Array, k: Array, v: Array, pattern: Pattern):
+  out, lse = cudnn.forward(q, k, v, None, _seen(q, pattern))
+  return out, (q, k, v, out, lse)
+
+
+def _backward(pattern: Pattern, residuals, d_out: Array) -> tuple[Array, Array, Array]:
+  q, k, v, out, lse = residuals
+  return cudnn.backward(q, k, v, None, out, lse, d_out, _seen(q, pattern))
+
+
+dilated_attention.defvjp(_forward, _backward)
+
+
+def _seen(q: Array, pattern: Pattern) -> Array:
+  at = jnp.arange(q.shape[1], dtype=jnp.int32)
+  return dilated_pattern(at[:, None], at, *pattern)
