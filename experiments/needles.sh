@@ -9,25 +9,27 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/niah
 pair=(--checkpoint=$runs/ratplus --checkpoint=$runs/attention)
 short=(--seeds=3 --warmup=100 --save_every=100000)
+spare=(--seeds=5 --stragglers=2)  # without a memory some seeds never learn to match a key
 
 train() { "$python" -m experiments.sft_niah --arm="$1" --workdir="$runs/$2" "${@:3}"; }
 table() { "$python" -m experiments.eval_niah --workdir="runs/tables/$1" ${WORKERS:+--workers=$WORKERS} "${@:2}"; }
 rows() { for row in "$@"; do echo "--only=$row"; done; }
 
-main() {  # three seeds of the two main arms, and the table
+main() {  # three seeds of RAT+, three to five of attention, and the table
   train ratplus ratplus
-  train attention attention
+  train attention attention "${spare[@]}"
   table main "${pair[@]}"
 }
 
-more() {  # two more seeds of both: five in one table
-  for arm in ratplus attention; do train $arm $arm-more --seeds=2 --seed=1; done
+more() {  # more seeds of both: five or more in one table
+  train ratplus ratplus-more --seeds=2 --seed=1
+  train attention attention-more "${spare[@]}" --seed=1
   table five --skip=first --checkpoint=$runs/ratplus,$runs/ratplus-more --checkpoint=$runs/attention,$runs/attention-more
 }
 
 controls() {  # the other arms
   local arms=(sparse_branch ratplus_dense ratplus_mixed)
-  for arm in "${arms[@]}"; do train "$arm" "$arm"; done
+  for arm in "${arms[@]}"; do train "$arm" "$arm" "${spare[@]}"; done
   table controls --skip=first --skip=random --skip=oracle "${arms[@]/#/--checkpoint=$runs/}"
 }
 
@@ -70,7 +72,7 @@ long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; 1
 retrofit() {  # attention trained on text and needles, then the same updates with a memory added or without one
   local data=runs/data text=(--lm_data=runs/data --lm_rows=16) extra=(--init=$runs/text --stages=1024x32 "${short[@]}")
   [ -f $data/train.bin ] || "$python" -m experiments.prepare_data --workdir=$data
-  train attention text "${text[@]}"
+  train attention text "${text[@]}" "${spare[@]}"
   train attention text-attention "${extra[@]}" "${text[@]}" --steps=4000
   train ratplus text-memory "${extra[@]}" "${text[@]}" --steps=2000 --memory_rate=10
   train ratplus text-memory-dense "${extra[@]}" "${text[@]}" --steps=4000 --memory_rate=10 --mode=dense

@@ -59,7 +59,10 @@ STAGES = flags.DEFINE_list("stages", [], "Length x rows of every stage. Default:
                            " of 4096x32 for --text.")
 SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each stage but the last ends. Default:"
                            " 0.6,0.7,0.75 for the default stages.")
-LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed.")
+LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed,"
+                              " or on all but --stragglers.")
+STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "Seeds that no stage waits for. Those that do not pass --leave_at in"
+                                  " the end become stuck-*, not seed-*.", lower_bound=0)
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
                            " parameters.")
@@ -253,7 +256,7 @@ def train() -> None:
                            "seeds": SEEDS.value, "seed": common.SEED.value,
                            "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
                            "learning_rate": rate, "warmup": WARMUP.value,
-                           "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value,
+                           "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "stragglers": STRAGGLERS.value,
                            "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
                            "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value, "log_every": LOG_EVERY.value,
                            "stage": 0, "done": False}
@@ -262,7 +265,8 @@ def train() -> None:
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
   print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
         f" {common.device()}", flush=True)
-  if (done or step == steps) and all(Checkpoints(folder / f"seed-{i}").steps() for i in range(SEEDS.value)):
+  ended = lambda i: any(Checkpoints(folder / f"{kind}-{i}").steps() for kind in ("seed", "stuck"))
+  if (done or step == steps) and all(map(ended, range(SEEDS.value))):
     print(f"finished before: {folder}/seed-*")
     return
   drop_metrics(folder / "metrics.jsonl", step + 1)
@@ -281,21 +285,32 @@ def train() -> None:
           raise FloatingPointError(f"the loss is {loss.tolist()} at step {step}; {run.folder} has checkpoints of steps"
                                    f" {run.steps()}. Use a lower --learning_rate.")
         report(folder, bar, step, plan[at], loss, accuracy, spent / (step - since))
-        worst, last = dict(zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True)), at == len(plan) - 1
-        done = last and STOP_AT.value is not None and min(worst.values()) >= STOP_AT.value
-        passed = min(x for name, x in worst.items() if name != "multivalue" or len(worst) == 1) >= LEAVE_AT.value
-        if not last and (passed or step >= plan[at].until):
+        last, enough = at == len(plan) - 1, SEEDS.value - STRAGGLERS.value
+        done = last and STOP_AT.value is not None and (accuracy.min(axis=1) >= STOP_AT.value).sum() >= enough
+        if not last and (passes(accuracy).sum() >= enough or step >= plan[at].until):
           at += 1
       if done or step == steps or step % SAVE_EVERY.value == 0:
         run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
       if step % LOG_EVERY.value == 0:
         clock, since = time.perf_counter(), step
+  kept = np.ones(SEEDS.value, bool)
+  if STRAGGLERS.value:
+    kept = passes(programs.accuracy(plan[at], state.params, step))
   for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
-    shutil.rmtree(folder / f"seed-{i}", ignore_errors=True)
+    for kind in ("seed", "stuck"):
+      shutil.rmtree(folder / f"{kind}-{i}", ignore_errors=True)
     one = jax.tree.map(lambda x, i=i: x[i], state)
-    about = {"arm": arm, "seed": int(seeds[i]), "seeds": SEEDS.value, "updates": step * len(sets[0])}
-    Checkpoints(folder / f"seed-{i}").save(one, config, about)
+    about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
+    Checkpoints(folder / f"{'seed' if kept[i] else 'stuck'}-{i}").save(one, config, about)
   print(f"checkpoints: {folder}/seed-*")
+  if not kept.all():
+    print(f"below {LEAVE_AT.value} in a task, and left out as {folder}/stuck-*: {np.flatnonzero(~kept).tolist()}")
+
+
+def passes(accuracy: np.ndarray) -> np.ndarray:
+  """Which seeds pass --leave_at in every task but multivalue, which comes last: bool [seeds] of [seeds, tasks]."""
+  counts = np.array([name != "multivalue" or len(TASK_NAMES.value) == 1 for name in TASK_NAMES.value])
+  return accuracy[:, counts].min(axis=1) >= LEAVE_AT.value
 
 
 def report(folder, bar, step: int, stage: Stage, loss: np.ndarray, accuracy: np.ndarray, seconds: float) -> None:

@@ -194,6 +194,29 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_stages_wait_for_no_straggler_and_what_has_not_learned_is_left_out(tmp_path):
+  run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY, "--stragglers=1")
+  folders = lambda name: sorted(path.name for path in (tmp_path / name).glob("s*-*"))
+  assert f"left out as {tmp_path}/none/stuck-*: [0, 1]" in run(f"--workdir={tmp_path}/none")
+  assert folders("none") == ["stuck-0", "stuck-1"]
+  assert "finished before" in run(f"--workdir={tmp_path}/none")
+  assert "left out" not in run("--leave_at=0", f"--workdir={tmp_path}/all")
+  assert folders("all") == ["seed-0", "seed-1"]
+  lengths = [[json.loads(line)["length"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("none", "all")]
+  assert lengths == [[96, 96, 128, 128], [96, 128, 128, 128]]
+  code = """
+import sys, numpy as np
+from absl import flags
+from experiments import sft_niah
+flags.FLAGS(sys.argv)
+found = sft_niah.passes(np.array([[0.9, 0.2, 0.95], [1, 1, 0.8], [0.89, 1, 1]]))
+assert found.tolist() == [True, False, False], found
+"""
+  run_python("-c", code, "--tasks=single_1,multivalue,multiquery", "--leave_at=0.9")
+
+
+@pytest.mark.slow
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
              "--stages=64x32", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
