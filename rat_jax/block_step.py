@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode_attention, softmax
+from pallas_kernels.decode_attention.xla import take_rows
 from rat_jax import selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.cache import KVCache, Slots
-from rat_jax.compression import take_rows
 from rat_jax.modes import BlockMode, visible
 from rat_jax.selection import Origin, Statistics
 

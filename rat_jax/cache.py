@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention.xla import take_rows
 from rat_jax import compression, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries, State
-from rat_jax.compression import take_kept, take_rows
+from rat_jax.compression import take_kept
 from rat_jax.config import RATPlusConfig
 from rat_jax.layout import as_row_ids, check_count
 from rat_jax.modes import BlockMode, Mode, Run, SelectingMode, SnapKV, check_modes, layer_runs

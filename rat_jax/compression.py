@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import softmax
+from pallas_kernels.decode_attention.xla import take_rows
 from rat_jax import layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.modes import Mode, SnapKV, mode_of_layer
@@ -108,13 +109,6 @@ def take_kept(rows: Array, positions: Array) -> Array:
   """rows [B, K, S, H] at positions [B, Ksel, X] of each head: [B, Ksel, X, H]; zeros for position -1."""
   taken = take_rows(rows, jnp.maximum(positions, 0))
   return jnp.where((positions >= 0)[..., None], taken, 0)
-
-
-def take_rows(rows: Array, index: Array) -> Array:
-  """rows [B, K, R, H] at index [B, Ksel, X], where Ksel is a multiple of K: [B, Ksel, X, H]."""
-  batch, heads, count = index.shape
-  index = index.reshape(batch, rows.shape[1], -1)
-  return jnp.take_along_axis(rows, index[..., None], axis=2).reshape(batch, heads, count, rows.shape[3])
 
 
 def last_queries(q: Queries, lengths: Lengths, window: int) -> Queries:

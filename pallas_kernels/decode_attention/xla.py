@@ -30,7 +30,7 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
     rows = blocks[..., None] * visible.shape[3] + jnp.arange(visible.shape[3], dtype=jnp.int32)
     visible, last = visible & (rows < keys.shape[2]), keys.shape[2] - 1
     rows, visible = (x.reshape(*blocks.shape[:2], -1) for x in (jnp.clip(rows, 0, last), visible))
-    keys, values = _take_rows(keys, rows), _take_rows(values, rows)
+    keys, values = take_rows(keys, rows), take_rows(values, rows)
   b, n, h = q.shape
   kv = keys.shape[1]
   seen = (visible[:, None] if visible.ndim == 2 else visible)[:, :, None]  # [B, 1 or K, 1, R]
@@ -44,7 +44,7 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   return merge_parts([(out, lse), (value, own_scores(q[:, None], own[0][:, None])[:, 0])])
 
 
-def _take_rows(x: Array, rows: Array) -> Array:
+def take_rows(x: Array, rows: Array) -> Array:
   """x [B, K, R, H] at rows [B, M, X], M a multiple of K: [B, M, X, H]."""
   b, heads, count = rows.shape
   return jnp.take_along_axis(x, rows.reshape(b, x.shape[1], -1, 1), axis=2).reshape(b, heads, count, x.shape[3])
