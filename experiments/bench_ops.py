@@ -11,13 +11,11 @@ Floors are the operation's bytes and FLOPs over what this device's copies and ma
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,17 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-import pallas_kernels
-from experiments import common, kernel_times, plots, torch_reference
-from experiments.torch_reference import ROPE_BASE
-from pallas_kernels import softmax
-from pallas_kernels.dilated_attention.reference import dilated_pattern
-from pallas_kernels.gated_scan.reference import gated_scan_sequential
-from rat_jax import rope, selection
-from rat_jax.block_step import attend_step
-from rat_jax.cache import KVCache
-from rat_jax.modes import Quest
-from rat_jax.selection import Origin, Statistics
+from experiments import bench_cases, common, kernel_times, plots, torch_reference
+from experiments.bench_cases import Case, check, draw, floor, heads
 
 OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode"], "What to time.")
 IMPLEMENTATIONS = flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
@@ -46,48 +35,11 @@ BLOCKS = flags.DEFINE_multi_integer("block", [], "Tokens of a block, for decodin
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
 SINKS = flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
-HEADS = flags.DEFINE_integer("heads", 32, "Query heads N.", lower_bound=1)
-KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads K. Default: as many.", lower_bound=1)
-HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Head width H.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, of what takes a second three at most; the median counts.",
                               lower_bound=1)
 TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
 CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
-CHECKED = 64  # queries, or rows, whose result is compared with the reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One operation at one shape."""
-
-  op: str
-  length: int
-  batch: int = 1
-  dilation: int = 1  # 1 is dense
-  window: int = 0
-  sinks: int = 0
-  block: int = 0  # of a decode step by Quest over a full cache, at a budget of 1/16
-
-  @property
-  def is_dense(self) -> bool:
-    return self.op != "scan" and self.dilation == 1 and not self.block
-
-  @property
-  def mode(self) -> Quest:
-    return Quest(1 / 16, self.block, keep_first=False)
-
-  @property
-  def rows(self) -> int:
-    """Cache rows that a decode step reads."""
-    if self.block:
-      return self.length // 16
-    return self.length if self.dilation == 1 else self.sinks + self.window + 1 + self.length // self.dilation
-
-  def __str__(self) -> str:
-    pattern = f", D={self.dilation}, W={self.window}, S={self.sinks}" if self.op != "scan" else ""
-    if self.block:
-      pattern = f", Quest 1/16, blocks of {self.block}"
-    return f"{self.op} T={self.length}, B={self.batch}{pattern}"
+flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
 
 
 def cases() -> list[Case]:
@@ -111,92 +63,6 @@ def cases() -> list[Case]:
   return found
 
 
-def heads() -> tuple[int, int, int]:
-  return HEADS.value, KV_HEADS.value or HEADS.value, HEAD_DIM.value
-
-
-def floor(case: Case, copy: float, product: float) -> float:
-  """Seconds that bytes (over the copy speed) and operations (over that of matrix products) take at least."""
-  n, kv, h = heads()
-  scan = 5 * 2 * case.batch * case.length * kv * h / copy
-  if case.op == "scan":
-    return scan
-  if case.op == "decode":
-    statistics = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
-    return 2 * 2 * case.batch * kv * (case.rows + statistics) * h / copy
-  reach, counts = np.arange(1, case.length + 1), 0
-  if case.dilation == 1:
-    counts = reach.sum()
-  else:
-    strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
-    counts = (np.maximum(strided, 0) + np.minimum(case.window + 1, reach) + np.minimum(case.sinks, reach)).sum()
-  return float(4 * case.batch * n * h * counts / product) + (scan if case.dilation > 1 else 0.0)
-
-
-def draw(case: Case) -> dict[str, jax.Array]:
-  """Fresh random inputs, bfloat16."""
-  n, kv, h = heads()
-  key = jax.random.fold_in(jax.random.key(common.SEED.value), time.time_ns() % (1 << 31))
-
-  def normal(i, *shape):
-    return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16)
-
-  if case.op == "decode":
-    # Every kernel gets the order of axes that it reads fastest.
-    shape = (case.batch, case.rows, kv, h) if case.is_dense else (case.batch, kv, case.rows, h)
-    if case.block:
-      shape = (case.batch, kv, case.length, h)
-    made = {"q": normal(0, case.batch, 1, n, h), "keys": normal(1, *shape), "values": normal(2, *shape)}
-    if case.block:
-      made["statistics"] = jax.jit(functools.partial(_statistics, case))(made["keys"])
-    if not case.is_dense:
-      new = (case.batch, 1, kv, h)
-      state = tuple(normal(i, case.batch, kv, h).astype(jnp.float32) for i in (6, 7))
-      made |= {"gate": normal(3, *new), "k": normal(4, *new), "v": normal(5, *new), "state": state}
-    return made
-  shape = (case.batch, case.length, kv, h)
-  made = {"gate": 2 * normal(3, *shape) + 2, "k": normal(1, *shape), "v": normal(2, *shape)}
-  return made if case.op == "scan" else made | {"q": normal(0, case.batch, case.length, n, h)}
-
-
-def build(case: Case, implementation: str) -> Callable[..., Any]:
-  """The function of `draw`'s arrays that is timed."""
-  dense: Any = jax.nn.dot_product_attention
-
-  def scan(gate, k, v):
-    return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)
-
-  def decode(q, keys, values, gate=None, k=None, v=None, state=None, statistics=None):
-    """Of a sparse case with the memory's step, RoPE, and the new token's own key."""
-    if case.is_dense:
-      return dense(q, keys, values, implementation=implementation)
-    (k, v), state = pallas_kernels.gated_scan(gate, (k, v), state)
-    at = jnp.full((case.batch, 1), case.length - 1, jnp.int32)
-    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
-    if case.block:
-      out = attend_step(q, k, v, case.mode, at, KVCache(keys[None], values[None]), 0, statistics, at[:, 0],
-                        Origin(at[:, 0], 0), case.length, implementation)
-      return out.astype(q.dtype), state
-    seen = jnp.ones((case.batch, keys.shape[2]), bool)
-    own = (k[:, 0], v[:, 0])
-    out, _ = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, own=own, implementation=implementation)
-    return out[:, None].astype(q.dtype), state
-
-  def prefill(gate, q, k, v):
-    of_scan, of_attention = implementation.split(", ")
-    at = jnp.arange(case.length, dtype=jnp.int32)[None]
-    if case.dilation > 1:
-      (k, v), _ = pallas_kernels.gated_scan(gate, (k, v), implementation=of_scan)
-    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
-    if case.dilation == 1:
-      return dense(q, k, v, is_causal=True, implementation=of_attention)
-    return pallas_kernels.dilated_attention(q, k, v, dilation=case.dilation, window=case.window, sinks=case.sinks,
-                                            implementation=of_attention)
-
-  functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill}
-  return functions[case.op]
-
-
 def served(case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries'."""
   libraries = ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
@@ -207,71 +73,6 @@ def served(case: Case) -> list[str]:
   if case.op == "prefill":
     return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
   return ["xla", "mosaic_gpu"]
-
-
-def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
-  """The largest error on some queries, as a share of the largest entry. Raises ValueError above that of bfloat16."""
-  if case.op == "scan":
-    (outs, _), some = result, slice(0, min(case.length, 4096))
-    wide = {name: x[:, some].astype(jnp.float32) for name, x in made.items()}
-    zero = tuple(jnp.zeros(x[:, 0].shape, jnp.float32) for x in outs)
-    expected, _ = jax.jit(gated_scan_sequential)(wide["gate"], (wide["k"], wide["v"]), zero, None)
-    pairs = [(out[:, some], one) for out, one in zip(outs, expected, strict=True)]
-  elif case.op == "decode":
-    rows = CHECKED // 8 if case.block else CHECKED
-    few, out = jax.tree.map(lambda x: x[:rows], made), result if case.is_dense else result[0]
-    pairs = [(out[:rows], jax.jit(functools.partial(_decode_reference, case))(**few))]
-  else:
-    at = jnp.sort(jax.random.choice(jax.random.key(1), case.length, (CHECKED,), replace=False))
-    n, kv, few = *heads()[:2], min(2, heads()[1])  # key/value heads
-    made = made | {name: made[name][:, :, :few] for name in ("gate", "k", "v")} | {"q": made["q"][:, :, :few * n // kv]}
-    pairs = [(result[:, at, :few * n // kv], jax.jit(functools.partial(_reference, case))(made, at))]
-  worst = 0.0
-  for ours, theirs in pairs:
-    ours, theirs = jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32)
-    worst = max(worst, float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))))
-  if not worst < 2e-2:
-    raise ValueError(f"{case}: the result is off by {worst:.2g} of its largest entry; it is not timed.")
-  return worst
-
-
-def _statistics(case: Case, keys) -> Statistics:
-  blocks = keys.reshape(*keys.shape[:2], -1, case.block, keys.shape[3])
-  return blocks.min(axis=3), blocks.max(axis=3)
-
-
-def _decode_reference(case: Case, q, keys, values, gate=None, k=None, v=None, state=None, statistics=None) -> jax.Array:
-  """One softmax over the cache and the new token, in float32."""
-  seen = jnp.ones((1, 1, 1, 1), bool)
-  if not case.is_dense:
-    (k, v), _ = gated_scan_sequential(gate, (k, v), state)
-    at = jnp.full((q.shape[0], 1), case.length - 1, jnp.int32)
-    q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k.astype(jnp.bfloat16)))
-    keys, values = (jnp.concatenate([jnp.swapaxes(old, 1, 2), new.astype(jnp.bfloat16)], axis=1)
-                    for old, new in ((keys, k), (values, v)))
-  if case.block:  # the last row of the cache is the new token's, which stands beside it here
-    keys, values = (jnp.delete(x, case.length - 1, axis=1) for x in (keys, values))
-    positions = jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32), (q.shape[0], case.length))
-    own = selection.continued(case.mode, statistics, keys[:, -1:], at, at[:, 0])
-    scores = selection.score_blocks(case.mode, {"q": q, "own": own, "position": at}, statistics, (keys, positions),
-                                    Origin(at[:, 0], 0))
-    blocks, _ = selection.pick(case.mode, scores, at, case.length)
-    seen = selection.seen_keys(case.mode, blocks, statistics[0].shape[2], at, positions)
-    seen = selection.to_groups(seen, keys.shape[2])
-  return softmax.attend_part(q, keys, values, seen)[0]
-
-
-def _reference(case: Case, made: dict[str, jax.Array], at: jax.Array) -> jax.Array:
-  """Attention of the queries `at` alone, over the memory by its plain form."""
-  k, v, positions = made["k"], made["v"], jnp.arange(case.length, dtype=jnp.int32)
-  if case.dilation > 1:
-    (k, v), _ = pallas_kernels.gated_scan(made["gate"], (k, v), implementation="xla")
-  q = rope.rotate(made["q"][:, at], at[None], ROPE_BASE).astype(jnp.bfloat16)
-  k = rope.rotate(k, positions[None], ROPE_BASE).astype(jnp.bfloat16)
-  seen = positions <= at[:, None]
-  if case.dilation > 1:
-    seen &= dilated_pattern(at[:, None], positions, case.dilation, case.window, case.sinks)
-  return softmax.attend_part(q, k, v, seen[None, None])[0]
 
 
 def median_seconds(compiled: Any, *arguments: Any) -> float:
@@ -302,7 +103,7 @@ def speeds() -> tuple[float, float]:
 
 def time_one(case: Case, implementation: str, made: dict[str, Any]) -> tuple[float, float]:
   """(seconds, error) of a case by an implementation. Raises NotImplementedError where it does not serve it."""
-  f = build(case, implementation)
+  f = bench_cases.build(case, implementation)
   compiled = jax.jit(lambda made: f(**made)).lower(made).compile()
   error, seconds = check(case, made, compiled(made)), median_seconds(compiled, made)
   kernel_times.report(lambda: compiled(made))
@@ -311,11 +112,11 @@ def time_one(case: Case, implementation: str, made: dict[str, Any]) -> tuple[flo
 
 def authors(directory: str, every: list[Case]) -> dict[Case, float]:
   """Seconds of the authors' code, in a process of its own that has the device to itself."""
-  asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": HEADS.value, "head_dim": HEAD_DIM.value,
+  asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": heads()[0], "head_dim": heads()[2],
            "rounds": ROUNDS.value}
   torch_reference.check_paths(directory)
   if heads()[0] != heads()[1]:
-    raise ValueError(f"--torch_reference with --kv_heads={KV_HEADS.value}: the authors' code has no grouped heads.")
+    raise ValueError(f"--torch_reference with --kv_heads={heads()[1]}: the authors' code has no grouped heads.")
   done = subprocess.run([sys.executable, "-m", "experiments.torch_reference", directory], input=json.dumps(asked),
                         stdout=subprocess.PIPE, text=True, check=True)
   found = {}

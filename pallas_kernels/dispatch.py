@@ -11,9 +11,8 @@ from pallas_kernels.crossovers import FASTEST
 MULTIPROCESSORS = 132  # of an H100 or H200, for which the Mosaic kernels cut their work
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu", "cudnn", "cudnn_masked")
 # The least compute capability of a GPU: Mosaic's kernels copy asynchronously, cuDNN's attention is for tensor cores.
-_CAPABILITY = {"mosaic_gpu": (9.0, "Hopper GPUs (compute capability 9.0)"),
-               "cudnn": (8.0, "Ampere GPUs (compute capability 8.0)"),
-               "cudnn_masked": (8.0, "Ampere GPUs (compute capability 8.0)")}
+_AMPERE, _HOPPER = (8.0, "Ampere GPUs (compute capability 8.0)"), (9.0, "Hopper GPUs (compute capability 9.0)")
+_CAPABILITY = {"mosaic_gpu": _HOPPER, "cudnn": _AMPERE, "cudnn_masked": _AMPERE}
 
 
 def serves() -> None:

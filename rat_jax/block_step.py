@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode_attention, softmax
-from pallas_kernels.decode_attention.xla import take_rows
+from pallas_kernels.gather import take_rows
 from rat_jax import selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.cache import KVCache, Slots
@@ -52,9 +52,9 @@ def attend_step(q: Queries, k: Keys, v: Keys, mode: BlockMode, positions: Positi
     parts.append(softmax.attend_part(q, k, v, selection.to_groups(is_seen, kv_heads)))
   if mode.rule is not None:
     held = Slots.of(mode.rule, max_length).readable(lengths)
-    besides = ~selection.is_chosen(blocks, count, jnp.maximum(held, 0)[:, None, None] // size)[:, 0]
-    besides &= visible(mode.rule, positions, held)
-    at = jnp.broadcast_to(jnp.maximum(held, 0)[:, None], (*lengths.shape, kv_heads, held.shape[1]))
+    at = jnp.maximum(held, 0)[:, None]
+    besides = ~selection.is_chosen(blocks, count, at[:, None] // size)[:, 0] & visible(mode.rule, positions, held)
+    at = jnp.broadcast_to(at, (*lengths.shape, kv_heads, held.shape[1]))
     old_k, old_v = (jnp.swapaxes(take_rows(_layer(x, layer), at), 1, 2) for x in (kv.keys, kv.values))
     parts.append(softmax.attend_part(q, old_k, old_v, selection.to_groups(besides[:, None], kv_heads)))
   return softmax.merge(parts)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.xla import take_rows
+from pallas_kernels.gather import take_rows
 from rat_jax import compression, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries, State
 from rat_jax.compression import take_kept

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import softmax
-from pallas_kernels.decode_attention.xla import take_rows
+from pallas_kernels.gather import take_rows
 from rat_jax import layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
 from rat_jax.modes import Mode, SnapKV, mode_of_layer

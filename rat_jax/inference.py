@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode_attention, softmax
-from rat_jax import attention, cache as caches, compression, layout as layouts, selection, transformer
+from rat_jax import attention, block_step, cache as caches, compression, layout as layouts, selection, transformer
 from rat_jax.axes import Array, Lengths, Logits, Params, Positions, Stream, Tokens
-from rat_jax.block_step import attend_step
 from rat_jax.cache import Cache, KVCache, Slots
 from rat_jax.layout import Layout
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import BlockMode, Dense, Mode, PerLayer, Run, SnapKV, check_modes, visible
-from rat_jax.selection import Origin
+from rat_jax.selection import Origin, Statistics
 from rat_jax.transformer import Attended
 
 
@@ -226,9 +225,12 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
       def attend(at):
         if fresh:
           return attention.attend_sequence(at.q, at.k, at.v, rule, layout, origin)
-        if tokens.shape[1] == 1 and not isinstance(rule, BlockMode):
-          return _attend_step(run, rule, layout, at, whole, cache, index)
-        return _attend_cached(run, rule, layout, at, kv, whole, cache, origin)
+        if tokens.shape[1] > 1:
+          return _attend_cached(run, rule, layout, at, kv, cache, origin)
+        if isinstance(rule, BlockMode):
+          return block_step.attend_step(at.q, at.k, at.v, rule, layout.positions, whole, index - run.start,
+                                        _statistics(run, rule, kv, cache), cache.lengths, origin, cache.max_length)
+        return _attend_step(run, rule, layout, at, whole, cache, index)
 
       x, state, at = transformer.block(config, p, x, layout, state, attend)
       if not fresh:
@@ -276,15 +278,12 @@ def _attend_step(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache
   return out[:, None]
 
 
-def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, whole: KVCache, cache: Cache,
-                   origin: Origin) -> Array:
-  """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax.
-
-  `whole` is the part of all layers of the run.
-  """
+def _attend_cached(run: Run, rule: Mode, layout: Layout, at: Attended, kv: KVCache, cache: Cache, origin: Origin
+                   ) -> Array:
+  """Attention of new tokens, under `rule`, to themselves and to a layer's part `kv` of the cache; one softmax."""
   positions = layout.positions
   if isinstance(rule, BlockMode):
-    return _attend_cached_blocks(run, rule, positions, at, kv, whole, cache, origin)
+    return _attend_cached_blocks(run, rule, positions, at, kv, cache, origin)
   rule, cached = _cached_positions(run, rule, kv.positions, cache)
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
   return softmax.merge([attention.attend_keys(at.q, old_k, old_v, rule, positions, cached),
@@ -298,15 +297,18 @@ def _cached_positions(run: Run, rule: Mode, kept: Array | None, cache: Cache) ->
   return rule, Slots.of(run.mode, cache.max_length).readable(cache.lengths)
 
 
-def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, whole: KVCache,
-                          cache: Cache, origin: Origin) -> Array:
+def _statistics(run: Run, rule: BlockMode, kv: KVCache, cache: Cache) -> Statistics:
+  """Those of the blocks of a layer's part `kv` of the cache: kept, where `rule` is what they are kept for."""
+  if rule == run.mode and kv.statistics:
+    return kv.statistics
+  return selection.block_statistics(rule, jnp.swapaxes(kv.keys, 1, 2), cache.lengths)
+
+
+def _attend_cached_blocks(run: Run, rule: BlockMode, positions: Positions, at: Attended, kv: KVCache, cache: Cache,
+                          origin: Origin) -> Array:
   """The same for a rule that chooses blocks; the cache is full."""
   old_k, old_v = jnp.swapaxes(kv.keys, 1, 2), jnp.swapaxes(kv.values, 1, 2)
-  statistics = kv.statistics if rule == run.mode and kv.statistics else selection.block_statistics(
-      rule, old_k, cache.lengths)
-  if positions.shape[1] == 1:
-    return attend_step(at.q, at.k, at.v, rule, positions, whole, origin.layer - run.start, statistics, cache.lengths,
-                       origin, cache.max_length)
+  statistics = _statistics(run, rule, kv, cache)
   own = selection.continued(rule, statistics, at.k, positions, cache.lengths)
   blocks = caches.BlockSlots(rule.block, statistics[0].shape[2])
   total = cache.lengths + jnp.sum(positions >= 0, axis=1)

@@ -143,18 +143,24 @@ def test_dilated_attention_of_any_shape(length, dilation, window, sinks, heads, 
   check_dilated("cudnn", "bfloat16", length, (dilation, window, sinks), *heads, width, seed)
 
 
+def compare_parts(ours, expected, bound, *of):
+  """Of (out, lse) of decode attention; `bound` is that of values."""
+  (out, lse), (expected_out, expected_lse) = ours, expected
+  empty = expected_lse == NOTHING
+  compare(out, expected_out, bound, *of, "values")
+  np.testing.assert_array_equal(np.asarray(out)[empty], 0)
+  np.testing.assert_array_equal(np.asarray(lse) == np.float32(NOTHING), empty)
+  compare(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), OPERATION, *of, "log-sum-exp")
+
+
 def check_decode(implementation, shape, per_head=False, seed=0):
   q, keys, values, visible = decode_cases.draw(shape, seed, per_head=per_head)
   keys, values = decode_cases.poison(keys, values, visible)
   run = jax.jit(functools.partial(decode_attention, implementation=implementation))
-  out, lse = run(q, keys, values, visible)
-  expected_out, expected_lse = reference.decode_attention(q, keys, values, visible)
-  empty = expected_lse == NOTHING
   of = ("decode_attention", implementation, shape.dtype)
   rounded = implementation == "xla" and shape.dtype == "bfloat16" and shape.heads > shape.kv_heads
-  compare(out, expected_out, BFLOAT16 if rounded else OPERATION, *of, "values")
-  np.testing.assert_array_equal(np.asarray(out)[empty], 0)
-  compare(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), OPERATION, *of, "log-sum-exp")
+  compare_parts(run(q, keys, values, visible), reference.decode_attention(q, keys, values, visible),
+                BFLOAT16 if rounded else OPERATION, *of)
   own, whole = decode_cases.draw_own(shape, (keys, values, visible))
   for kind, bound, ours, theirs in zip(("values", "log-sum-exp"), (BFLOAT16 if rounded else OPERATION, OPERATION),
                                        run(q, keys, values, visible, own=own),
@@ -181,14 +187,10 @@ def test_decode_attention_of_chosen_blocks(implementation, shape, block, chosen,
   shape = Shape(*shape, dtype)
   q, keys, values, visible, blocks = decode_cases.draw_blocks(shape, block, chosen, apart)
   run = jax.jit(functools.partial(decode_attention, implementation=implementation))
-  out, lse = run(q, keys, values, visible, blocks=blocks)
-  expected_out, expected_lse = reference.decode_attention(q, keys, values, visible, blocks)
-  of = ("decode_attention, blocks", implementation, dtype)
   rounded = implementation == "xla" and dtype == "bfloat16" and shape.heads > shape.kv_heads and not apart
-  compare(out, expected_out, BFLOAT16 if rounded else OPERATION, *of, "values")
-  empty = expected_lse == NOTHING
-  np.testing.assert_array_equal(np.asarray(lse) == np.float32(NOTHING), empty)
-  compare(np.where(empty, 0, lse), np.where(empty, 0, expected_lse), OPERATION, *of, "log-sum-exp")
+  compare_parts(run(q, keys, values, visible, blocks=blocks),
+                reference.decode_attention(q, keys, values, visible, blocks), BFLOAT16 if rounded else OPERATION,
+                "decode_attention, blocks", implementation, dtype)
 
 
 @settings(deadline=None, max_examples=10, derandomize=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels.gather import take_rows
 from pallas_kernels.products import einsum_float32
 from pallas_kernels.softmax import masked_softmax, merge_parts, own_scores
 
@@ -42,12 +43,6 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
     return out, lse
   value = jnp.repeat(own[1].astype(jnp.float32), n // own[1].shape[1], axis=1)
   return merge_parts([(out, lse), (value, own_scores(q[:, None], own[0][:, None])[:, 0])])
-
-
-def take_rows(x: Array, rows: Array) -> Array:
-  """x [B, K, R, H] at rows [B, M, X], M a multiple of K: [B, M, X, H]."""
-  b, heads, count = rows.shape
-  return jnp.take_along_axis(x, rows.reshape(b, x.shape[1], -1, 1), axis=2).reshape(b, heads, count, x.shape[3])
 
 
 def _as_matrices(x: Array) -> bool:
