@@ -123,7 +123,7 @@ def test_dilated_attention(implementation, dtype, length, pattern, heads, groups
 
 @pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
     (250, (16, 0, 4), 2, 1, 128), (300, (4, 17, 9), 2, 3, 64), (128, (64, 256, 4), 2, 1, 128),
-    (2, (16, 0, 0), 1, 1, 64), (384, (64, 0, 70), 2, 1, 128), (1024, (16, 32, 0), 4, 2, 128),
+    (2, (16, 0, 1), 1, 1, 64), (384, (64, 0, 70), 2, 1, 128), (1024, (16, 32, 0), 4, 2, 128),
     (510, (None, 40, 4), 1, 4, 64)])
 def test_dilated_attention_under_a_mask(length, pattern, heads, groups, width):
   check_dilated("cudnn_masked", "bfloat16", length, pattern, heads, groups, width)
