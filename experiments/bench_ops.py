@@ -135,29 +135,41 @@ def authors(directory: str, every: list[Case]) -> dict[Case, float]:
 
 def crossovers() -> dict[str, dict[str, int]]:
   """{operation: {implementation: the least size from which on it was faster than those after it}}; crossovers.py."""
-  prefills = lambda *lengths: [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in lengths]
   entries = lambda case: case.batch * (case.length if case.op == "scan" else case.rows) * heads()[1] * heads()[2]
-  length = lambda case: case.length
-  sweeps = [  # (operation, the slower one, the faster one, cases from small to large, their size)
-      ("gated_scan", "xla", "mosaic_gpu", [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
+  prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in (32, 128, 512, 1024, 2048, 4096, 8192)]
+  sweeps = [  # (operation, its implementations, cases from small to large, their size)
+      ("gated_scan", ["mosaic_gpu", "xla"], [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
        entries),
-      ("decode_attention", "xla", "mosaic_gpu", [Case("decode", 16 * r, b, 16) for b, r in (
+      ("decode_attention", ["mosaic_gpu", "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
           (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
-      ("dilated_attention", "xla, cudnn", "xla, mosaic_gpu", prefills(2048, 4096, 8192, 16384, 32768), length),
-      ("dilated_attention", "xla, cudnn_masked", "xla, cudnn", prefills(512, 1024, 2048, 4096, 8192), length),
-      ("dilated_attention", "xla, xla", "xla, cudnn_masked", prefills(32, 64, 128, 256, 512, 1024), length)]
+      ("dilated_attention", ["mosaic_gpu", "cudnn", "cudnn_masked", "xla"], prefills, lambda case: case.length)]
   found: dict[str, dict[str, int]] = {}
-  for operation, slower, faster, every, size in sweeps:
-    for case in reversed(every):
-      draws = [draw(case)]
-      slow, fast = (time_one(case, name, *draws)[0] for name in (slower, faster))
-      if min(slow, fast) < SHORT:
-        draws += [draw(case) for _ in range(7)]
-        slow, fast = (time_one(case, name, *draws)[0] for name in (slower, faster))
-      print(f"{case}: {slower} {slow * 1e3:.3f} ms, {faster} {fast * 1e3:.3f} ms", flush=True)
-      if fast > slow:
-        break
-      found.setdefault(operation, {})[faster.split(", ")[-1]] = size(case)
+  for operation, names, cases_of_it, size in sweeps:
+    seconds = {case: times_of(case, names) for case in cases_of_it}
+    for i, name in enumerate(names[:-1]):
+      for case in reversed(cases_of_it):
+        of_others = [seconds[case][other] for other in names[i + 1:] if other in seconds[case]]
+        if seconds[case].get(name, math.inf) > min(of_others):
+          break
+        found.setdefault(operation, {})[name] = size(case)
+  return found
+
+
+def times_of(case: Case, names: list[str]) -> dict[str, float]:
+  """The seconds of a case by every implementation that this device has; of short work, of one of eight in a program."""
+  of_op = {name: f"xla, {name}" if case.op == "prefill" else name for name in names}
+  found: dict[str, float] = {}
+  draws = [draw(case)]
+  for count in (1, 8):
+    draws += [draw(case) for _ in range(count - len(draws))]
+    for name in names:
+      try:
+        found[name] = time_one(case, of_op[name], *draws)[0]
+      except NotImplementedError as reason:
+        print(f"{case} by {name}: not timed: {reason}", flush=True)
+    if min(found.values()) > SHORT:
+      break
+  print(f"{case}: " + ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in found.items()), flush=True)
   return found
 
 

@@ -12,54 +12,55 @@ import pytest
 from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention import mosaic_gpu
+from pallas_kernels.dilated_attention.folded import Pattern
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 
 
-def expected(q, k, v, dilation, window, sinks):
-  """One softmax, in float32, over all keys of the pattern that no window shows."""
+def expected(q, k, v, pattern):
+  """One softmax, in float32, over all keys of the pattern."""
   t, s = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])
-  seen = dilated_pattern(t, s, dilation, 0, sinks)
-  if window:
-    seen &= t - s > window
-  return softmax.attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), (seen & (s <= t))[None, None])
+  seen = dilated_pattern(t, s, *pattern) & (s <= t)
+  return softmax.attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), seen[None, None])
 
 
-@pytest.mark.parametrize(("shape", "pattern"), [  # a block takes two tiles of queries, or one and another two
-    ((1, 256, 2, 1, 64), (2, 0, 4)),  # batch, tokens, heads, key/value heads, width; D, W, S0
+@pytest.mark.parametrize(("shape", "pattern"), [  # of three blocks, some take two tiles of queries
+    ((1, 200, 2, 1, 64), (16, 0, 4)),  # batch, tokens, heads, key/value heads, width; D, W, S0
+    ((1, 150, 1, 1, 64), (3, 5, 4)),
+    pytest.param((1, 256, 2, 1, 64), (2, 0, 4), marks=pytest.mark.slow),   # strided keys where they lie
     pytest.param((1, 512, 1, 1, 64), (4, 0, 5), marks=pytest.mark.slow),   # a strided key that is a sink
-    pytest.param((1, 512, 2, 1, 64), (2, 5, 4), marks=pytest.mark.slow),   # a window that D does not divide
-    pytest.param((2, 512, 2, 2, 128), (2, 3, 0), marks=pytest.mark.slow),  # queries that see nothing
+    pytest.param((2, 384, 2, 2, 128), (2, 3, 0), marks=pytest.mark.slow),
     pytest.param((1, 256, 1, 1, 64), (1, 0, 128), marks=pytest.mark.slow),  # a whole tile of sinks
-    pytest.param((1, 1024, 1, 1, 64), (2, 0, 9), marks=pytest.mark.slow),  # tiles without an edge between
+    pytest.param((1, 640, 1, 1, 64), (1, 0, 9), marks=pytest.mark.slow),   # tiles without an edge between
+    pytest.param((1, 640, 1, 1, 64), (50, 300, 60), marks=pytest.mark.slow),  # whole tiles in the window
+    pytest.param((1, 512, 1, 1, 64), (16, 255, 4), marks=pytest.mark.slow),
+    pytest.param((1, 130, 1, 1, 64), (None, 400, 4), marks=pytest.mark.slow),
+    pytest.param((1, 300, 1, 1, 64), (500, 0, 0), marks=pytest.mark.slow),  # D > T
+    pytest.param((1, 1, 1, 1, 64), (16, 0, 4), marks=pytest.mark.slow),
 ], ids=str)
 def test_the_kernel_equals_a_masked_softmax(shape, pattern):
   batch, length, heads, kv_heads, width = shape
   draw = np.random.default_rng(0).standard_normal
   q, k, v = (jnp.asarray(draw((batch, length, n, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads))
-  run = jax.jit(functools.partial(mosaic_gpu.forward, dilation=pattern[0], window=pattern[1], sinks=pattern[2],
-                                  blocks=3, interpret=InterpretParams(detect_races=True)))
-  (out, lse), (wanted, wanted_lse) = run(q, k, v), expected(q, k, v, *pattern)
-  empty = np.asarray(wanted_lse) == softmax.NOTHING
+  run = jax.jit(functools.partial(mosaic_gpu.forward, pattern=Pattern(*pattern), blocks=3,
+                                  interpret=InterpretParams(detect_races=True)))
+  (out, lse), (wanted, wanted_lse) = run(q, k, v), expected(q, k, v, pattern)
   assert_close(out, wanted, BFLOAT16)
-  np.testing.assert_array_equal(np.asarray(out)[empty], 0)
-  np.testing.assert_array_equal(np.asarray(lse)[empty], np.float32(softmax.NOTHING))
-  assert_close(np.where(empty, 0, lse), np.where(empty, 0, wanted_lse), OPERATION)
+  assert_close(lse, wanted_lse, OPERATION)
 
 
 @pytest.mark.parametrize(("shape", "pattern"), [
     ((1, 262144, 32, 32, 128), (16, 0, 4)), ((8, 32768, 32, 32, 128), (64, 0, 4)), ((1, 4096, 8, 2, 64), (16, 5, 4)),
-    ((1, 2048, 2, 1, 64), (4, 40, 30)), ((2, 512, 2, 1, 128), (4, 0, 5))],
-    ids=str)
+    ((1, 2000, 2, 1, 64), (4, 40, 30)), ((2, 512, 2, 1, 128), (None, 300, 5))], ids=str)
 def test_the_kernel_lowers_for_cuda(shape, pattern):
   batch, length, heads, kv_heads, width = shape
   arrays = [jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
-  run = functools.partial(mosaic_gpu.forward, dilation=pattern[0], window=pattern[1], sinks=pattern[2])
+  run = functools.partial(mosaic_gpu.forward, pattern=Pattern(*pattern))
   assert "mosaic_gpu" in jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(("shape", "dtype", "message"), [
     ((1, 256, 1, 96), "bfloat16", "heads of 64 or 128, these are 96"), ((1, 256, 1, 64), "float16", "takes bfloat16"),
-    ((1, 300, 1, 64), "bfloat16", "multiples of 128 times the dilation, not T=300 at D=2")])
+    ((1, 300, 1, 64), "bfloat16", "up to 128 sinks, not 129")])
 def test_what_the_kernel_refuses(shape, dtype, message):
   q = jax.ShapeDtypeStruct(shape, dtype)
-  assert message in mosaic_gpu.unsupported(q, q, 2, 4)
+  assert message in mosaic_gpu.unsupported(q, q, 129)

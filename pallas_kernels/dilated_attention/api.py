@@ -43,8 +43,8 @@ def dilated_attention(
     segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
     implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
-      under a mask, for short rows; an even T besides); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, T a
-      multiple of 128 D; windows and gradients are those of "cudnn").
+      under a mask, for short rows; an even T besides); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, no
+      packed rows; its gradients are those of "cudnn").
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.
@@ -58,7 +58,7 @@ def dilated_attention(
   name = dispatch.resolve("dilated_attention", implementation, {
       "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
       "cudnn_masked": lambda: packed or masked.unsupported(q, k),
-      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, dilation, sinks)},
+      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
   if name == "cudnn_masked":
     return masked.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))

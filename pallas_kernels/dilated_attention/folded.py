@@ -54,10 +54,10 @@ class Pattern(NamedTuple):
 
 
 class Unfolded(Protocol):
-  """The forward pass where the queries lie, of all but a window."""
+  """The forward pass where the queries lie."""
 
-  def forward(self, q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int) -> softmax.Part:
-    """Attention to strided keys and sinks beyond the window and, where that is 0, to the own key."""
+  def forward(self, q: Array, k: Array, v: Array, pattern: Pattern) -> softmax.Part:
+    """(output [B, T, N, H], log-sum-exp float32 [B, T, N]) of attention under the pattern."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -68,16 +68,14 @@ def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Ca
 
 
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unfolded: Unfolded | None):
-  parts = []
-  if unfolded is not None and pattern.dilation:
-    parts.append(unfolded.forward(q, k, v, pattern.dilation, pattern.window, pattern.sinks))
-  else:
-    if pattern.sinks:
-      parts += _sinks_forward(q, k, v, pattern)
-    if pattern.dilation and pattern.offset < q.shape[1]:
-      parts.append(_strided_forward(q, k, v, pattern, causal))
-  if unfolded is None or pattern.window:
-    parts.append(_causal_forward(q, k, v, _reach(pattern, q), causal))
+  if unfolded is not None:
+    out, lse = unfolded.forward(q, k, v, pattern)
+    return out, (q, k, v, out, lse)
+  parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
+  if pattern.sinks:
+    parts += _sinks_forward(q, k, v, pattern)
+  if pattern.dilation and pattern.offset < q.shape[1]:
+    parts.append(_strided_forward(q, k, v, pattern, causal))
   out, lse = softmax.merge_parts(parts) if len(parts) > 1 else parts[0]
   out = out.astype(q.dtype)
   return out, (q, k, v, out, lse)

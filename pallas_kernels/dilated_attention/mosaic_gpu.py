@@ -1,12 +1,10 @@
 """Dilated attention as a Pallas kernel for Hopper GPUs (Mosaic GPU): queries and keys are read where they lie.
 
-The queries of one head and one position mod D, 128 of them, are a tile; two warpgroups take 64 each, a third fetches.
-Their softmax starts with their own keys, a sum for each, goes over the sinks, and then over tiles of 128 strided keys,
-which to these queries are plain causal attention (see folded.py). A copy takes the rows of a tile at a distance of D
-tokens, so nothing is folded beforehand. The warpgroups take turns: one multiplies while the other weighs. A block takes
-tile after tile of queries, so that the next ones come in while it computes.
-
-For a window of 0; a longer one is a part of its own (folded.py).
+A tile is 128 queries of one head, side by side; two warpgroups take 64 each, a third fetches. Their softmax starts with
+their own keys, a sum for each, or goes over the tiles that the window reaches; it goes on over the sinks, and then over
+tiles of 128 strided keys before the window, of which queries side by side see nearly as many. The warpgroups take
+turns: one multiplies while the other weighs. A block takes tile after tile of queries, so that the next ones come in
+while it computes.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dilated_attention.folded import Pattern
 from pallas_kernels.dispatch import MULTIPROCESSORS
 from pallas_kernels.softmax import NOTHING
 
@@ -33,37 +32,39 @@ _LOG2_E = math.log2(math.e)  # scores are in base 2, which is what the hardware 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """One call."""
+  """One call; `length` is a multiple of TILE."""
 
   batch: int
   length: int
   heads: int
   kv_heads: int
   width: int
-  dilation: int
-  window: int
-  sinks: int
+  pattern: Pattern
   blocks: int
 
   @property
-  def steps(self) -> int:  # queries of one residue
-    return self.length // self.dilation
+  def dilation(self) -> int:
+    return self.pattern.dilation or 1
 
   @property
   def first(self) -> int:  # the first strided key that is no sink
-    return self.sinks // self.dilation
+    return self.pattern.sinks // self.dilation
 
   @property
   def own(self) -> int:  # tiles of own keys
-    return int(self.window == 0)
+    return int(self.pattern.window == 0)
 
   @property
   def sink_rows(self) -> int:  # a product takes 64 at a time
-    return -(-self.sinks // 64) * 64
+    return -(-self.pattern.sinks // 64) * 64
 
   @property
-  def besides(self) -> int:  # tiles before the strided ones
-    return self.own + int(self.sinks > 0)
+  def besides(self) -> int:  # tiles of own keys and sinks
+    return self.own + int(self.pattern.sinks > 0)
+
+  def strided(self, t: Array) -> Array:
+    """How many strided keys query t sees before its window, those that are sinks counted."""
+    return lax.div(jnp.maximum(t - self.pattern.window, 0), jnp.int32(self.dilation))
 
   @property
   def query_tiles(self) -> int:
@@ -71,55 +72,71 @@ class Cut:
 
 
 class _Work(NamedTuple):
-  """A tile of queries: numbers `start` on of those of a row, head and residue. All int32 []."""
+  """A tile of queries of a row and head. All int32 []."""
 
   batch: Array
   head: Array
   kv_head: Array
-  residue: Array
-  start: Array
-  shift: Array  # query number m sees the strided keys up to m + shift - 1
-  key_tiles: Array  # tiles of strided keys
+  start: Array  # its first query
+  near: Array  # the first tile of keys that the window reaches
+  near_tiles: Array  # from there to the queries themselves; none without a window
+  far_tiles: Array  # tiles of strided keys
 
   @classmethod
   def of(cls, cut: Cut, tile: Array) -> _Work:
-    rest, residue = _divide(tile, cut.dilation)  # neighbours share their keys
-    rest, head = _divide(rest, cut.heads)
-    rest, batch = _divide(rest, cut.batch)
-    start = (cut.steps // TILE - 1 - rest) * TILE  # the longest first
-    whole = -(-cut.window // cut.dilation)
-    shift = lax.div(residue + (whole * cut.dilation - cut.window), jnp.int32(cut.dilation)) - whole
-    last = jnp.maximum(start + (TILE - 1) + shift, 0)
-    return cls(batch, head, lax.div(head, jnp.int32(cut.heads // cut.kv_heads)), residue, start, shift,
-               lax.div(last + (KEYS - 1), jnp.int32(KEYS)))
+    rest, nth = _divide(tile, cut.length // TILE)  # neighbours share their keys
+    batch, head = _divide(rest, cut.heads)
+    start = cut.length - (nth + 1) * TILE  # the longest first
+    near, far = lax.div(jnp.maximum(start - cut.pattern.window, 0), jnp.int32(KEYS)), jnp.int32(0)
+    if cut.pattern.dilation:
+      far = lax.div(cut.strided(start + (TILE - 1)) + (KEYS - 1), jnp.int32(KEYS))
+    return cls(batch, head, lax.div(head, jnp.int32(cut.heads // cut.kv_heads)), start, near,
+               jnp.int32(0) if cut.own else lax.div(start, jnp.int32(KEYS)) + 1 - near, far)
 
 
-def unsupported(q: Array, k: Array, dilation: int | None, sinks: int) -> str | None:
+def unsupported(q: Array, k: Array, sinks: int) -> str | None:
   """Why the kernel does not serve these arrays, or None."""
   if q.dtype != jnp.bfloat16 or k.dtype != q.dtype:
     return f"takes bfloat16, q is {q.dtype} and k {k.dtype}"
   if q.shape[-1] not in (64, 128):
     return f"takes heads of 64 or 128, these are {q.shape[-1]}"
-  if dilation is None or q.shape[1] % (dilation * TILE):
-    return f"takes lengths that are multiples of {TILE} times the dilation, not T={q.shape[1]} at D={dilation}"
   if sinks > KEYS:
     return f"takes up to {KEYS} sinks, not {sinks}"
   return None
 
 
 # A jit of its own: the kernel is lowered once for all layers of a program.
-@functools.partial(jax.jit, static_argnames=("dilation", "window", "sinks", "blocks", "interpret"))
-def forward(q: Array, k: Array, v: Array, dilation: int, window: int, sinks: int, blocks: int = MULTIPROCESSORS,
-            interpret: Any = None) -> tuple[Array, Array]:
-  """Attention of q [B, T, N, H] to strided keys and sinks beyond the window and, where that is 0, to the own keys.
+@functools.partial(jax.jit, static_argnames=("pattern", "blocks", "interpret"))
+def forward(q: Array, k: Array, v: Array, pattern: Pattern, blocks: int = MULTIPROCESSORS, interpret: Any = None
+            ) -> tuple[Array, Array]:
+  """As `folded.Unfolded.forward`, for what is not `unsupported`.
 
-  Returns the output in q's type and its log-sum-exp, float32 [B, T, N].
+  Args:
+    blocks: how many are started; one for each multiprocessor.
+    interpret: parameters of Pallas' GPU interpreter, to run without a GPU.
   """
+  length = q.shape[1]
+  if pattern.offset >= length:  # no query is so late that it sees a strided key beyond window and sinks
+    pattern = pattern._replace(dilation=None)
+  q, k, v = (_fill(x, TILE) for x in (q, k, v))
   b, t, n, h = q.shape
-  cut = Cut(b, t, n, k.shape[2], h, dilation, window, sinks, min(blocks, b * n * t // TILE))
-  by_residue = lambda x: x.reshape(b, cut.steps, dilation, *x.shape[2:])
-  out, lse = _kernel(cut, interpret)(by_residue(q), by_residue(k), by_residue(v), k, v)
-  return out.reshape(q.shape), lse.transpose(0, 3, 2, 1).reshape(b, t, n)
+  cut = Cut(b, t, n, k.shape[2], h, pattern, min(blocks, b * n * t // TILE))
+  out, lse = _kernel(cut, interpret)(q, k, v, *(_strided(x, pattern.dilation) for x in (k, v)))
+  return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+
+def _strided(x: Array, dilation: int | None) -> Array:
+  """[B, M, R, K, H], of which the last of the R are strided keys or values: where they lie, if they fill tiles."""
+  if dilation is None:
+    return x[:, :, None]
+  if x.shape[1] % (KEYS * dilation) == 0:
+    return x.reshape(x.shape[0], -1, dilation, *x.shape[2:])
+  return _fill(x[:, dilation - 1::dilation], KEYS)[:, :, None]
+
+
+def _fill(x: Array, multiple: int) -> Array:
+  """[B, T, ...] with zeros after the last token, up to a multiple."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
 
 def _kernel(cut: Cut, interpret: Any):
@@ -127,8 +144,8 @@ def _kernel(cut: Cut, interpret: Any):
   of_all = functools.partial(plgpu.Barrier, num_arrivals=GROUPS)
   return plgpu.kernel(
       functools.partial(_block, cut, interpret is None),
-      out_type=(jax.ShapeDtypeStruct((cut.batch, cut.steps, cut.dilation, cut.heads, cut.width), jnp.bfloat16),
-                jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.dilation, cut.steps), jnp.float32)),
+      out_type=(jax.ShapeDtypeStruct((cut.batch, cut.length, cut.heads, cut.width), jnp.bfloat16),
+                jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.length), jnp.float32)),
       scratch_types=dict(
           q_tiles=plgpu.SMEM((2, GROUPS, ROWS, cut.width), jnp.bfloat16), k_tiles=tiles, v_tiles=tiles,
           lse_tile=plgpu.SMEM((GROUPS, ROWS), jnp.float32), q_copied=of_all(num_barriers=2),
@@ -140,7 +157,7 @@ def _kernel(cut: Cut, interpret: Any):
       interpret=interpret)
 
 
-def _block(cut: Cut, on_device: bool, q_ref, k_ref, v_ref, k_tokens, v_tokens, out_ref, lse_ref, **scratch):
+def _block(cut: Cut, on_device: bool, q_ref, k_ref, v_ref, k_strided, v_strided, out_ref, lse_ref, **scratch):
   """What one block does: every `cut.blocks`-th tile of queries."""
   block, group = lax.axis_index("block"), lax.axis_index("group")
   count = lax.div(cut.query_tiles - block + (cut.blocks - 1), jnp.int32(cut.blocks))
@@ -149,7 +166,7 @@ def _block(cut: Cut, on_device: bool, q_ref, k_ref, v_ref, k_tokens, v_tokens, o
   @pl.when(group == GROUPS)
   def _():
     plgpu.set_max_registers(40, action="decrease")
-    _fetch(cut, count, work, q_ref, (k_ref, v_ref), (k_tokens, v_tokens), **scratch)
+    _fetch(cut, count, work, q_ref, (k_ref, v_ref), (k_strided, v_strided), **scratch)
 
   @pl.when(group < GROUPS)
   def _():
@@ -157,9 +174,9 @@ def _block(cut: Cut, on_device: bool, q_ref, k_ref, v_ref, k_tokens, v_tokens, o
     _compute(cut, on_device, group, count, work, out_ref, lse_ref, **scratch)
 
 
-def _fetch(cut: Cut, count, work, q_ref, kv_refs, token_refs, *, q_tiles, k_tiles, v_tiles, q_copied, k_copied,
+def _fetch(cut: Cut, count, work, q_ref, kv_refs, strided_refs, *, q_tiles, k_tiles, v_tiles, q_copied, k_copied,
            v_copied, q_read, k_read, v_read, **_):
-  """Copies tiles of queries, of their own keys, of sinks and of strided keys, each when its place is free."""
+  """Copies tiles of queries, of their own or near keys, of sinks and of strided keys, each when its place is free."""
 
   def wait(read, i, places):  # for the last use of tile i's place
     pl.when(i >= places)(functools.partial(plgpu.barrier_wait, read.at[_place(i, places)]))
@@ -174,19 +191,24 @@ def _fetch(cut: Cut, count, work, q_ref, kv_refs, token_refs, *, q_tiles, k_tile
     at, place = work(nth), _place(nth, 2)
     wait(q_read, nth, 2)
     for group in range(GROUPS):
-      rows = q_ref.at[at.batch, pl.ds(at.start + group * ROWS, ROWS), at.residue, at.head]
+      rows = q_ref.at[at.batch, pl.ds(at.start + group * ROWS, ROWS), at.head]
       plgpu.copy_gmem_to_smem(rows, q_tiles.at[place, group], q_copied.at[place])
     if cut.own:
-      copy(i, kv_refs, (at.batch, pl.ds(at.start, KEYS), at.residue, at.kv_head))
-    if cut.sinks:
-      copy(i + cut.own, token_refs, (at.batch, pl.ds(0, cut.sink_rows), at.kv_head), cut.sink_rows)
+      copy(i, kv_refs, (at.batch, pl.ds(at.start, KEYS), at.kv_head))
+    if cut.pattern.sinks:
+      copy(i + cut.own, kv_refs, (at.batch, pl.ds(0, cut.sink_rows), at.kv_head), cut.sink_rows)
+    i += cut.besides
 
-    @pl.loop(0, at.key_tiles)
-    def _(j):
-      rows = (at.batch, pl.ds(j * KEYS, KEYS), cut.dilation - 1, at.kv_head)
-      copy(i + cut.besides + j, kv_refs, rows)
+    def near(j):
+      copy(i + j, kv_refs, (at.batch, pl.ds((at.near + j) * KEYS, KEYS), at.kv_head))
 
-    return i + cut.besides + at.key_tiles
+    def far(j):
+      rows = (at.batch, pl.ds(j * KEYS, KEYS), strided_refs[0].shape[2] - 1, at.kv_head)
+      copy(i + at.near_tiles + j, strided_refs, rows)
+
+    pl.loop(0, at.near_tiles)(near)
+    pl.loop(0, at.far_tiles)(far)
+    return i + at.near_tiles + at.far_tiles
 
   total = lax.fori_loop(0, count, tile, jnp.int32(0))
   # Whoever waits on a barrier must see all of its phases.
@@ -222,28 +244,17 @@ def _compute(cut: Cut, on_device: bool, group, count, work, out_ref, lse_ref, *,
     return (cast(jnp.full((ROWS, cut.width), 0.0, jnp.float32), plgpu.Layout.WGMMA),
             *(cast(jnp.full((ROWS,), value, jnp.float32), per_row) for value in (NOTHING, 0.0)))
 
-  def add_sinks(queries, i, before, state):  # `before`: tokens before the window, of each row
-    place, sink, rows = _place(i, STAGES), iota(cut.sink_rows, 1), pl.ds(0, cut.sink_rows)
+  def add_keys(queries, i, state, seen=None, keys=KEYS):
+    place, rows = _place(i, STAGES), pl.ds(0, keys)
     plgpu.barrier_wait(k_copied.at[place])
-    scores = product(queries, k_tiles.at[place, rows])
-    plgpu.barrier_arrive(k_read.at[place])
-    (out, *rest), weights = _weigh(cut, scores, (sink < cut.sinks) & (sink < before), state)
-    plgpu.barrier_wait(v_copied.at[place])
-    out = add_product(out, weights, v_tiles.at[place, rows])
-    plgpu.barrier_arrive(v_read.at[place])
-    return out, *rest
-
-  def add_keys(queries, i, state, seen=None):
-    place = _place(i, STAGES)
-    plgpu.barrier_wait(k_copied.at[place])
-    scores = product(queries, k_tiles.at[place], take_turn)
+    scores = product(queries, k_tiles.at[place, rows], take_turn)
     plgpu.barrier_arrive(k_read.at[place])
     state = _weigh(cut, scores, seen, state)
     (out, *rest), weights = lax.optimization_barrier(state)
     plgpu.barrier_arrive(turn)
     plgpu.barrier_wait(v_copied.at[place])
     plgpu.barrier_wait(turn)
-    out = add_product(out, weights, v_tiles.at[place])
+    out = add_product(out, weights, v_tiles.at[place, rows])
     plgpu.barrier_arrive(v_read.at[place])
     return out, *rest
 
@@ -252,37 +263,55 @@ def _compute(cut: Cut, on_device: bool, group, count, work, out_ref, lse_ref, *,
     mine, queries = at.start + group * ROWS, q_tiles.at[place, group]
     plgpu.barrier_wait(q_copied.at[place])
     state = start_with_own(queries, i) if cut.own else start_with_nothing()
-    if cut.sinks:
-      before = (mine + iota(cut.sink_rows, 0)) * cut.dilation + at.residue - cut.window
-      state = add_sinks(queries, i + cut.own, before, state)
 
-    def inner(j, state):
-      return add_keys(queries, i + cut.besides + j, state)
+    def over(first, last, i, state, seen=None):
+      return lax.fori_loop(first, last, lambda j, state: add_keys(queries, i + j, state, seen and seen(j)), state)
 
-    def edge(j, state):
-      row, key = iota(KEYS, 0), j * KEYS + iota(KEYS, 1)
-      return add_keys(queries, i + cut.besides + j, state, (key < mine + row + at.shift) & (key >= cut.first))
+    def sink():
+      key = iota(cut.sink_rows, 1)
+      return (key < cut.pattern.sinks) & (key < mine + iota(cut.sink_rows, 0) - cut.pattern.window)
+
+    def near(j):
+      before = mine + iota(KEYS, 0) - (at.near + j) * KEYS - iota(KEYS, 1)
+      return (before >= 0) & (before <= cut.pattern.window)
+
+    def far(j):
+      key = j * KEYS + iota(KEYS, 1)
+      token = key * cut.dilation + (cut.dilation - 1)
+      return (token < mine + iota(KEYS, 0) - cut.pattern.window) & (key >= cut.first)
 
     pl.when(group == 1)(take_turn)  # the other multiplies first, and waits once more at the end
-    start = jnp.minimum(1, at.key_tiles) if cut.first else 0  # the first tile holds sinks too
-    whole = jnp.maximum(lax.div(jnp.maximum(at.start + at.shift, 0), jnp.int32(KEYS)), start)
-    if cut.first:
-      state = lax.fori_loop(0, start, edge, state)
-    state = lax.fori_loop(start, whole, inner, state)
-    out, top, total = lax.fori_loop(whole, at.key_tiles, edge, state)
+    if cut.pattern.sinks:
+      state = add_keys(queries, i + cut.own, state, sink(), cut.sink_rows)
+    i += cut.besides
+    if not cut.own:
+      # Between the tiles that the window begins in, for one of the queries, and their own.
+      begins = jnp.maximum(at.start + (TILE - 1) - cut.pattern.window, 0)
+      whole = jnp.minimum(lax.div(begins + (KEYS - 1), jnp.int32(KEYS)) - at.near, at.near_tiles)
+      diagonal = jnp.maximum(at.near_tiles - 1, whole)
+      state = over(0, whole, i, state, near)
+      state = over(whole, diagonal, i, state)
+      state = over(diagonal, at.near_tiles, i, state, near)
+    i += at.near_tiles
+    if cut.pattern.dilation:
+      mixed = jnp.minimum(1, at.far_tiles) if cut.first else 0  # tiles that hold sinks too
+      edge = jnp.maximum(lax.div(cut.strided(at.start), jnp.int32(KEYS)), mixed)
+      if cut.first:
+        state = over(0, mixed, i, state, far)
+      state = over(mixed, edge, i, state)
+      state = over(edge, at.far_tiles, i, state, far)
+    out, top, total = state
     pl.when(group == 0)(functools.partial(plgpu.barrier_arrive, turn))
-    nothing = total == 0
-    total = jnp.where(nothing, 1.0, total)
     plgpu.wait_smem_to_gmem(0)
-    lse_tile.at[group][...] = jnp.where(nothing, NOTHING, (top + jnp.log(total) * _LOG2_E) * math.log(2))
+    lse_tile.at[group][...] = (top + jnp.log(total) * _LOG2_E) * math.log(2)
     queries[...] = (out / lax.broadcast_in_dim(total, out.shape, [0])).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(queries, out_ref.at[at.batch, pl.ds(mine, ROWS), at.residue, at.head])
-    plgpu.copy_smem_to_gmem(lse_tile.at[group], lse_ref.at[at.batch, at.head, at.residue, pl.ds(mine, ROWS)])
+    plgpu.copy_smem_to_gmem(queries, out_ref.at[at.batch, pl.ds(mine, ROWS), at.head])
+    plgpu.copy_smem_to_gmem(lse_tile.at[group], lse_ref.at[at.batch, at.head, pl.ds(mine, ROWS)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(q_read.at[place])
     pl.when(group == 0)(functools.partial(plgpu.barrier_wait, turn))
-    return i + cut.besides + at.key_tiles
+    return i + at.far_tiles
 
   lax.fori_loop(0, count, tile, jnp.int32(0))
   plgpu.wait_smem_to_gmem(0)
