@@ -1,30 +1,24 @@
 #!/usr/bin/env bash
 # Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
 #   bash experiments/needles.sh            all parts, in their order
-#   bash experiments/needles.sh controls   one of: main more controls answer spaced near adapted
-#                                        long retrofit hypotheses
+#   bash experiments/needles.sh controls   one of: main controls answer spaced near adapted long
+#                                        retrofit hypotheses
 # Stopped, a part goes on where it was. PYTHON is the interpreter, WORKERS the processes of an evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/niah
 pair=(--checkpoint=$runs/ratplus --checkpoint=$runs/attention)
 short=(--seeds=3 --warmup=100 --save_every=100000)
-spare=(--seeds=5 --stragglers=2)  # without a memory some seeds never learn to match a key
+spare=(--seeds=5 --stragglers=2)  # three of five: without a memory some seeds never learn to match a key
 
 train() { "$python" -m experiments.sft_niah --arm="$1" --workdir="$runs/$2" "${@:3}"; }
 table() { "$python" -m experiments.eval_niah --workdir="runs/tables/$1" ${WORKERS:+--workers=$WORKERS} "${@:2}"; }
 rows() { for row in "$@"; do echo "--only=$row"; done; }
 
-main() {  # three seeds of RAT+, three to five of attention, and the table
-  train ratplus ratplus
-  train attention attention "${spare[@]}"
+main() {  # five seeds of both, and the table
+  train ratplus ratplus --seeds=5
+  train attention attention --seeds=8 --stragglers=3
   table main "${pair[@]}"
-}
-
-more() {  # more seeds of both: five or more in one table
-  train ratplus ratplus-more --seeds=2 --seed=1
-  train attention attention-more "${spare[@]}" --seed=1
-  table five --skip=first --checkpoint=$runs/ratplus,$runs/ratplus-more --checkpoint=$runs/attention,$runs/attention-more
 }
 
 controls() {  # the other arms
@@ -92,7 +86,7 @@ retrofit() {  # attention trained on text and needles, then the same updates wit
 hypotheses() { "$python" -m experiments.hypotheses "${pair[@]}" --workdir=runs/hypotheses ${WORKERS:+--workers=$WORKERS}; }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(main more controls answer spaced near adapted long retrofit hypotheses)
+[ $# -gt 0 ] || parts=(main controls answer spaced near adapted long retrofit hypotheses)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

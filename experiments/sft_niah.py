@@ -61,8 +61,9 @@ SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each
                            " 0.6,0.7,0.75 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed,"
                               " or on all but --stragglers.")
-STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "Seeds that no stage waits for. Those that do not pass --leave_at in"
-                                  " the end become stuck-*, not seed-*.", lower_bound=0)
+STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "How many of the seeds are spare: no stage waits for them, and of"
+                                  " those that pass --leave_at in the end the first become seed-*, the others spare-*.",
+                                  lower_bound=0)
 STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
                            " parameters.")
@@ -265,7 +266,7 @@ def train() -> None:
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
   print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
         f" {common.device()}", flush=True)
-  ended = lambda i: any(Checkpoints(folder / f"{kind}-{i}").steps() for kind in ("seed", "stuck"))
+  ended = lambda i: any(Checkpoints(folder / f"{kind}-{i}").steps() for kind in ("seed", "spare"))
   if (done or step == steps) and all(map(ended, range(SEEDS.value))):
     print(f"finished before: {folder}/seed-*")
     return
@@ -293,18 +294,20 @@ def train() -> None:
         run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
       if step % LOG_EVERY.value == 0:
         clock, since = time.perf_counter(), step
-  kept = np.ones(SEEDS.value, bool)
+  kept = learned = np.ones(SEEDS.value, bool)
   if STRAGGLERS.value:
-    kept = passes(programs.accuracy(plan[at], state.params, step))
+    learned = passes(programs.accuracy(plan[at], state.params, step))
+    kept = learned & (np.cumsum(learned) <= SEEDS.value - STRAGGLERS.value)
   for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
-    for kind in ("seed", "stuck"):
+    for kind in ("seed", "spare"):
       shutil.rmtree(folder / f"{kind}-{i}", ignore_errors=True)
     one = jax.tree.map(lambda x, i=i: x[i], state)
     about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
-    Checkpoints(folder / f"{'seed' if kept[i] else 'stuck'}-{i}").save(one, config, about)
+    Checkpoints(folder / f"{'seed' if kept[i] else 'spare'}-{i}").save(one, config, about)
   print(f"checkpoints: {folder}/seed-*")
   if not kept.all():
-    print(f"below {LEAVE_AT.value} in a task, and left out as {folder}/stuck-*: {np.flatnonzero(~kept).tolist()}")
+    print(f"left out, {folder}/spare-*: {np.flatnonzero(~kept).tolist()}; of these below {LEAVE_AT.value} in a task:"
+          f" {np.flatnonzero(~learned).tolist()}")
 
 
 def passes(accuracy: np.ndarray) -> np.ndarray:
