@@ -74,16 +74,17 @@ def prompt_length(row: Row, task: Task) -> int:
   return LENGTH.value - task.answer_length - (0 if at_answer else task.query_length)
 
 
-def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task]) -> dict[str, np.ndarray]:
+def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], draw: int = 0
+                ) -> dict[str, np.ndarray]:
   """Which sequences of tasks that share a mode every seed answers: {task: bool [seeds, count]}."""
   mode, prefill_mode = row.build(tasks[0])
   made = sequences(LENGTH.value, COUNT.value)
   right = niah.which_right(model, params, [made[task.name] for task in tasks], [prompt_length(row, t) for t in tasks],
-                           batch_size=BATCH_SIZE.value, mode=mode, prefill_mode=prefill_mode)
+                           batch_size=BATCH_SIZE.value, draw=draw, mode=mode, prefill_mode=prefill_mode)
   return {task.name: one for task, one in zip(tasks, right, strict=True)}
 
 
-def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: Sequence[Task] = ()
+def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: Sequence[Task] = (), draw: int = 0
           ) -> dict[str, dict[str, Any]]:
   """The cells of a row: {task: what every seed scored}; {"blank": why} where no such mode can be."""
   groups: dict[tuple[Mode, Mode | None], list[Task]] = {}
@@ -95,7 +96,7 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
       found[task.name] = {"blank": str(error)}
   for (mode, prefill_mode), of_mode in groups.items():
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
-    for name, right in which_right(model, params, row, of_mode).items():
+    for name, right in which_right(model, params, row, of_mode, draw).items():
       found[name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": COUNT.value,
                      "error_over_examples": (100 * right.std(axis=1) / math.sqrt(COUNT.value)).tolist(),
                      "tokens_read": float(np.mean(rat_jax.tokens_read(model.config, sparse, LENGTH.value,

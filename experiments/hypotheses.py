@@ -10,6 +10,7 @@ Writes results.json, a figure for each question, and prints the figures' numbers
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,24 +33,29 @@ DRAWS = flags.DEFINE_integer("draws", 5, "Seeds of the random selector.", lower_
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 
 
-def heads(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """H1: the share of sequences in which a head has chosen every symbol of the answer at the step that needs it.
 
   {method: {task: [seeds][layers][heads]}} in percent, at 1/16 of the tokens.
   """
-  budget, size = LENGTH.value // 16, BATCH_SIZE.value
-  methods = {"Quest 16": lambda task: Quest(budget, block=16, keep_first=False),
-             "MoBA 16 decode": lambda task: MoBA(budget // 16, block=16, keep_first=False),
-             "SnapKV aware": lambda task: SnapKV(budget, obs_window=task.query_length)}
-  found: dict[str, Any] = {}
-  for method, build in methods.items():
-    found[method] = {}
-    for name, task in TASKS.items():
-      made = eval_niah.sequences(LENGTH.value, COUNT.value)[name]
-      seeds = [np.concatenate([_hits(model, one, jax.tree.map(lambda x, i=i: x[i:i + size], made), task, build(task))
-                               for i in range(0, COUNT.value, size)]) for one in _seeds(params)]
-      found[method][name] = [(100 * hits.mean(axis=0)).tolist() for hits in seeds]
-  return found
+  size, found, row = BATCH_SIZE.value, {}, methods(16)[method]
+  for name, task in TASKS.items():
+    made, (mode, _) = eval_niah.sequences(LENGTH.value, COUNT.value)[name], row.build(task)
+    seeds = [np.concatenate([_hits(model, one, jax.tree.map(lambda x, i=i: x[i:i + size], made), task, mode)
+                             for i in range(0, COUNT.value, size)]) for one in _seeds(params)]
+    found[name] = [(100 * hits.mean(axis=0)).tolist() for hits in seeds]
+  return {method: found}
+
+
+def methods(part: int, **options: Any) -> dict[str, Row]:
+  """The methods, at a part of the tokens."""
+  budget = LENGTH.value // part
+  moba = lambda: MoBA(budget // 16, block=16, keep_first=False, **options)
+  return {"Quest 16": Row("", lambda task: (Quest(budget, block=16, keep_first=False, **options), None)),
+          "MoBA 16 decode": Row("", lambda task: (moba(), Dense())),
+          "MoBA 16 prompt": Row("", lambda task: (Dense(), moba()), at_answer=True),
+          "SnapKV aware": Row("", lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
+                              at_answer=True)}
 
 
 def _seeds(params: Any) -> list[Any]:
@@ -73,43 +79,33 @@ def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task,
   return np.stack(layers, axis=1)
 
 
-def random_choice(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def random_choice(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """H2: accuracy at a quarter of the tokens, chosen at random: {method: {task: [draws][seeds]}} in percent."""
-  quarter = LENGTH.value // 4
-
-  def rows(draw):
-    options: dict[str, Any] = {"selector": "random", "seed": draw}
-    yield "Quest 16", Row("", lambda task: (Quest(quarter, block=16, keep_first=False, **options), None))
-    yield "MoBA 16 decode", Row("", lambda task: (MoBA(quarter // 16, block=16, keep_first=False, **options), Dense()))
-    yield "MoBA 16 prompt", Row("", lambda task: (Dense(), MoBA(quarter // 16, block=16, keep_first=False, **options)),
-                                at_answer=True)
-    yield "SnapKV aware", Row("", lambda task: (SnapKV(quarter, obs_window=task.query_length, **options), None),
-                              at_answer=True)
-
-  found: dict[str, Any] = {}
-  for draw in range(DRAWS.value):
-    for method, row in rows(draw):
-      for name, cell in eval_niah.cells(model, params, row, list(TASKS.values())).items():
-        found.setdefault(method, {}).setdefault(name, []).append(cell["accuracy"])
-  return found
+  row, tasks = methods(4, selector="random")[method], list(TASKS.values())
+  draws = [eval_niah.cells(model, params, row, tasks, draw=draw) for draw in range(DRAWS.value)]
+  return {method: {name: [cells[name]["accuracy"] for cells in draws] for name in TASKS}}
 
 
-def two_by_two(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   """Choosing by keys with or without the memory, and attending with or without it: {setting: {task: [seeds]}}."""
   every, found = eval_niah.sequences(LENGTH.value, COUNT.value), {}
   made = [every[name] for name in TASKS]
   prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
-  for mode in (Dense(), *(Quest(LENGTH.value // n, block=16, keep_first=False) for n in (8, 16))):
-    for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
-      for attend_to in ("memory", "plain"):
-        right = niah.which_right(model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
-                                 select_from=select_from, attend_to=attend_to)
-        found[f"{mode}, select from {select_from}, attend to {attend_to}"] = {
-            name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, right, strict=True)}
+  mode = Dense() if budget == "dense" else methods(_part(budget))["Quest 16"].build(next(iter(TASKS.values())))[0]
+  for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
+    for attend_to in ("memory", "plain"):
+      right = niah.which_right(model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
+                               select_from=select_from, attend_to=attend_to)
+      found[f"{mode}, select from {select_from}, attend to {attend_to}"] = {
+          name: (100 * one.mean(axis=1)).tolist() for name, one in zip(TASKS, right, strict=True)}
   return found
 
 
-def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def _part(budget: str) -> int:  # "1/8" -> 8
+  return int(budget.removeprefix("1/"))
+
+
+def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   """SnapKV compressed under question A: accuracy on A, on a later question B, and on B where it is compressed under B.
 
   {budget: {task: {"A", "B", "B under B": [seeds]}}} in percent; "dense" has no B under B. Both questions are about keys
@@ -124,18 +120,20 @@ def future(model: RATPlusLM, params: Any) -> dict[str, Any]:
     size = task.query_length + task.answer_length
     is_b = np.arange(LENGTH.value) >= LENGTH.value - size
     a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))
-    under_a, under_b = (("A", "B"), [a, b], 2), (("B under B",), [b], 1)
-    for budget, mode, cases in [("dense", Dense(), (under_a,))] + [
-        (f"1/{n}", SnapKV(LENGTH.value // n, obs_window=task.query_length), (under_a, under_b)) for n in (4, 8, 16)]:
-      for labels, parts, left in cases:
-        prompt = LENGTH.value - left * size + task.query_length
-        right = niah.which_right(model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
-        found.setdefault(budget, {}).setdefault(name, {}).update(
-            {question: (100 * one.mean(axis=1)).tolist() for question, one in zip(labels, right, strict=True)})
-  return found
+    mode: Mode = Dense()
+    cases: list[tuple[tuple[str, ...], list, int]] = [(("A", "B"), [a, b], 2)]
+    if budget != "dense":
+      mode = methods(_part(budget))["SnapKV aware"].build(task)[0]
+      cases.append((("B under B",), [b], 1))
+    found[name] = {}
+    for labels, parts, left in cases:
+      prompt = LENGTH.value - left * size + task.query_length
+      right = niah.which_right(model, params, parts, [prompt] * len(parts), batch_size=BATCH_SIZE.value, mode=mode)
+      found[name] |= {question: (100 * one.mean(axis=1)).tolist() for question, one in zip(labels, right, strict=True)}
+  return {budget: found}
 
 
-def reach(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def reach(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
   """How far back the memory reaches: the mean age in tokens of what a channel holds, [seeds][layers][heads][H], sorted.
 
   Of a state sum_s w_s x_s the age is sum_s w_s (t - s) over sum_s w_s; the mean is over tokens.
@@ -159,7 +157,7 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
   return jnp.sort(jnp.stack(ages), axis=-1)
 
 
-def distance(model: RATPlusLM, params: Any) -> dict[str, Any]:
+def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
   """Accuracy by the distance from the value's last symbol to the next kept token, under dilation alone.
 
   {mode: {"right": [seeds][D], "count": [D]}}, over all tasks that ask for one value, in percent.
@@ -180,17 +178,24 @@ def distance(model: RATPlusLM, params: Any) -> dict[str, Any]:
   return found
 
 
-PARTS = {"heads": heads, "random": random_choice, "two_by_two": two_by_two, "future": future, "reach": reach,
-         "distance": distance}
+# A question, and its pieces: a process takes one at a time.
+PARTS: dict[str, tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]] = {
+    "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware")),
+    "random": (random_choice, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
+    "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
+    "reach": (reach, ("",)), "distance": (distance, ("",))}
 OF_MEMORY = ("two_by_two", "reach")  # what attention has no answer to
 ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 
 
-def compute(job: tuple[str, str]) -> dict[str, Any]:
-  """The numbers of (part, checkpoint)."""
-  part, checkpoint = job
-  config, params = niah.load(checkpoint)
-  return PARTS[part](RATPlusLM(config), params)
+def compute(job: tuple[str, str, str]) -> dict[str, Any]:
+  """The numbers of (part, piece, checkpoint)."""
+  part, piece, checkpoint = job
+  config, params = _load(checkpoint)
+  return PARTS[part][0](RATPlusLM(config), params, piece)
+
+
+_load = functools.cache(niah.load)
 
 
 def main() -> None:
@@ -208,22 +213,25 @@ def main() -> None:
   names = {checkpoint: niah.name(checkpoint) for checkpoint in checkpoints}
   if len(set(names.values())) < len(checkpoints):
     raise ValueError(f"--checkpoint={checkpoints}: two have one name; give folders of different names.")
-  keys: dict[tuple[str, str], str] = {}
+  _load.cache_clear()
+  keys: dict[tuple[str, str, str], str] = {}
   for checkpoint in checkpoints:
-    config, params = niah.load(checkpoint)
+    config, params = _load(checkpoint)
     of_run = f"{checkpoint} {niah.fingerprint(params)}|{LENGTH.value}|{COUNT.value}|{DRAWS.value}"
-    keys |= {(part, checkpoint): f"{part}|{of_run}" for part in ONLY_PARTS.value
-             if config.memory or part not in OF_MEMORY}
+    keys |= {(part, piece, checkpoint): f"{part}, {piece}|{of_run}" for part in ONLY_PARTS.value
+             if config.memory or part not in OF_MEMORY for piece in PARTS[part][1]}
   jobs = [job for job, key in keys.items() if key not in results]
   done = niah.side_by_side(compute, jobs, eval_niah.WORKERS.value)
-  with tqdm(done, total=len(jobs), unit="part", disable=None) as bar:
+  with tqdm(done, total=len(jobs), unit="piece", disable=None) as bar:
     for i, found in bar:
       results[keys[jobs[i]]] = found
       common.write_json(path, results)
       if bar.disable:
-        print(f"{names[jobs[i][1]]}: {jobs[i][0]} done", flush=True)
-  shown = {part: {names[checkpoint]: results[keys[part, checkpoint]] for checkpoint in checkpoints
-                  if (part, checkpoint) in keys} for part in ONLY_PARTS.value}
+        part, piece, checkpoint = jobs[i]
+        print(f"{names[checkpoint]}: {part} {piece}", flush=True)
+  shown: dict[str, dict[str, Any]] = {part: {} for part in ONLY_PARTS.value}
+  for (part, _, checkpoint), key in keys.items():
+    shown[part].setdefault(names[checkpoint], {}).update(results[key])
   for part in ONLY_PARTS.value:
     hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
   print(report(shown))

@@ -110,14 +110,15 @@ def _answered(model: RATPlusLM, prompts: tuple[int, ...], arguments: tuple[tuple
 
 
 def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Array]], prompts: Sequence[int], *,
-                batch_size: int, **arguments: Any) -> np.ndarray:
+                batch_size: int, draw: int = 0, **arguments: Any) -> np.ndarray:
   """Which sequences every seed answers, bool [parts, seeds, count]; all parts go through one program.
 
   Args:
     params: of all seeds, stacked.
     parts: dicts of `mini_niah.batch`, each of as many sequences; prompts: where the prompts of each part end.
     batch_size: about how many sequences to run at a time.
-    arguments: `mode` and others of `model.apply`. Random selection depends on a sequence's number in its part.
+    draw: which draw of a random selection; it depends on this and on a sequence's number in its part.
+    arguments: `mode` and others of `model.apply`.
   """
   count = len(parts[0]["tokens"])
   room = max(1, batch_size // len(parts))
@@ -127,7 +128,7 @@ def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Arr
   for first in range(0, count, every):
     cut = [jax.tree.map(lambda x, first=first: x[first:first + every], part) for part in parts]
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *cut)
-    ids = jnp.tile(jnp.arange(first, first + every, dtype=jnp.int32), len(parts))
+    ids = jnp.tile(draw * count + jnp.arange(first, first + every, dtype=jnp.int32), len(parts))
     right.append(np.asarray(_answered(model, of_rows, tuple(arguments.items()), params, batch, ids)))
   return np.concatenate([x.reshape(len(x), len(parts), every) for x in right], axis=2).swapaxes(0, 1)
 

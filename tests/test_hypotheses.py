@@ -10,9 +10,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 import rat_jax
+from conftest import run_python
 from experiments import eval_niah, hypotheses, niah, niah_table
 from needle_model import trained
-from rat_jax import Dilated, Quest, SnapKV
+from rat_jax import Dilated, Quest, RATPlusConfig, RATPlusLM, SnapKV
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 
@@ -32,6 +33,12 @@ def small(monkeypatch):
 def table_row(label):
   (row,) = [row for row in niah_table.main_rows(LENGTH) if row.label == label]
   return row
+
+
+def of_all(part, model, params):
+  """The pieces of a part together."""
+  f, pieces = hypotheses.PARTS[part]
+  return {key: one for piece in pieces for key, one in f(model, params, piece).items()}
 
 
 @pytest.mark.slow
@@ -58,7 +65,7 @@ def test_a_hit_is_a_whole_answer_among_what_was_chosen():
 def test_random_choice_and_the_plain_rows_are_those_of_the_table():
   model, params = trained()
   tasks = [TASKS["single_2"], TASKS["multiquery"]]
-  found = hypotheses.random_choice(model, params)
+  found = of_all("random", model, params)
   cells = eval_niah.cells(model, params, table_row("Quest 16, 1/4, random"), tasks)
   for name, cell in cells.items():
     assert found["Quest 16"][name][0] == cell["accuracy"]
@@ -70,7 +77,7 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
 @pytest.mark.slow
 def test_the_two_by_two_holds_the_model_as_it_is():
   model, params = trained()
-  found = hypotheses.two_by_two(model, params)
+  found = of_all("two_by_two", model, params)
   mode = Quest(LENGTH // 8, block=16, keep_first=False)
   for label, key in (("dense", "dense, select from memory, attend to memory"),
                      ("Quest 16, 1/8", f"{mode}, select from memory, attend to memory")):
@@ -83,7 +90,7 @@ def test_the_two_by_two_holds_the_model_as_it_is():
 @pytest.mark.slow
 def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   model, params = trained()
-  found = hypotheses.future(model, params)
+  found = of_all("future", model, params)
   assert list(found) == ["dense", "1/4", "1/8", "1/16"]
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["multikey_1"]
   made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, eval_niah.DATA_SEED, 1))()
@@ -123,12 +130,12 @@ def test_the_age_of_the_memory_is_that_of_its_weights():
     distances = np.arange(t + 1)[None, :, None, None]
     ages.append((weights * distances).sum(axis=1) / weights.sum(axis=1))
   expected = np.sort(np.mean(ages, axis=(0, 1)), axis=-1)
-  np.testing.assert_allclose(hypotheses.reach(model, params)["age"][0][0], expected, rtol=1e-4)
+  np.testing.assert_allclose(of_all("reach", model, params)["age"][0][0], expected, rtol=1e-4)
 
 
 def test_accuracy_by_distance_adds_up_to_the_accuracy():
   model, params = trained()
-  found = hypotheses.distance(model, params)
+  found = of_all("distance", model, params)
   tasks = [task for task in hypotheses.TASKS.values() if task.queries * task.values == 1]
   cells = eval_niah.cells(model, params, table_row("dilated:8 everywhere"), tasks)
   by_distance = found[str(Dilated(8))]
@@ -142,3 +149,20 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
       rights[next(d for d in range(8) if (last + d + 1) % 8 == 0)].append(right)
   assert by_distance["count"] == [len(x) for x in rights]
   assert by_distance["right"][0] == pytest.approx([100 * np.mean(x) if x else 0.0 for x in rights])
+
+
+@pytest.mark.slow
+def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_path):
+  model = RATPlusLM(RATPlusConfig(mini_niah.VOCAB_SIZE, 1, 16, 2))
+  params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  state = rat_jax.init_train_state(model, params, rat_jax.make_optimizer(1e-3, total_steps=1))
+  rat_jax.train.Checkpoints(tmp_path / "a" / "seed-0").save(state, model.config, {})
+  ask = ("-m", "experiments.hypotheses", f"--checkpoint={tmp_path}/a", "--length=288", "--count=4", "--draws=2",
+         f"--workdir={tmp_path}/answers")
+  told = run_python(*ask, "--parts=reach,distance")
+  assert "reach, a" in told
+  assert "distance, a" in told
+  told = run_python(*ask, "--parts=reach,heads,distance")
+  assert "a: heads SnapKV aware" in told
+  assert "a: reach" not in told
+  assert {path.stem for path in (tmp_path / "answers").glob("*.png")} == {"reach", "heads", "distance"}
