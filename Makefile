@@ -27,7 +27,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The claim itself: both main arms from scratch, three seeds each, and the table of all modes. On one GPU; EXTRA=tpu for
+# The claim itself: both main arms from scratch, five seeds each, and the table of all modes. On one GPU; EXTRA=tpu for
 # a TPU. Stopped, it goes on where it was.
 EXTRA ?= cuda
 needles: .venv/core
