@@ -32,9 +32,7 @@ lint: .venv/dev
 EXTRA ?= cuda
 needles: .venv/core
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[$(EXTRA)]'
-	$(BIN)/python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus
-	$(BIN)/python -m experiments.sft_niah --arm=attention --workdir=runs/niah/attention
-	$(BIN)/python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
+	PYTHON=$(BIN)/python bash experiments/needles.sh main
 
 notebook: .venv/dev
 	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py
