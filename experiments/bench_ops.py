@@ -45,6 +45,9 @@ flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
 
 def cases() -> list[Case]:
   """Those of the flags, or the standard ones, dense attention beside them."""
+  for block in BLOCKS.value:
+    if not LENGTHS.value or any(length % block for length in LENGTHS.value):
+      raise ValueError(f"--block={block} beside --length={LENGTHS.value}; give lengths that are multiples of it.")
   found = []
   for op in OPS.value:
     if op == "scan":

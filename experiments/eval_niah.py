@@ -156,8 +156,12 @@ def mini_cells(checkpoint: str) -> tuple[str, Compute]:
       free = [TASKS[name] for name in names if name == checked]
     return cells(RATPlusLM(config), params, row, [TASKS[name] for name in names], free)
 
-  options = f"{PROMPT_END.value}, spacing {SPACING.value}, near misses {NEAR_MISS.value}"
-  return f"{checkpoint} {niah.fingerprint(params)}, {options}", compute
+  return f"{checkpoint} {niah.fingerprint(params)}, {options()}", compute
+
+
+def options() -> str:
+  """What flags besides length and count decide about the sequences of mini-NIAH and their prompts."""
+  return f"{PROMPT_END.value}, spacing {SPACING.value}, near misses {NEAR_MISS.value}"
 
 
 def text_cells(checkpoint: str) -> tuple[str, Compute]:

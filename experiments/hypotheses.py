@@ -206,9 +206,10 @@ def main() -> None:
   unknown = set(ONLY_PARTS.value) - set(PARTS)
   if unknown:
     raise ValueError(f"--parts={sorted(unknown)} are unknown; use some of {list(PARTS)}.")
-  least = 16 * (max(task.query_length for task in TASKS.values()) + 1)
+  least = max(16 * (max(task.query_length for task in TASKS.values()) + 1), 512)
   if LENGTH.value < least:
-    raise ValueError(f"--length={LENGTH.value}: SnapKV at 1/16 has no room beside a question; use {least} or more.")
+    raise ValueError(f"--length={LENGTH.value}: at 1/16 SnapKV has no room beside a question, or MoBA no block beside"
+                     f" its own; use {least} or more.")
   checkpoints = eval_niah.CHECKPOINTS.value
   names = {checkpoint: niah.name(checkpoint) for checkpoint in checkpoints}
   if len(set(names.values())) < len(checkpoints):
@@ -217,9 +218,11 @@ def main() -> None:
   keys: dict[tuple[str, str, str], str] = {}
   for checkpoint in checkpoints:
     config, params = _load(checkpoint)
-    of_run = f"{checkpoint} {niah.fingerprint(params)}|{LENGTH.value}|{COUNT.value}|{DRAWS.value}"
-    keys |= {(part, piece, checkpoint): f"{part}, {piece}|{of_run}" for part in ONLY_PARTS.value
-             if config.memory or part not in OF_MEMORY for piece in PARTS[part][1]}
+    of_run = f"{checkpoint} {niah.fingerprint(params)}, {eval_niah.options()}|{LENGTH.value}|{COUNT.value}"
+    for part in ONLY_PARTS.value:
+      if config.memory or part not in OF_MEMORY:
+        draws = f"|{DRAWS.value}" if part == "random" else ""
+        keys |= {(part, piece, checkpoint): f"{part}, {piece}|{of_run}{draws}" for piece in PARTS[part][1]}
   jobs = [job for job, key in keys.items() if key not in results]
   done = niah.side_by_side(compute, jobs, eval_niah.WORKERS.value)
   with tqdm(done, total=len(jobs), unit="piece", disable=None) as bar:

@@ -76,9 +76,9 @@ retrofit() {  # attention trained on text and needles, then the same updates wit
   local arms=(text text-attention text-memory text-memory-dense)
   table retrofit "${arms[@]/#/--checkpoint=$runs/}" "${only[@]}"
   for arm in "${arms[@]}"; do
-    for seed in 0 1 2; do
-      "$python" -m experiments.eval_lm --checkpoint=$runs/"$arm"/seed-$seed --data=$data --mode=dense \
-        --workdir=runs/tables/retrofit-lm/"$arm"-$seed
+    for seed in $runs/"$arm"/seed-*; do
+      "$python" -m experiments.eval_lm --checkpoint="$seed" --data=$data --mode=dense \
+        --workdir=runs/tables/retrofit-lm/"$arm"-"${seed##*-}"
     done
   done
 }

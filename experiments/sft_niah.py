@@ -47,6 +47,7 @@ MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multik
 # Fresh embeddings are this much larger than 1/sqrt(E). At that size the tokens drown in what the first layers write at
 # random, and most seeds stop at answering with a random needle.
 _EMBEDDING_SCALE = 4.0
+_STAGES = "128x128,256x64,512x48,1024x32"
 _COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
 
 ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse"
@@ -62,14 +63,16 @@ SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed,"
                               " or on all but --stragglers.")
 STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "How many of the seeds are spare: no stage waits for them, and of"
-                                  " those that pass --leave_at in the end the first become seed-*, the others spare-*.",
+                                  " those that pass --leave_at in the end the first become seed-0, seed-1, ..., the"
+                                  " others spare-*.",
                                   lower_bound=0)
-STOP_AT = flags.DEFINE_float("stop_at", None, "Training ends when every task passes this on every seed.")
+STOP_AT = flags.DEFINE_float("stop_at", None, "The last stage ends when every task passes this on every seed, or on all"
+                             " but --stragglers.")
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
                            " parameters.")
 MODES = common.define_modes([], "One update of every batch, repeat it for several. Default: the arm's own.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. Default: 5e-4; 1e-5 for --text.",
-                                   lower_bound=0.0)
+                                   lower_bound=1e-9)
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
 LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.")
 LM_DATA = flags.DEFINE_string("lm_data", None, "Folder of prepare_data, as bytes: text that is learned too.")
@@ -136,11 +139,16 @@ def sizes(default: str) -> list[tuple[int, int]]:
 
 
 def stages(steps: int) -> list[Stage]:
-  of_stage = sizes("128x128,256x64,512x48,1024x32")
+  of_stage = sizes(_STAGES)
   shares = SHARES.value if SHARES.value is not None else [] if STAGES.value else ["0.6", "0.7", "0.75"]
   if len(shares) != len(of_stage) - 1:
     raise ValueError(f"--shares={','.join(shares)} for {len(of_stage)} stages; give one share less than stages.")
-  ends = [round(float(share) * steps) for share in shares] + [steps]
+  try:
+    ends = [round(float(share) * steps) for share in shares] + [steps]
+  except ValueError as error:
+    raise ValueError(f"--shares={','.join(shares)}; write each as a number, such as 0.6.") from error
+  if ends != sorted(ends):
+    raise ValueError(f"--shares={','.join(shares)}; they must rise, and end below 1.")
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
@@ -195,6 +203,9 @@ def text() -> tuple[np.ndarray, ...]:
   file = common.corpus(LM_DATA.value, common.workdir(f"niah/{ARM.value}") / "data")["train"]
   if file.sidecar.tokenizer != BYTES.name:
     raise ValueError(f"--lm_data={LM_DATA.value} has the tokenizer {file.sidecar.tokenizer}; use {BYTES.name}.")
+  longest = max(length for length, _ in sizes(_STAGES))
+  if len(file.tokens) <= longest + 1:
+    raise ValueError(f"--lm_data={LM_DATA.value} has {len(file.tokens)} tokens; a row takes {longest + 1}, use more.")
   return (np.asarray(file.tokens),)
 
 
@@ -239,6 +250,8 @@ def train() -> None:
   if SEEDS.value % jax.device_count():
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
                      " devices (CUDA_VISIBLE_DEVICES).")
+  if STRAGGLERS.value >= SEEDS.value:
+    raise ValueError(f"--stragglers={STRAGGLERS.value} of --seeds={SEEDS.value}; leave one seed at least.")
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
   if INIT.value and arm.startswith("ratplus") and not config.memory:
     params = jax.vmap(lambda p: add_memory(config, p, GATE_BIAS.value)[1])(params)
@@ -266,8 +279,8 @@ def train() -> None:
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
   print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
         f" {common.device()}", flush=True)
-  ended = lambda i: any(Checkpoints(folder / f"{kind}-{i}").steps() for kind in ("seed", "spare"))
-  if (done or step == steps) and all(map(ended, range(SEEDS.value))):
+  ended = [path for kind in ("seed", "spare") for path in folder.glob(f"{kind}-*") if Checkpoints(path).steps()]
+  if (done or step == steps) and len(ended) == SEEDS.value:
     print(f"finished before: {folder}/seed-*")
     return
   drop_metrics(folder / "metrics.jsonl", step + 1)
@@ -298,16 +311,16 @@ def train() -> None:
   if STRAGGLERS.value:
     learned = passes(programs.accuracy(plan[at], state.params, step))
     kept = learned & (np.cumsum(learned) <= SEEDS.value - STRAGGLERS.value)
-  for i in range(SEEDS.value):  # each seed as a model of its own, for the other scripts
-    for kind in ("seed", "spare"):
-      shutil.rmtree(folder / f"{kind}-{i}", ignore_errors=True)
-    one = jax.tree.map(lambda x, i=i: x[i], state)
-    about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
-    Checkpoints(folder / f"{'seed' if kept[i] else 'spare'}-{i}").save(one, config, about)
-  print(f"checkpoints: {folder}/seed-*")
-  if not kept.all():
-    print(f"left out, {folder}/spare-*: {np.flatnonzero(~kept).tolist()}; of these below {LEAVE_AT.value} in a task:"
-          f" {np.flatnonzero(~learned).tolist()}")
+  for path in (*folder.glob("seed-*"), *folder.glob("spare-*")):
+    shutil.rmtree(path)
+  for kind, chosen in (("seed", kept), ("spare", ~kept)):  # each as a model of its own, for the other scripts
+    for number, i in enumerate(np.flatnonzero(chosen)):
+      one = jax.tree.map(lambda x, i=i: x[i], state)
+      about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
+      Checkpoints(folder / f"{kind}-{number}").save(one, config, about)
+  print(f"checkpoints: {folder}/seed-*: {int(kept.sum())} seeds, {np.flatnonzero(kept).tolist()} of those trained")
+  if not learned.all():
+    print(f"below {LEAVE_AT.value} in a task, and left out: {np.flatnonzero(~learned).tolist()}")
 
 
 def passes(accuracy: np.ndarray) -> np.ndarray:

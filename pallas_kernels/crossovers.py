@@ -12,7 +12,7 @@ A device that is not here takes "xla" everywhere.
 
 FASTEST: dict[str, dict[str, dict[str, int]]] = {
     "NVIDIA H200": {"gated_scan": {"mosaic_gpu": 65536}, "decode_attention": {"mosaic_gpu": 67371008},
-                    "dilated_attention": {"mosaic_gpu": 2048, "cudnn": 2048, "cudnn_masked": 32}},
+                    "dilated_attention": {"cudnn": 2048, "cudnn_masked": 32}},
     "NVIDIA H100 80GB HBM3": {"gated_scan": {"mosaic_gpu": 4194304}, "decode_attention": {"mosaic_gpu": 67371008},
                               "dilated_attention": {"cudnn": 128}},
 }

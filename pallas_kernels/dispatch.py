@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -10,8 +11,9 @@ from pallas_kernels.crossovers import FASTEST
 
 MULTIPROCESSORS = 132  # of an H100 or H200, for which the Mosaic kernels cut their work
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu", "cudnn", "cudnn_masked")
-# The least compute capability of a GPU: Mosaic's kernels copy asynchronously, cuDNN's attention is for tensor cores.
-_AMPERE, _HOPPER = (8.0, "Ampere GPUs (compute capability 8.0)"), (9.0, "Hopper GPUs (compute capability 9.0)")
+# The compute capabilities of GPUs, least and most: Mosaic's kernels use Hopper's instructions, later GPUs have others.
+_HOPPER = (9.0, 9.0, "Hopper GPUs (compute capability 9.0)")
+_AMPERE = (8.0, math.inf, "Ampere GPUs (compute capability 8.0) and newer")
 _CAPABILITY = {"mosaic_gpu": _HOPPER, "cudnn": _AMPERE, "cudnn_masked": _AMPERE}
 
 
@@ -54,9 +56,9 @@ def check_device(implementation: str) -> str | None:
   """Why the implementation does not run on the first device, or None."""
   if implementation not in _CAPABILITY:
     return None
-  (least, of_whom), device = _CAPABILITY[implementation], jax.devices()[0]
+  (least, most, of_whom), device = _CAPABILITY[implementation], jax.devices()[0]
   has = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
-  return None if has >= least else f"runs on {of_whom} and newer, not on {device.device_kind!r}"
+  return None if least <= has <= most else f"runs on {of_whom}, not on {device.device_kind!r}"
 
 
 def _fastest(operation: str, available: Mapping[str, Callable[[], str | None]], size: int) -> str:

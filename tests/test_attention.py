@@ -156,13 +156,23 @@ def test_rows_that_see_nothing_have_finite_gradients():
     np.testing.assert_array_equal(gradient, 0)
 
 
+def test_padding_of_packed_rows_may_hold_anything():
+  q, k, v = draw(1, 12, 2, 1, 8)
+  ids = np.array([[1] * 4 + [2] * 5 + [0] * 3])
+  clean = dilated_attention(q, k, v, dilation=4, sinks=1, segment_ids=ids)
+  k, v = (np.where((ids > 0)[:, :, None, None], x, np.nan).astype(np.float32) for x in (k, v))
+  np.testing.assert_array_equal(dilated_attention(q, k, v, dilation=4, sinks=1, segment_ids=ids), clean)
+
+
 def test_long_dense_sequences_take_the_chunked_form():
   q, k, v = draw(1, 1500, 1, 1, 8)
   assert_close(rat_jax.attend(q, k, v, Dense()), oracle(q, k, v, mask_of(Dense(), 1500, 1)), OPERATION)
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
-    (dict(dilation=0), ValueError, "dilation=0; use at least 1"),
+    (dict(dilation=0), ValueError, "dilation=0; use an integer from 1"),
+    (dict(dilation=4.5), ValueError, "dilation=4.5; use an integer"),
+    (dict(dilation=2, sinks=2**31), ValueError, "sinks=2147483648; use an integer from 0 to"),
     (dict(dilation=2, window=-1), ValueError, "window=-1"),
     (dict(dilation=2, sinks=-1), ValueError, "sinks=-1"),
     (dict(dilation=2, implementation="quick"), ValueError, "'quick' is unknown"),
@@ -187,3 +197,7 @@ def test_bad_shapes():
       rat_jax.attend(**(dict(q=q[:, :, :2], k=k, v=v, mode=Dense()) | arguments))
   with pytest.raises(ValueError, match="B, T and H must be the same"):
     dilated_attention(q[:, :3, :2], k, v, dilation=2)
+  with pytest.raises(ValueError, match="every axis must have at least one entry"):
+    dilated_attention(q[:, :0, :2], k[:, :0], v[:, :0], dilation=2)
+  with pytest.raises(ValueError, match="q, k, v are float32, float32, bfloat16; give them one"):
+    dilated_attention(q[:, :, :2], k, v.astype(jnp.bfloat16), dilation=2)

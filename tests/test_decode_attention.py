@@ -195,7 +195,12 @@ def test_the_own_key_beside_chosen_blocks(implementation):
   run = xla.decode_attention if implementation == "xla" else functools.partial(
       mosaic_gpu.decode_attention, interpret=InterpretParams())
   for apart in (False, True):
-    check_blocks(run, draw_blocks(shape, 8, 3, apart), own)
+    arguments = draw_blocks(shape, 8, 3, apart)
+    check_blocks(run, arguments, own)
+    # The second of three layers, the others not finite.
+    of_layer = lambda q, keys, values, visible, **rest: run(q, *(jnp.full((3, *x.shape), jnp.nan).at[1].set(x)
+                                                                 for x in (keys, values)), visible, layer=1, **rest)
+    check_blocks(of_layer, arguments, own)
 
 
 def test_the_kernel_with_large_scores():
@@ -304,6 +309,9 @@ def test_small_batches_split_the_cache():
   assert (uneven.tiles, uneven.tiles_per_split, uneven.splits) == (5, 2, 3)
 
 
+LAYERS = np.zeros((3, 2, 2, 5, 8), np.float32)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     (dict(q=np.zeros((2, 3, 4, 8), np.float32)), ValueError, r"give q \[B, N, H\]"),
     (dict(values=np.zeros((2, 2, 6, 8), np.float32)), ValueError, r"give q \[B, N, H\]"),
@@ -314,12 +322,14 @@ def test_small_batches_split_the_cache():
     (dict(visible=np.zeros((2, 5), np.int32)), ValueError, r"visible is int32 \(2, 5\); give bool"),
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
+    (dict(layer=3, keys=LAYERS, values=LAYERS), ValueError, "layer=3; there are 3, from 0 on"),
+    (dict(layer=1.0, keys=LAYERS, values=LAYERS), ValueError, "layer=1.0; give an integer"),
     (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give int32 \[B, K or N, n\]"),
     (dict(blocks=np.zeros((2, 2, 1), np.int32)), ValueError, r"with blocks \(2, 2, 1\) give bool"),
     (dict(own=(np.zeros((2, 2, 8), np.float32), np.zeros((2, 4, 8), np.float32))), ValueError, r"give key and value"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
-    (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs .* and newer, not on 'cpu'"),
+    (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs .*, not on 'cpu'"),
 ])
 def test_bad_arguments(change, error, message):
   cache = np.zeros((2, 2, 5, 8), np.float32)

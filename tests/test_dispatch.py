@@ -19,12 +19,33 @@ X = np.zeros((1, 8, 2, 64), jax.numpy.bfloat16)
     ("dilated_attention", lambda **how: pallas_kernels.dilated_attention(X, X, X, dilation=4, **how), "cudnn"),
 ])
 def test_what_is_named_must_run_here(operation, call, name):
-  with pytest.raises(NotImplementedError, match=rf"'{name}' of {operation} runs on .* GPUs .* newer, not on 'cpu'"):
+  with pytest.raises(NotImplementedError, match=rf"'{name}' of {operation} runs on .* GPUs .*, not on 'cpu'"):
     call(implementation=name)
   with pytest.raises(NotImplementedError, match=f"does not exist for {operation}"):
     call(implementation="pallas_tpu")
   with pytest.raises(ValueError, match="'fast' is unknown"):
     call(implementation="fast")
+
+
+def test_none_scans_a_few_tokens_in_plain_jax(monkeypatch):
+  """Whatever the batch: a kernel would fill a decode step's one token up to 128."""
+  sizes = []
+  monkeypatch.setattr(dispatch, "resolve", lambda *arguments: [sizes.append(arguments[3]), "xla"][1])
+  for tokens in (1, 63, 64):
+    x = np.zeros((4, tokens, 2, 8), np.float32)
+    pallas_kernels.gated_scan(x, (x,))
+  assert sizes == [0, 0, 4 * 64 * 16]
+
+
+def test_mosaic_serves_hopper_alone(monkeypatch):
+  of = lambda capability: [type("Device", (), {
+      "platform": "gpu", "compute_capability": capability, "device_kind": "a GPU"})]
+  served = {}
+  for capability in ("7.5", "8.0", "9.0", "10.0"):
+    monkeypatch.setattr(jax, "devices", lambda capability=capability: of(capability))
+    served[capability] = [dispatch.check_device(name) is None for name in ("xla", "cudnn", "mosaic_gpu")]
+  assert served == {"7.5": [True, False, False], "8.0": [True, True, False], "9.0": [True, True, True],
+                    "10.0": [True, True, False]}
 
 
 def test_none_takes_the_fastest_that_serves(monkeypatch):

@@ -119,9 +119,27 @@ def test_short_rows_are_dense_attention_under_a_mask():
   assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward") == text.count("__cudnn$fmhaScaleBiasSoftmax(") == 1
   (backward,) = (line for line in text.splitlines() if "fmhaScaleBiasSoftmaxBackward" in line)
   assert "512x512" not in backward.split("->")[1]
-  odd = jnp.zeros((1, 33, 2, 16), jnp.bfloat16)
-  with pytest.raises(NotImplementedError, match="an even number of tokens, not 33"):
-    attend(odd, odd, odd)
+  odd = jax.ShapeDtypeStruct((1, 33, 2, 16), jnp.bfloat16)  # cuDNN takes an even length
+  text = jax.jit(attend).trace(odd, odd, odd).lower(lowering_platforms=("cuda",)).as_text()
+  (forward,) = (line for line in text.splitlines() if "fmhaScaleBiasSoftmax(" in line)
+  assert "(tensor<1x34x2x16xbf16>" in forward
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("implementation", ["cudnn", "cudnn_masked"])
+def test_models_side_by_side_are_more_rows(implementation):
+  """Under `jax.vmap`, whatever is mapped, along any axis."""
+  attend = functools.partial(pallas_kernels.dilated_attention, dilation=16, sinks=4, implementation=implementation)
+  loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32))
+  many, one = (jax.ShapeDtypeStruct((*lead, 2, 64, 8, 64), jnp.bfloat16) for lead in ((3,), ()))
+  second = jax.ShapeDtypeStruct((2, 3, 64, 8, 64), jnp.bfloat16)
+  for f, arguments in ((jax.vmap(jax.grad(loss, argnums=(0, 1, 2))), (many, many, many)),
+                       (jax.vmap(attend, in_axes=(0, None, None)), (many, one, one)),
+                       (jax.vmap(attend, in_axes=1), (second, second, second))):
+    text = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert calls
+    assert all("(tensor<6x" in line for line in calls)
 
 
 @pytest.mark.usefixtures("any_device")

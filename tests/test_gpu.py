@@ -210,3 +210,18 @@ def test_models_side_by_side():
       logits, x, state[:, :, 0]) for name in ("xla", "mosaic_gpu")}
   for ours, theirs in zip(jax.tree.leaves(of_all["mosaic_gpu"]), jax.tree.leaves(of_all["xla"]), strict=True):
     compare(ours, theirs, OPERATION, "gated_scan", "mosaic_gpu", "float32", "values")
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "cudnn_masked", "mosaic_gpu"])
+def test_attention_of_models_side_by_side(implementation):
+  """Queries of three models, one of keys: as one after another."""
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((*lead, 2, 300, heads, 64)), jnp.bfloat16)
+             for lead, heads in (((3,), 4), ((), 2), ((), 2)))
+  attend = functools.partial(dilated_attention, dilation=16, sinks=4, implementation=implementation)
+  loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32)**2)
+  f = jax.grad(loss, argnums=(0, 1, 2))
+  together = jax.jit(jax.vmap(f, in_axes=(0, None, None)))(q, k, v)
+  for i in range(3):
+    for ours, theirs in zip(together, jax.jit(f)(q[i], k, v), strict=True):
+      compare(ours[i], theirs, BFLOAT16, "dilated_attention, mapped", implementation, "bfloat16", "gradients")

@@ -33,7 +33,7 @@ def decode_attention(
   """Attention of one new token per row to the cache; scores and softmax in float32, scale 1/sqrt(H).
 
   The log-sum-exp lets attention to other keys be merged with it (`pallas_kernels.softmax`). What is not visible
-  reaches no result, whatever it holds.
+  reaches no result, whatever it holds; gradients want it finite.
 
   Args:
     q: [B, N, H], already rotated.
@@ -45,7 +45,7 @@ def decode_attention(
     blocks: int32 [B, K or N, n], the only blocks of S rows that are read, by a key/value head or by every query head
       for itself: block i holds rows i*S .. i*S+S-1. `visible` is then [B, K or N, n, S], of the rows of these blocks;
       a block has visible rows in one place at most, and any index may stand where it has none.
-    implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs and newer, for arrays that are all
+    implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs, for arrays that are all
       bfloat16 or all float32, H of 64, 128 or 256, and blocks of a multiple of 4 to 16 rows (the wider a row, the
       fewer); its gradient is that of "xla", and over several devices it belongs inside `jax.shard_map`.
 
@@ -97,6 +97,10 @@ def _check(q, keys, values, visible, layer, own, blocks):
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; B and H must be the same.")
   if min(*q.shape, *keys.shape) < 1:
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; every axis must have at least one entry.")
+  if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
+    raise ValueError(f"layer={layer}; give an integer, or an integer array without axes.")
+  if isinstance(layer, int) and not 0 <= layer < keys.shape[0]:
+    raise ValueError(f"layer={layer}; there are {keys.shape[0]}, from 0 on.")
   if q.shape[1] % kv:
     raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")
   if not q.dtype == keys.dtype == values.dtype or not jnp.issubdtype(q.dtype, jnp.floating):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,7 @@ from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
 Array = jax.Array
+_MOST = 2**30  # of a window; sums of positions stay within int32
 
 
 def _mosaic_gpu():
@@ -43,7 +46,7 @@ def dilated_attention(
     segment_ids: int [B, T], packed documents: equal ids side by side are one document, its positions start at
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
     implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
-      under a mask, for short rows; an even T besides); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, no
+      under a mask, for short rows); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, up to 128 sinks, no
       packed rows; its gradients are those of "cudnn").
 
   Returns:
@@ -53,11 +56,13 @@ def dilated_attention(
     ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
+  q, k, v = (jnp.asarray(x) for x in (q, k, v))
+  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
       "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
-      "cudnn_masked": lambda: packed or masked.unsupported(q, k),
+      "cudnn_masked": lambda: packed or cudnn.unsupported(q, k),
       "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
   if name == "cudnn_masked":
@@ -78,6 +83,8 @@ def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
   documents = jnp.zeros_like(positions)
   if segment_ids is not None:
     documents, positions = number_documents(segment_ids)
+    real = (documents > 0)[:, :, None, None]  # padding may hold what is not finite
+    k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
 
   def mask(query):
     t, s = query["position"][:, :, None], positions[:, None, :]
@@ -88,18 +95,26 @@ def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
   return out.astype(q.dtype)
 
 
+def _within(least: int, value: int) -> bool:
+  return isinstance(value, numbers.Integral) and least <= value <= _MOST
+
+
 def _check(q, k, v, dilation, window, sinks, segment_ids):
   if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
     raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v"
                      " [B, T, K, H].")
   if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
     raise ValueError(f"q has shape {q.shape} and k {k.shape}; B, T and H must be the same.")
+  if 0 in q.shape or 0 in k.shape:
+    raise ValueError(f"q has shape {q.shape} and k {k.shape}; every axis must have at least one entry.")
+  if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one floating type.")
   if q.shape[2] % k.shape[2]:
     raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
-  if dilation is not None and dilation < 1:
-    raise ValueError(f"dilation={dilation}; use at least 1 (1 is dense) or None for window and sinks alone.")
+  if dilation is not None and not _within(1, dilation):
+    raise ValueError(f"dilation={dilation}; use an integer from 1 (dense) on, or None for window and sinks alone.")
   for name, value in (("window", window), ("sinks", sinks)):
-    if value < 0:
-      raise ValueError(f"{name}={value}; use 0 or more.")
+    if not _within(0, value):
+      raise ValueError(f"{name}={value}; use an integer from 0 to {_MOST}.")
   if segment_ids is not None and segment_ids.shape != q.shape[:2]:
     raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be [B, T] = {q.shape[:2]}.")

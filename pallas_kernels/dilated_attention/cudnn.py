@@ -6,6 +6,7 @@ beneath it do neither; they are no public interface of jax, and this file is the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,15 +21,34 @@ MAX_WIDTH = 128  # of a head
 
 def forward(q: Array, k: Array, v: Array, window: int | None, seen: Array | None = None) -> softmax.Part:
   """As `folded.Causal.forward`; `seen` bool [T, T], which keys a query sees of those before it."""
-  out, lse = fused._dot_product_attention_fwd_p_wrapper.bind(
-      q, k, v, *_others(q, seen), is_training=True, **_settings(q, window, seen))
+  def attend(q, k, v):
+    return fused._dot_product_attention_fwd_p_wrapper.bind(
+        q, k, v, *_others(q, seen), is_training=True, **_settings(q, window, seen))
+
+  out, lse = _by_batch(attend)(q, k, v)
   return out, jnp.moveaxis(lse, 1, 2)
 
 
 def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array,
              seen: Array | None = None) -> tuple[Array, Array, Array]:
-  return fused._dot_product_attention_bwd_p_wrapper.bind(
-      q, k, v, *_others(q, seen), jnp.moveaxis(lse, 2, 1), out, d_out, **_settings(q, window, seen))
+  def pull(q, k, v, lse, out, d_out):
+    return fused._dot_product_attention_bwd_p_wrapper.bind(
+        q, k, v, *_others(q, seen), lse, out, d_out, **_settings(q, window, seen))
+
+  return _by_batch(pull)(q, k, v, jnp.moveaxis(lse, 2, 1), out, d_out)
+
+
+def _by_batch(f: Callable) -> Callable:
+  """f of arrays [B, ...], of which `jax.vmap` makes more rows; the primitives' own rules take leading axes alone."""
+  mapped = jax.custom_batching.custom_vmap(f)
+
+  @mapped.def_vmap
+  def _(size, is_mapped, *arrays):
+    every = (x if one else jnp.broadcast_to(x, (size, *x.shape)) for x, one in zip(arrays, is_mapped, strict=True))
+    outs = mapped(*(x.reshape(-1, *x.shape[2:]) for x in every))
+    return [x.reshape(size, -1, *x.shape[1:]) for x in outs], [True] * len(outs)
+
+  return mapped
 
 
 def unsupported(q: Array, k: Array) -> str | None:

@@ -18,17 +18,17 @@ from pallas_kernels.dilated_attention.reference import dilated_pattern
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
+  length = q.shape[1]
+  # cuDNN takes a bias of an even length; a token after the last one is seen by none.
+  q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  return _attend(q, k, v, pattern)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
   return _forward(q, k, v, pattern)[0]
-
-
-def unsupported(q: Array, k: Array) -> str | None:
-  """Why it does not serve these arrays, or None."""
-  if q.shape[1] % 2:
-    return f"takes an even number of tokens, not {q.shape[1]}"
-  return cudnn.unsupported(q, k)
 
 
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern):
@@ -41,7 +41,7 @@ def _backward(pattern: Pattern, residuals, d_out: Array) -> tuple[Array, Array, 
   return cudnn.backward(q, k, v, None, out, lse, d_out, _seen(q, pattern))
 
 
-dilated_attention.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _seen(q: Array, pattern: Pattern) -> Array:

@@ -12,6 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.gated_scan.xla import XLA
 
 Array = jax.Array
+_FEW_TOKENS = 64  # a row of fewer is mostly padding to a kernel that takes 128 at a time
 STATES = "gated_scan_states"  # the name, for `jax.checkpoint` policies, of what the gradient needs of the scan
 
 
@@ -43,7 +44,7 @@ def gated_scan(
     state: one float32 array [B, ...] per input, the state before the first token; None is zero.
     reset: bool [B, T]; True drops the state before that token.
     implementation: None for the fastest; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of
-      128 tokens and 32 channels is padded, at about twice the time).
+      128 tokens and 32 channels is padded, so None takes "xla" for fewer than 64 tokens).
 
   Returns:
     (outputs, state): outputs like `inputs`, in their types; state float32 [B, ...] each, after the last token.
@@ -55,7 +56,8 @@ def gated_scan(
   gate_logits, inputs = jnp.asarray(gate_logits), tuple(jnp.asarray(x) for x in inputs)
   _check(gate_logits, inputs, state, reset)
   name = dispatch.resolve("gated_scan", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)}, gate_logits.size)
+      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)},
+                          gate_logits.size if gate_logits.shape[1] >= _FEW_TOKENS else 0)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
   return _scan(_BACKENDS[name](), gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
@@ -65,6 +67,8 @@ def _check(gate_logits, inputs, state, reset):
   if gate_logits.ndim < 2 or not inputs:
     raise ValueError(f"gate_logits has shape {gate_logits.shape} and there are {len(inputs)} inputs;"
                      " give gate_logits [B, T, ...] and at least one input of that shape.")
+  if 0 in gate_logits.shape:
+    raise ValueError(f"gate_logits has shape {gate_logits.shape}; every axis must have at least one entry.")
   for i, x in enumerate(inputs):
     if x.shape != gate_logits.shape:
       raise ValueError(f"inputs[{i}] has shape {x.shape}; it must equal that of gate_logits, {gate_logits.shape}.")
