@@ -133,7 +133,9 @@ def test_models_side_by_side_are_more_rows(implementation):
   loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32))
   many, one = (jax.ShapeDtypeStruct((*lead, 2, 64, 8, 64), jnp.bfloat16) for lead in ((3,), ()))
   second = jax.ShapeDtypeStruct((2, 3, 64, 8, 64), jnp.bfloat16)
+  within = jax.jit(loss)  # a program within the mapped one, as a loop over layers is
   for f, arguments in ((jax.vmap(jax.grad(loss, argnums=(0, 1, 2))), (many, many, many)),
+                       (jax.vmap(jax.grad(within, argnums=(0, 1, 2))), (many, many, many)),
                        (jax.vmap(attend, in_axes=(0, None, None)), (many, one, one)),
                        (jax.vmap(attend, in_axes=1), (second, second, second))):
     text = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -19,8 +19,11 @@ Array = jax.Array
 MAX_WIDTH = 128  # of a head
 
 
-def forward(q: Array, k: Array, v: Array, window: int | None, seen: Array | None = None) -> softmax.Part:
-  """As `folded.Causal.forward`; `seen` bool [T, T], which keys a query sees of those before it."""
+Seen = Callable[[], Array]  # makes bool [T, T]: which keys a query sees of those before it
+
+
+def forward(q: Array, k: Array, v: Array, window: int | None, seen: Seen | None = None) -> softmax.Part:
+  """As `folded.Causal.forward`, of the keys that are `seen`."""
   def attend(q, k, v):
     return fused._dot_product_attention_fwd_p_wrapper.bind(
         q, k, v, *_others(q, seen), is_training=True, **_settings(q, window, seen))
@@ -30,7 +33,7 @@ def forward(q: Array, k: Array, v: Array, window: int | None, seen: Array | None
 
 
 def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array,
-             seen: Array | None = None) -> tuple[Array, Array, Array]:
+             seen: Seen | None = None) -> tuple[Array, Array, Array]:
   def pull(q, k, v, lse, out, d_out):
     return fused._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, *_others(q, seen), lse, out, d_out, **_settings(q, window, seen))
@@ -60,16 +63,16 @@ def unsupported(q: Array, k: Array) -> str | None:
   return None
 
 
-def _others(q: Array, seen: Array | None) -> list[Array]:
+def _others(q: Array, seen: Seen | None) -> list[Array]:
   """The bias, by which a mask is said, and lengths, offsets and page tables, which are not there."""
   nothing = jnp.zeros(0, q.dtype)
   if seen is None:
     return [nothing] * 7
-  bias = jnp.where(seen, jnp.zeros((), q.dtype), fused.get_large_negative_number(q.dtype))
+  bias = jnp.where(seen(), jnp.zeros((), q.dtype), fused.get_large_negative_number(q.dtype))
   return [bias[None, None], *[nothing] * 6]
 
 
-def _settings(q: Array, window: int | None, seen: Array | None) -> dict[str, Any]:
+def _settings(q: Array, window: int | None, seen: Seen | None) -> dict[str, Any]:
   has_bias, bias_has_gradient = seen is not None, False
   return {"scale": q.shape[-1]**-0.5, "seed": 0, "dropout_rate": 0.0, "variadic_args": (has_bias, bias_has_gradient),
           "mask_type": fused.MaskType.CAUSAL, "layout": fused.AttentionLayout.BTNH.value,

@@ -32,18 +32,18 @@ def _attend(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern):
-  out, lse = cudnn.forward(q, k, v, None, _seen(q, pattern))
+  out, lse = cudnn.forward(q, k, v, None, functools.partial(_seen, q.shape[1], pattern))
   return out, (q, k, v, out, lse)
 
 
 def _backward(pattern: Pattern, residuals, d_out: Array) -> tuple[Array, Array, Array]:
   q, k, v, out, lse = residuals
-  return cudnn.backward(q, k, v, None, out, lse, d_out, _seen(q, pattern))
+  return cudnn.backward(q, k, v, None, out, lse, d_out, functools.partial(_seen, q.shape[1], pattern))
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _seen(q: Array, pattern: Pattern) -> Array:
-  at = jnp.arange(q.shape[1], dtype=jnp.int32)
+def _seen(length: int, pattern: Pattern) -> Array:
+  at = jnp.arange(length, dtype=jnp.int32)
   return dilated_pattern(at[:, None], at, *pattern)
