@@ -82,6 +82,11 @@ def test_values_and_gradients_in_float64(length, pattern):
   check(length, folded.Pattern(*pattern), 2, 3)
 
 
+def test_many_sinks_in_chunks_of_queries(monkeypatch):
+  monkeypatch.setattr(folded, "_QUERIES", 8)
+  check(21, folded.Pattern(4, 2, 9), 2, 3)
+
+
 @pytest.mark.slow
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 12), st.integers(0, 12),
        st.integers(0, 99))

@@ -24,6 +24,7 @@ from pallas_kernels.products import einsum_float32
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
 _FEW_SINKS = 8  # up to so many, each is a part of its own
+_QUERIES = 8192  # that have scores with more sinks at a time
 
 
 class Causal(Protocol):
@@ -140,23 +141,30 @@ def _heads(x: Array, q: Array) -> Array:
 # The sinks: the first S0 keys, where the window does not show them.
 
 
-def _sinks_seen(q: Array, pattern: Pattern) -> Array:
-  t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(min(pattern.sinks, q.shape[1]))
-  return (t - s > pattern.window)[None]
+def _sinks_seen(t: Array, k: Array, window: int) -> Array:
+  """Which of the sinks k [B, S0, K, H] queries at t [1, T] see: bool [1, T, S0]."""
+  return t[..., None] - jnp.arange(k.shape[1]) > window
+
+
+def _positions(q: Array) -> Array:
+  return jnp.arange(q.shape[1], dtype=jnp.int32)[None]
 
 
 def _sinks_forward(q: Array, k: Array, v: Array, pattern: Pattern) -> list[softmax.Part]:
-  k, v, seen = k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern)
+  k, v = k[:, :pattern.sinks], v[:, :pattern.sinks]
   if pattern.sinks > _FEW_SINKS:
-    return [softmax.attend_part(q, k, v, seen[None])]
+    return [softmax.attend_masked(q, k, v, _positions(q), lambda t: _sinks_seen(t, k, pattern.window)[:, None],
+                                  chunk=_QUERIES)]
+  seen = _sinks_seen(_positions(q), k, pattern.window)
   return [_one_key_forward(q, k[:, s:s + 1], v[:, s:s + 1], seen[:, :, s:s + 1]) for s in range(k.shape[1])]
 
 
 def _sinks_backward(q, k, v, pattern: Pattern, out, lse, d_out) -> Gradients:
-  k, v, seen, length = k[:, :pattern.sinks], v[:, :pattern.sinks], _sinks_seen(q, pattern), k.shape[1]
+  k, v, length = k[:, :pattern.sinks], v[:, :pattern.sinks], k.shape[1]
   if pattern.sinks > _FEW_SINKS:
-    d_q, d_k, d_v = _many_sinks_backward(q, k, v, seen, out, lse, d_out)
+    d_q, d_k, d_v = _many_sinks_backward(q, k, v, pattern.window, out, lse, d_out)
   else:
+    seen = _sinks_seen(_positions(q), k, pattern.window)
     of_sink = [_one_key_backward(q, k[:, s:s + 1], v[:, s:s + 1], out, lse, d_out, seen[:, :, s:s + 1])
                for s in range(k.shape[1])]
     d_qs, d_ks, d_vs = zip(*of_sink, strict=True)
@@ -165,7 +173,20 @@ def _sinks_backward(q, k, v, pattern: Pattern, out, lse, d_out) -> Gradients:
   return d_q, jnp.pad(d_k, rest), jnp.pad(d_v, rest)
 
 
-def _many_sinks_backward(q, k, v, seen, out, lse, d_out) -> Gradients:
+def _many_sinks_backward(q, k, v, window: int, out, lse, d_out) -> Gradients:
+  """In chunks of queries, so that memory does not grow with T times the sinks."""
+  size = softmax.chunk_size(q.shape[1], _QUERIES)
+  chunks = (*(softmax.split(x, size) for x in (q, out, lse, d_out)), softmax.split(_positions(q), size, fill=-1))
+
+  def of_chunk(chunk):
+    q, out, lse, d_out, t = chunk
+    return _attended_backward(q, k, v, _sinks_seen(t, k, window), out, lse, d_out)
+
+  d_q, d_k, d_v = jax.lax.map(of_chunk, chunks)
+  return softmax.join(d_q, q.shape[1]), d_k.sum(axis=0), d_v.sum(axis=0)
+
+
+def _attended_backward(q, k, v, seen: Array, out, lse, d_out) -> Gradients:
   grouped = lambda x: x.reshape(*x.shape[:2], k.shape[2], -1, *x.shape[3:])
   scores = einsum_float32("btkgh,bskh->bkgts", grouped(q), k) * q.shape[-1]**-0.5
   of_rows = lambda x: jnp.moveaxis(grouped(x), 1, 3)[..., None]  # [B, T, N] -> [B, K, G, T, 1]
