@@ -29,7 +29,7 @@ from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
 from rat_jax.modes import Mode
 
-DRAWS = flags.DEFINE_integer("draws", 5, "Seeds of the random selector.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", 5, "Draws of the random selector.", lower_bound=1)
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 
 
@@ -91,7 +91,7 @@ def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   every, found = eval_niah.sequences(LENGTH.value, COUNT.value), {}
   made = [every[name] for name in TASKS]
   prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
-  mode = Dense() if budget == "dense" else methods(_part(budget))["Quest 16"].build(next(iter(TASKS.values())))[0]
+  mode = Dense() if budget == "dense" else Quest(_tokens(budget), block=16, keep_first=False)
   for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
     for attend_to in ("memory", "plain"):
       right = niah.which_right(model, params, made, prompts, batch_size=BATCH_SIZE.value, mode=mode,
@@ -101,8 +101,8 @@ def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   return found
 
 
-def _part(budget: str) -> int:  # "1/8" -> 8
-  return int(budget.removeprefix("1/"))
+def _tokens(budget: str) -> int:  # "1/8"
+  return LENGTH.value // int(budget.removeprefix("1/"))
 
 
 def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
     mode: Mode = Dense()
     cases: list[tuple[tuple[str, ...], list, int]] = [(("A", "B"), [a, b], 2)]
     if budget != "dense":
-      mode = methods(_part(budget))["SnapKV aware"].build(task)[0]
+      mode = SnapKV(_tokens(budget), obs_window=task.query_length)
       cases.append((("B under B",), [b], 1))
     found[name] = {}
     for labels, parts, left in cases:

@@ -126,7 +126,9 @@ def test_dilated_attention(implementation, dtype, length, pattern, heads, groups
 
 
 @pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
-    (2, (16, 0, 1), 1, 1, 64), (510, (None, 40, 4), 1, 4, 64), *(one for one in DILATED if one[0] % 2 == 0)])
+    (2, (16, 0, 1), 1, 1, 64), (3, (16, 0, 1), 1, 1, 64),
+    # Of 1 and of 9 tokens each sees itself alone: queries and keys have no gradient for an error to be a share of.
+    *(one for one in DILATED if one[0] not in (1, 9))])
 def test_dilated_attention_under_a_mask(length, pattern, heads, groups, width):
   check_dilated("cudnn_masked", "bfloat16", length, pattern, heads, groups, width)
 
