@@ -36,6 +36,28 @@ def attend_part(q: Array, k: Array, v: Array, mask: Array) -> Part:
   return out.reshape(b, t, n, h), jnp.moveaxis(lse, 3, 1).reshape(b, t, n)
 
 
+def attend_isolated(q: Array, k: Array, v: Array, mask: Array) -> Part:
+  """`attend_part` where what is not finite stays with who sees it.
+
+  A query gets NaN if it is not finite, or sees a token whose key or value is not. A weight of 0 would carry that to
+  every other query, and the gradient to every key.
+  """
+  (q, k, v), (of_q, of_k, of_v) = zip(*map(_finite, (q, k, v)), strict=True)
+  out, lse = attend_part(q, k, v, mask)
+  bad = jnp.moveaxis(~(of_k & of_v), 1, 2)[:, :, None, None]
+  spoilt = jnp.any((mask[:, :, None] if mask.ndim == 4 else mask) & bad, axis=-1)  # [B, K, 1 or G, T]
+  b, t, n = lse.shape
+  spoilt = jnp.moveaxis(jnp.broadcast_to(spoilt, (b, k.shape[2], n // k.shape[2], t)), 3, 1).reshape(lse.shape)
+  spoilt |= ~of_q & (lse > NOTHING)  # padding, which sees nothing, may hold anything
+  return jnp.where(spoilt[..., None], jnp.nan, out), jnp.where(spoilt, jnp.nan, lse)
+
+
+def _finite(x: Array) -> tuple[Array, Array]:
+  """(x [..., H] with zeros for what is not finite, which [...] are finite throughout)."""
+  finite = jnp.isfinite(x)
+  return jnp.where(finite, x, 0), finite.all(axis=-1)
+
+
 def masked_softmax(scores: Array, mask: Array) -> Part:
   """(weights, log-sum-exp) along the last axis of the float32 scores that `mask` shows.
 
@@ -100,16 +122,18 @@ def map_chunks(f: Callable, chunked):
 
 
 def attend_masked(
-    q: Array, k: Array, v: Array, q_info, mask: Callable, *, chunk: int = CHUNK
+    q: Array, k: Array, v: Array, q_info, mask: Callable, *, chunk: int = CHUNK, isolated: bool = False
 ) -> Part:
   """`attend_part` with the queries in chunks, so that memory grows with T and not with T * S.
 
   Args:
     q_info: pytree of arrays [B or 1, T, ...], what `mask` needs to know of each query (its position, say).
     mask: maps a chunk of `q_info` to a mask for `attend_part`. Filled-up queries have -1 everywhere.
+    isolated: as `attend_isolated`, for keys of several documents, and keys that are none.
   """
   length = q.shape[1]
   size = chunk_size(length, chunk)
+  part = attend_isolated if isolated else attend_part
   chunks = (split(q, size), jax.tree.map(lambda a: split(a, size, fill=-1), q_info))
-  out, lse = map_chunks(lambda c: attend_part(c[0], k, v, mask(c[1])), chunks)
+  out, lse = map_chunks(lambda c: part(c[0], k, v, mask(c[1])), chunks)
   return join(out, length), join(lse, length)

@@ -65,7 +65,7 @@ def attend(q: Queries, k: Keys, v: Keys, mode: Mode, *, q_positions: Positions |
     return attend_blocks(q, k, v, mode, q_at, k_at, statistics, own, origin, k.shape[1]).astype(q.dtype)
   if q_positions is None and lengths is None and q.shape[1] == k.shape[1]:
     return attend_sequence(q, k, v, mode, layouts.of_tokens(k.shape[:2]))
-  return attend_keys(q, k, v, mode, q_at, k_at)[0].astype(q.dtype)
+  return attend_keys(q, k, v, mode, q_at, k_at, isolated=True)[0].astype(q.dtype)
 
 
 def refuse_packed(mode: Mode) -> None:
@@ -145,11 +145,13 @@ def attend_blocks(q: Queries, k: Keys, v: Keys, mode: BlockMode, q_positions: Po
 
 
 def attend_keys(q: Queries, k: Keys, v: Keys, mode: Mode, q_positions: Positions, k_positions: Positions,
-                q_documents: Array | None = None, k_documents: Array | None = None) -> softmax.Part:
+                q_documents: Array | None = None, k_documents: Array | None = None, isolated: bool = False
+                ) -> softmax.Part:
   """The mask form: attention of q [B, T, N, H] to any keys k, v [B, S, K, H] with a position [B or 1, S] each.
 
   Positions may differ by head: [B, K, S]. Documents, where given, see themselves alone. Returns the float32 output
   and its log-sum-exp, to be merged with the attention to other keys. Memory grows with T and S, not with T * S.
+  What is not finite stays in its document, and, `isolated`, with the queries that see it.
   """
 
   def mask(query):
@@ -163,7 +165,7 @@ def attend_keys(q: Queries, k: Keys, v: Keys, mode: Mode, q_positions: Positions
   query = {"position": q_positions}
   if q_documents is not None:
     query["document"] = q_documents
-  return softmax.attend_masked(q, k, v, query, mask)
+  return softmax.attend_masked(q, k, v, query, mask, isolated=isolated or k_documents is not None)
 
 
 def _dense(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout) -> Array:

@@ -14,7 +14,7 @@ import rat_jax
 from conftest import GRADIENT, OPERATION, assert_close
 from pallas_kernels import dilated_attention
 from pallas_kernels.dilated_attention import xla
-from rat_jax import Dense, Dilated, PerLayer, StreamingLLM, visible
+from rat_jax import Dense, Dilated, PerHead, PerLayer, StreamingLLM, visible
 from rat_jax.attention import attend_keys
 
 
@@ -162,6 +162,46 @@ def test_padding_of_packed_rows_may_hold_anything():
   clean = dilated_attention(q, k, v, dilation=4, sinks=1, segment_ids=ids)
   k, v = (np.where((ids > 0)[:, :, None, None], x, np.nan).astype(np.float32) for x in (k, v))
   np.testing.assert_array_equal(dilated_attention(q, k, v, dilation=4, sinks=1, segment_ids=ids), clean)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("document", [1, 2])
+@pytest.mark.parametrize("mode", [Dense(), Dilated(4, window=2, sinks=1), PerHead((Dense(), Dilated(3)))])
+def test_what_is_not_finite_stays_in_its_document(mode, document, name, spoilt):
+  """Values and gradients of the other document are those without it; of its own, only queries that see it have NaN."""
+  arrays = dict(zip("qkv", draw(1, 24, 2, 2, 8), strict=True))
+  ids = np.array([[1] * 10 + [2] * 12 + [0] * 2])
+  at = {1: 3, 2: 14}[document]
+  bad = arrays | {name: arrays[name].copy()}
+  bad[name][0, at, :, 2] = spoilt
+
+  def total(arrays):  # of squares, so that what is not finite goes back, too
+    return jnp.sum(attend_packed(arrays) ** 2)
+
+  attend_packed = lambda arrays: rat_jax.attend(*arrays.values(), mode, segment_ids=ids)
+  other = ids[0] == 3 - document
+  clean, out = attend_packed(arrays), np.asarray(attend_packed(bad))
+  np.testing.assert_array_equal(out[:, other], clean[:, other])
+  seen = np.asarray(visible(mode, np.arange(24), np.arange(24))) | np.zeros((2, 1, 1), bool)  # [K, T, S]
+  first = 0 if document == 1 else 10
+  sees = np.zeros((24, 2), bool)
+  own = np.flatnonzero(ids[0] == document)
+  sees[own] = seen[:, own - first, at - first].T
+  if name == "q":
+    sees = np.arange(24)[:, None] == np.array([at, at])
+  np.testing.assert_array_equal(np.isnan(out[0]).any(-1), sees)
+  expected, found = jax.grad(total)(arrays), jax.grad(total)(bad)
+  for one in "qkv":
+    np.testing.assert_array_equal(found[one][:, other], expected[one][:, other])
+
+
+def test_rows_after_the_last_key_may_hold_anything():
+  q, k, v = draw(2, 9, 2, 1, 8)
+  lengths = np.array([4, 9])
+  clean = rat_jax.attend(q[:, :1], k, v, Dilated(3), lengths=lengths)
+  k[0, 4:], v[0, 4:] = np.nan, np.inf
+  np.testing.assert_array_equal(rat_jax.attend(q[:, :1], k, v, Dilated(3), lengths=lengths), clean)
 
 
 def test_long_dense_sequences_take_the_chunked_form():

@@ -83,15 +83,14 @@ def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
   documents = jnp.zeros_like(positions)
   if segment_ids is not None:
     documents, positions = number_documents(segment_ids)
-    real = (documents > 0)[:, :, None, None]  # padding may hold what is not finite
-    k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
 
   def mask(query):
     t, s = query["position"][:, :, None], positions[:, None, :]
     same = query["document"][:, :, None] == documents[:, None, :]
     return (dilated_pattern(t, s, dilation, window, sinks) & same & (s >= 0) & (s <= t))[:, None]
 
-  out, _ = softmax.attend_masked(q, k, v, {"position": positions, "document": documents}, mask)
+  out, _ = softmax.attend_masked(q, k, v, {"position": positions, "document": documents}, mask,
+                                 isolated=segment_ids is not None)
   return out.astype(q.dtype)
 
 
