@@ -101,6 +101,19 @@ def test_what_is_not_finite_stays_in_its_row_and_its_document():
     assert np.isfinite(d[0, 40:]).all()
 
 
+@pytest.mark.parametrize("backend", [XLA(), kernel(SMALL)], ids=["xla", "mosaic_gpu"])
+def test_a_state_that_a_reset_drops_has_no_gradient(backend):
+  """Exactly, whatever the cotangents of what comes after; the other row has its own."""
+  logits, (x, _), (first, _), _ = draw((2, 33, 32), "float32")
+  reset = np.zeros((2, 33), bool)
+  reset[0, 0] = True
+  _, pull = jax.vjp(lambda h: api._scan(backend, logits, (x,), (h,), reset), first)
+  (d_state,) = pull(((jnp.ones_like(x).at[0].set(jnp.nan),), (jnp.ones_like(first).at[0].set(jnp.nan),)))
+  decays = np.cumprod(1 / (1 + np.exp(-np.asarray(logits[1], np.float64))), axis=0)
+  np.testing.assert_array_equal(d_state[0], 0)
+  assert_close(d_state[1], decays.sum(axis=0) + decays[-1], GRADIENT)
+
+
 def lower(spec, backward):
   """Lowers `gated_scan`, or its gradient, of a real shape for CUDA; no GPU is needed."""
   logits, inputs, state, reset = spec.types()
