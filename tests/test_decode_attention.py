@@ -310,6 +310,7 @@ def test_small_batches_split_the_cache():
 
 
 LAYERS = np.zeros((3, 2, 2, 5, 8), np.float32)
+OWN = LAYERS[0, :, :, 0]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
@@ -323,10 +324,13 @@ LAYERS = np.zeros((3, 2, 2, 5, 8), np.float32)
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
     (dict(layer=3, keys=LAYERS, values=LAYERS), ValueError, "layer=3; there are 3, from 0 on"),
+    (dict(layer=np.int32(7), keys=LAYERS, values=LAYERS), ValueError, "layer=7; there are 3, from 0 on"),
     (dict(layer=1.0, keys=LAYERS, values=LAYERS), ValueError, "layer=1.0; give an integer"),
     (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give int32 \[B, K or N, n\]"),
     (dict(blocks=np.zeros((2, 2, 1), np.int32)), ValueError, r"with blocks \(2, 2, 1\) give bool"),
-    (dict(own=(np.zeros((2, 2, 8), np.float32), np.zeros((2, 4, 8), np.float32))), ValueError, r"give key and value"),
+    (dict(own=(OWN, np.zeros((2, 4, 8), np.float32))), ValueError, "give key and value"),
+    (dict(own=(OWN,)), ValueError, "own has length 1; give a key and a value"),
+    (dict(own=(OWN, OWN, OWN)), ValueError, "own has length 3; give a key and a value"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
     (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs \(.* 9\.0\), not on 'cpu'"),
