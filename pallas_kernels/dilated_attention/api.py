@@ -53,7 +53,7 @@ def dilated_attention(
     [B, T, N, H] in q's type; zeros for padding.
 
   Raises:
-    ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
+    ValueError: shapes or types that do not match, a bad dilation, window or sinks, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -96,7 +96,7 @@ def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
 
 
 def _within(least: int, value: int) -> bool:
-  return isinstance(value, numbers.Integral) and least <= value <= _MOST
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= _MOST
 
 
 def _check(q, k, v, dilation, window, sinks, segment_ids):
@@ -112,9 +112,11 @@ def _check(q, k, v, dilation, window, sinks, segment_ids):
   if q.shape[2] % k.shape[2]:
     raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
   if dilation is not None and not _within(1, dilation):
-    raise ValueError(f"dilation={dilation}; use an integer from 1 (dense) on, or None for window and sinks alone.")
+    raise ValueError(f"dilation={dilation}; use an integer from 1 (dense) to {_MOST}, or None for window and"
+                     " sinks alone.")
   for name, value in (("window", window), ("sinks", sinks)):
     if not _within(0, value):
       raise ValueError(f"{name}={value}; use an integer from 0 to {_MOST}.")
-  if segment_ids is not None and segment_ids.shape != q.shape[:2]:
-    raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be [B, T] = {q.shape[:2]}.")
+  if segment_ids is not None and (segment_ids.shape != q.shape[:2]
+                                  or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+    raise ValueError(f"segment_ids is {segment_ids.dtype} {segment_ids.shape}; give integers [B, T] = {q.shape[:2]}.")
