@@ -180,7 +180,6 @@ def test_long_dense_sequences_take_the_chunked_form():
     (dict(dilation=2, window=-1), ValueError, "window=-1"),
     (dict(dilation=2, sinks=-1), ValueError, "sinks=-1"),
     (dict(dilation=2, implementation="quick"), ValueError, "'quick' is unknown"),
-    (dict(dilation=2, implementation="pallas_tpu"), NotImplementedError, "does not exist for dilated_attention"),
     (dict(dilation=2, segment_ids=np.zeros((1, 3), int)), ValueError, r"segment_ids is int32 \(1, 3\); give integers"),
     (dict(dilation=2, segment_ids=np.ones((1, 4))), ValueError, r"segment_ids is float32 \(1, 4\); give integers"),
     (dict(dilation=2, segment_ids=np.ones((1, 4), bool)), ValueError, r"is bool \(1, 4\); .* \[B, T\] = \(1, 4\)"),

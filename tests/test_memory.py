@@ -143,5 +143,5 @@ def test_bad_arguments(change, message):
     rat_jax.memory(x, x, x, segment_ids=np.zeros((1, 4), int))
   with pytest.raises(ValueError, match="gate_logits, k, v have shapes"):
     rat_jax.memory(x, x[:, :, :1], x)
-  with pytest.raises(NotImplementedError, match="does not exist for gated_scan"):
-    gated_scan(x, (x,), implementation="pallas_tpu")
+  with pytest.raises(NotImplementedError, match=r"does not exist for gated_scan; it has \('xla', 'mosaic_gpu'\)"):
+    gated_scan(x, (x,), implementation="cudnn")

@@ -66,7 +66,7 @@ def decode_attention(
   block = None if blocks is None else visible.shape[3]
   size = math.prod(keys.shape[-4:]) if blocks is None else visible.size * q.shape[2]
   name = dispatch.resolve("decode_attention", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys, block)}, size)
+      "xla": dispatch.serves_all, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys, block)}, size)
   return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer, own, blocks)
 
 

@@ -61,7 +61,7 @@ def dilated_attention(
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
-      "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
+      "xla": dispatch.serves_all, "cudnn": lambda: packed or cudnn.unsupported(q, k),
       "cudnn_masked": lambda: packed or cudnn.unsupported(q, k),
       "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])

@@ -59,7 +59,7 @@ def gated_scan(
   reset = None if reset is None else jnp.asarray(reset)
   _check(gate_logits, inputs, state, reset)
   name = dispatch.resolve("gated_scan", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)},
+      "xla": dispatch.serves_all, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)},
                           gate_logits.size if gate_logits.shape[1] >= _FEW_TOKENS else 0)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
