@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from conftest import run_python
 from pallas_kernels import dispatch
 
 X = np.zeros((1, 8, 2, 64), jax.numpy.bfloat16)
@@ -46,6 +47,24 @@ def test_the_device_and_the_arguments_are_both_said(monkeypatch):
   monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
   with pytest.raises(ImportError, match="no such module"):  # where it should run, what is missing is said
     scan()
+
+
+def test_plain_jax_needs_no_private_part_of_jax():
+  """A JAX that moved what cuDNN's attention is made of: it can be missed on a GPU alone."""
+  run_python("-c", """
+import sys
+import jax.numpy as jnp
+from jax._src import cudnn
+
+del cudnn.fused_attention_stablehlo
+sys.modules["jax._src.cudnn.fused_attention_stablehlo"] = None
+import pallas_kernels, rat_jax
+
+x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+for implementation in (None, "xla"):
+  out = pallas_kernels.dilated_attention(x, x, x, dilation=4, implementation=implementation)
+  assert (out == 1).all()
+""")
 
 
 def test_none_scans_a_few_tokens_in_plain_jax(monkeypatch):

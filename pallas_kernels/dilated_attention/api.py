@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, softmax
-from pallas_kernels.dilated_attention import cudnn, folded, masked, xla
+from pallas_kernels.dilated_attention import folded, xla
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
@@ -20,6 +20,18 @@ def _mosaic_gpu():
   # Imported when it is used: not every installation has this part of JAX.
   from pallas_kernels.dilated_attention import mosaic_gpu
   return mosaic_gpu
+
+
+def _cudnn():
+  # Likewise: it takes primitives that are no public interface of JAX and may move.
+  from pallas_kernels.dilated_attention import cudnn
+  return cudnn
+
+
+def _masked():
+  # Likewise, as it takes cuDNN.
+  from pallas_kernels.dilated_attention import masked
+  return masked
 
 
 def dilated_attention(
@@ -61,14 +73,14 @@ def dilated_attention(
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
-      "xla": dispatch.serves_all, "cudnn": lambda: packed or cudnn.unsupported(q, k),
-      "cudnn_masked": lambda: packed or cudnn.unsupported(q, k),
-      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
+      "xla": dispatch.serves_all, "cudnn": lambda: packed or _cudnn().unsupported(q, k),
+      "cudnn_masked": lambda: packed or _cudnn().unsupported(q, k),
+      "mosaic_gpu": lambda: packed or _cudnn().unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
   if name == "cudnn_masked":
-    return masked.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
+    return _masked().dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
   if name != "xla":
-    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn,
+    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), _cudnn(),
                                     _mosaic_gpu() if name == "mosaic_gpu" else None)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
