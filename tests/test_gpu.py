@@ -125,6 +125,16 @@ def test_dilated_attention(implementation, dtype, length, pattern, heads, groups
   check_dilated(implementation, dtype, length, pattern, heads, groups, width)
 
 
+def test_plain_jax_alone_takes_wide_heads():
+  case = (250, (16, 3, 4), 2, 2, 256)
+  for dtype in ("float32", "bfloat16"):
+    check_dilated("xla", dtype, *case)
+  for implementation in ("cudnn", "cudnn_masked", "mosaic_gpu"):
+    reason = f"'{implementation}' of dilated_attention takes heads .* wide, these are 256"
+    with pytest.raises(NotImplementedError, match=reason):
+      check_dilated(implementation, "bfloat16", *case)
+
+
 @pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
     (2, (16, 0, 1), 1, 1, 64), (3, (16, 0, 1), 1, 1, 64),
     # Of 1 and of 9 tokens each sees itself alone: queries and keys have no gradient for an error to be a share of.
