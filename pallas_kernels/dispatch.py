@@ -10,15 +10,15 @@ import jax
 from pallas_kernels.crossovers import FASTEST
 
 MULTIPROCESSORS = 132  # of an H100 or H200, for which the Mosaic kernels cut their work
-IMPLEMENTATIONS = ("xla", "pallas_tpu", "mosaic_gpu", "cudnn", "cudnn_masked")
+IMPLEMENTATIONS = ("xla", "mosaic_gpu", "cudnn", "cudnn_masked")  # of any operation
 # The compute capabilities of GPUs, least and most: Mosaic's kernels use Hopper's instructions, later GPUs have others.
 _HOPPER = (9.0, 9.0, "Hopper GPUs (compute capability 9.0)")
 _AMPERE = (8.0, math.inf, "Ampere GPUs (compute capability 8.0) and newer")
 _CAPABILITY = {"mosaic_gpu": _HOPPER, "cudnn": _AMPERE, "cudnn_masked": _AMPERE}
 
 
-def serves() -> None:
-  """Says of an implementation that it serves any arguments."""
+def serves_all() -> None:
+  """Why an implementation that serves any arguments does not serve some: for no reason."""
 
 
 def resolve(operation: str, implementation: str | None, available: Mapping[str, Callable[[], str | None]], size: int
@@ -35,20 +35,21 @@ def resolve(operation: str, implementation: str | None, available: Mapping[str, 
 
   Raises:
     ValueError: `implementation` is no known name.
-    NotImplementedError: the operation does not have the one that was named, or that does not run on this device or
-      does not serve these arguments.
+    NotImplementedError: the operation does not have the one that was named, or that does not run on this device, does
+      not serve these arguments, or both.
   """
   if implementation is None:
     return _fastest(operation, available, size)
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}.")
+    raise ValueError(f"implementation={implementation!r} is unknown; use None or, for {operation}, one of"
+                     f" {tuple(available)}.")
   other = "Pass implementation=None to take the fastest one that serves."
   if implementation not in available:
     raise NotImplementedError(
         f"implementation={implementation!r} does not exist for {operation}; it has {tuple(available)}. {other}")
-  reason = check_device(implementation) or available[implementation]()
-  if reason:
-    raise NotImplementedError(f"implementation={implementation!r} of {operation} {reason}. {other}")
+  reasons = _reasons(implementation, available[implementation])
+  if reasons:
+    raise NotImplementedError(f"implementation={implementation!r} of {operation} {', and '.join(reasons)}. {other}")
   return implementation
 
 
@@ -59,6 +60,18 @@ def check_device(implementation: str) -> str | None:
   (least, most, of_whom), device = _CAPABILITY[implementation], jax.devices()[0]
   has = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0.0
   return None if least <= has <= most else f"runs on {of_whom}, not on {device.device_kind!r}"
+
+
+def _reasons(implementation: str, serves: Callable[[], str | None]) -> list[str]:
+  """Why the implementation does not run on this device, and why it does not serve the arguments; [] if it does both."""
+  of_device = check_device(implementation)
+  try:
+    of_arguments = serves()
+  except ImportError:  # what is for other devices may be no part of this installation
+    if of_device is None:
+      raise
+    of_arguments = None
+  return [reason for reason in (of_device, of_arguments) if reason]
 
 
 def _fastest(operation: str, available: Mapping[str, Callable[[], str | None]], size: int) -> str:

@@ -212,12 +212,17 @@ def test_long_dense_sequences_take_the_chunked_form():
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (dict(dilation=0), ValueError, "dilation=0; use an integer from 1"),
     (dict(dilation=4.5), ValueError, "dilation=4.5; use an integer"),
+    (dict(dilation=2**30 + 1), ValueError, r"dilation=1073741825; use .* from 1 \(dense\) to 1073741824, or None"),
+    (dict(dilation=True), ValueError, "dilation=True; use an integer"),
+    (dict(dilation=2, window=True), ValueError, "window=True; use an integer"),
+    (dict(dilation=2, sinks=False), ValueError, "sinks=False; use an integer"),
     (dict(dilation=2, sinks=2**31), ValueError, "sinks=2147483648; use an integer from 0 to"),
     (dict(dilation=2, window=-1), ValueError, "window=-1"),
     (dict(dilation=2, sinks=-1), ValueError, "sinks=-1"),
     (dict(dilation=2, implementation="quick"), ValueError, "'quick' is unknown"),
-    (dict(dilation=2, implementation="pallas_tpu"), NotImplementedError, "does not exist for dilated_attention"),
-    (dict(dilation=2, segment_ids=np.zeros((1, 3))), ValueError, "segment_ids has shape"),
+    (dict(dilation=2, segment_ids=np.zeros((1, 3), int)), ValueError, r"segment_ids is int32 \(1, 3\); give integers"),
+    (dict(dilation=2, segment_ids=np.ones((1, 4))), ValueError, r"segment_ids is float32 \(1, 4\); give integers"),
+    (dict(dilation=2, segment_ids=np.ones((1, 4), bool)), ValueError, r"is bool \(1, 4\); .* \[B, T\] = \(1, 4\)"),
 ])
 def test_bad_arguments(arguments, error, message):
   q, k, v = draw(1, 4, 2, 1, 8)

@@ -17,14 +17,14 @@ from hypothesis import given, settings, strategies as st
 from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_close
 from pallas_kernels import decode_attention, softmax
 from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
-from pallas_kernels.decode_attention.arg_specs import TARGETS, Shape
+from pallas_kernels.decode_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.decode_attention.mosaic_gpu_shapes import Cut, Tuning
 
 
 def draw(shape, seed=0, share=0.6, per_head=False):
   """q, keys, values and visible of a shape; rows are ragged, the last of several sees nothing."""
   rng = np.random.default_rng(seed)
-  q, keys, values = (rng.standard_normal(x.shape).astype(x.dtype) for x in shape.arguments()[:3])
+  q, keys, values = (rng.standard_normal(x.shape).astype(x.dtype) for x in shape.types()[:3])
   visible = rng.random((shape.batch, *((shape.kv_heads,) if per_head else ()), shape.rows)) < share
   if shape.batch > 1:
     visible[0, ..., shape.rows * 2 // 3:] = False
@@ -67,15 +67,15 @@ plain = jax.jit(xla.decode_attention)
        st.sampled_from(["float32", "bfloat16"]), st.booleans(), st.integers(0, 9))
 @settings(deadline=None, max_examples=15)
 def test_plain_jax_equals_the_reference(batch, rows, heads, width, dtype, per_head, seed):
-  q, keys, values, visible = draw(Shape(batch, rows, *heads, width, dtype), seed, per_head=per_head)
+  q, keys, values, visible = draw(ArgSpec(batch, rows, *heads, width, dtype), seed, per_head=per_head)
   keys, values = poison(keys, values, visible)
   # Grouped heads have their weights in the type of the values.
   relative = BFLOAT16 if dtype == "bfloat16" and heads[0] > heads[1] else OPERATION
   check(plain, q, keys, values, visible, relative)
 
 
-@pytest.mark.parametrize("shape", [Shape(1, 257, 1, 1, 256), Shape(2, 1, 2, 2, 128), Shape(2, 65, 8, 1, 64, "float32")],
-                         ids=str)
+@pytest.mark.parametrize("shape", [ArgSpec(1, 257, 1, 1, 256), ArgSpec(2, 1, 2, 2, 128),
+                                   ArgSpec(2, 65, 8, 1, 64, "float32")], ids=str)
 def test_plain_jax_at_the_kernels_widths(shape):
   q, keys, values, visible = draw(shape)
   keys, values = poison(keys, values, visible)
@@ -83,13 +83,13 @@ def test_plain_jax_at_the_kernels_widths(shape):
 
 
 @pytest.mark.parametrize(("shape", "tuning"), [
-    (Shape(2, 1, 1, 1, 128), None),                                    # one row, less than the threads take at a time
-    (Shape(2, 37, 2, 2, 64), Tuning(tile_rows=16)),                    # tiles that do not divide the rows
-    (Shape(3, 19, 2, 1, 128), Tuning(tile_rows=8, stages=3)),          # grouped heads; a row without a tile to read
-    (Shape(2, 33, 5, 1, 256), Tuning(tile_rows=12, splits=2)),         # a group that is cut into blocks; two splits
-    (Shape(1, 30, 2, 2, 128, "float32"), Tuning(tile_rows=4, stages=1, splits=3)),
-    (Shape(2, 9, 1, 1, 256, "float32"), None),
-    (Shape(2, 21, 3, 1, 64, "float32"), Tuning(tile_rows=8)),
+    (ArgSpec(2, 1, 1, 1, 128), None),                                    # one row, less than the threads take at a time
+    (ArgSpec(2, 37, 2, 2, 64), Tuning(tile_rows=16)),                    # tiles that do not divide the rows
+    (ArgSpec(3, 19, 2, 1, 128), Tuning(tile_rows=8, stages=3)),          # grouped heads; a row without a tile to read
+    (ArgSpec(2, 33, 5, 1, 256), Tuning(tile_rows=12, splits=2)),         # a group that is cut into blocks; two splits
+    (ArgSpec(1, 30, 2, 2, 128, "float32"), Tuning(tile_rows=4, stages=1, splits=3)),
+    (ArgSpec(2, 9, 1, 1, 256, "float32"), None),
+    (ArgSpec(2, 21, 3, 1, 64, "float32"), Tuning(tile_rows=8)),
 ], ids=str)
 def test_the_kernel_equals_the_reference(shape, tuning):
   q, keys, values, visible = draw(shape)
@@ -98,7 +98,7 @@ def test_the_kernel_equals_the_reference(shape, tuning):
 
 
 def test_the_kernel_takes_a_mask_for_every_head():
-  shape = Shape(2, 20, 4, 2, 64)
+  shape = ArgSpec(2, 20, 4, 2, 64)
   q, keys, values, visible = draw(shape, per_head=True)
   visible[0, 1] = False
   keys, values = poison(keys, values, visible)
@@ -116,8 +116,8 @@ def draw_own(shape, cache):
 
 
 @pytest.mark.parametrize(("implementation", "shape"), [
-    ("xla", Shape(3, 17, 6, 2, 64)), ("xla", Shape(2, 9, 2, 2, 128, "float32")),
-    ("mosaic_gpu", Shape(3, 19, 2, 1, 128)), ("mosaic_gpu", Shape(2, 33, 5, 1, 64, "float32"))], ids=str)
+    ("xla", ArgSpec(3, 17, 6, 2, 64)), ("xla", ArgSpec(2, 9, 2, 2, 128, "float32")),
+    ("mosaic_gpu", ArgSpec(3, 19, 2, 1, 128)), ("mosaic_gpu", ArgSpec(2, 33, 5, 1, 64, "float32"))], ids=str)
 def test_the_own_key_is_one_more_row_of_the_cache(implementation, shape):
   """Also where nothing of the cache is seen, in several splits, and where its score is far above the others."""
   q, keys, values, visible = draw(shape)
@@ -134,7 +134,7 @@ def test_the_own_key_is_one_more_row_of_the_cache(implementation, shape):
 @pytest.mark.parametrize("implementation", [xla.decode_attention, functools.partial(
     mosaic_gpu.decode_attention, interpret=InterpretParams())], ids=["xla", "mosaic_gpu"])
 def test_one_layer_of_a_cache_of_several(implementation):
-  q, keys, values, visible = draw(Shape(2, 10, 2, 1, 64, "float32"))
+  q, keys, values, visible = draw(ArgSpec(2, 10, 2, 1, 64, "float32"))
   keys, values = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.nan)]) for x in (keys, values))
   out, _ = jax.jit(implementation)(*map(jnp.asarray, (q, keys, values, visible)), layer=jnp.int32(1))
   assert_close(out, reference.decode_attention(q, keys[1], values[1], visible)[0], OPERATION)
@@ -171,16 +171,16 @@ def check_blocks(run, drawn, own=None, relative=OPERATION):
        st.integers(1, 6), st.booleans(), st.integers(0, 9))
 @settings(deadline=None, max_examples=15)
 def test_plain_jax_reads_chosen_blocks(batch, rows, heads, block, chosen, apart, seed):
-  shape = Shape(batch, rows, *heads, 8, "float32")
+  shape = ArgSpec(batch, rows, *heads, 8, "float32")
   check_blocks(xla.decode_attention, draw_blocks(shape, block, min(chosen, -(-rows // block)), apart, seed))
 
 
 @pytest.mark.parametrize(("shape", "block", "chosen", "apart", "tuning"), [
-    (Shape(2, 90, 2, 2, 128), 16, 3, False, None),                                # the cache ends within a block
-    (Shape(2, 64, 4, 2, 128), 32, 2, False, Tuning(tile_rows=16, stages=3)),      # blocks of two tiles, grouped heads
-    (Shape(1, 70, 4, 2, 64), 16, 4, True, Tuning(splits=2)),                      # query heads that choose apart
-    (Shape(2, 10, 1, 1, 128, "float32"), 16, 1, False, None),                     # a cache smaller than a block
-    (Shape(2, 50, 2, 1, 256), 8, 5, True, None),
+    (ArgSpec(2, 90, 2, 2, 128), 16, 3, False, None),                                # the cache ends within a block
+    (ArgSpec(2, 64, 4, 2, 128), 32, 2, False, Tuning(tile_rows=16, stages=3)),      # blocks of two tiles, grouped heads
+    (ArgSpec(1, 70, 4, 2, 64), 16, 4, True, Tuning(splits=2)),                      # query heads that choose apart
+    (ArgSpec(2, 10, 1, 1, 128, "float32"), 16, 1, False, None),                     # a cache smaller than a block
+    (ArgSpec(2, 50, 2, 1, 256), 8, 5, True, None),
 ], ids=str)
 def test_the_kernel_reads_chosen_blocks(shape, block, chosen, apart, tuning):
   run = functools.partial(mosaic_gpu.decode_attention, tuning=tuning, interpret=InterpretParams(detect_races=True))
@@ -189,7 +189,7 @@ def test_the_kernel_reads_chosen_blocks(shape, block, chosen, apart, tuning):
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 def test_the_own_key_beside_chosen_blocks(implementation):
-  shape = Shape(2, 40, 4, 2, 64, "float32")
+  shape = ArgSpec(2, 40, 4, 2, 64, "float32")
   rng = np.random.default_rng(3)
   own = tuple(rng.standard_normal((2, 2, 64)).astype(np.float32) for _ in range(2))
   run = xla.decode_attention if implementation == "xla" else functools.partial(
@@ -204,14 +204,14 @@ def test_the_own_key_beside_chosen_blocks(implementation):
 
 
 def test_the_kernel_with_large_scores():
-  shape = Shape(1, 20, 1, 1, 64, "float32")
+  shape = ArgSpec(1, 20, 1, 1, 64, "float32")
   q, keys, values, visible = draw(shape)
   check(interpreted(shape, Tuning(tile_rows=8)), q * 300, keys, values, visible, 1e-4)
 
 
 @pytest.mark.parametrize("implementation", [plain, interpreted(None)], ids=["xla", "mosaic_gpu"])
 def test_what_is_not_finite_stays_in_its_row(implementation):
-  q, keys, values, visible = draw(Shape(3, 6, 2, 2, 64))
+  q, keys, values, visible = draw(ArgSpec(3, 6, 2, 2, 64))
   visible[:] = True
   clean, _ = implementation(q, keys, values, visible)
   q[1], keys[1], values[1] = np.nan, np.inf, np.nan
@@ -222,7 +222,7 @@ def test_what_is_not_finite_stays_in_its_row(implementation):
 
 
 def test_own_token_and_cache_merge_to_one_softmax():
-  shape = Shape(2, 12, 4, 2, 8, "float32")
+  shape = ArgSpec(2, 12, 4, 2, 8, "float32")
   q, keys, values, visible = draw(shape)
   seen = visible.copy()
   seen[:, 11] = True  # the new token
@@ -234,7 +234,7 @@ def test_own_token_and_cache_merge_to_one_softmax():
 
 
 def test_rows_that_see_nothing_have_finite_gradients():
-  q, keys, values, visible = draw(Shape(2, 5, 2, 2, 8, "float32"))
+  q, keys, values, visible = draw(ArgSpec(2, 5, 2, 2, 8, "float32"))
 
   @functools.partial(jax.grad, argnums=(0, 1, 2))
   def gradients(q, keys, values):
@@ -252,7 +252,7 @@ def test_the_kernel_has_the_gradient_of_plain_jax(with_own, monkeypatch):
   kernel = types.SimpleNamespace(unsupported=mosaic_gpu.unsupported,
                                  decode_attention=lambda *a: jax.lax.stop_gradient(xla.decode_attention(*a)))
   monkeypatch.setattr(api, "_mosaic_gpu", lambda: kernel)
-  q, keys, values, visible = draw(Shape(2, 5, 2, 1, 64, "float32"))
+  q, keys, values, visible = draw(ArgSpec(2, 5, 2, 1, 64, "float32"))
   keys, values = (np.stack([x, x + 1]) for x in (keys, values))
   own = (keys[0, :, :, 0], values[0, :, :, 0]) if with_own else None
 
@@ -281,10 +281,10 @@ def test_masks_set_every_visible_row_once():
       assert count[0, 0] == 0 or np.asarray(masks)[0, 0, int(count[0, 0]) - 1].any()
 
 
-@pytest.mark.parametrize("shape", [*TARGETS.values(), Shape(1, 4097, 32, 16), Shape(4, 77, 12, 2, 64),
-                                   Shape(2, 5, 6, 2, 256, "float32")], ids=str)
+@pytest.mark.parametrize("shape", [*ARG_SPECS.values(), ArgSpec(1, 4097, 32, 16), ArgSpec(4, 77, 12, 2, 64),
+                                   ArgSpec(2, 5, 6, 2, 256, "float32")], ids=str)
 def test_the_kernel_lowers_for_cuda(shape):
-  q, keys, values, visible = shape.arguments()
+  q, keys, values, visible = shape.types()
   own = (jax.ShapeDtypeStruct((*keys.shape[:2], keys.shape[3]), keys.dtype),) * 2
   for arguments in ({}, {"own": own}):
     traced = jax.jit(mosaic_gpu.decode_attention).trace(q, keys, values, visible, **arguments)
@@ -292,9 +292,10 @@ def test_the_kernel_lowers_for_cuda(shape):
 
 
 @pytest.mark.parametrize(("shape", "block", "chosen", "heads"), [
-    (Shape(128, 16384), 64, 16, 32), (Shape(128, 16400), 16, 64, 32), (Shape(4, 999, 16, 2, 64), 32, 3, 16)], ids=str)
+    (ArgSpec(128, 16384), 64, 16, 32), (ArgSpec(128, 16400), 16, 64, 32), (ArgSpec(4, 999, 16, 2, 64), 32, 3, 16),
+], ids=str)
 def test_the_kernel_of_chosen_blocks_lowers_for_cuda(shape, block, chosen, heads):
-  q, keys, values, _ = shape.arguments()
+  q, keys, values, _ = shape.types()
   blocks = jax.ShapeDtypeStruct((shape.batch, heads, chosen), jnp.int32)
   visible = jax.ShapeDtypeStruct((*blocks.shape, block), bool)
   traced = jax.jit(mosaic_gpu.decode_attention).trace(q, keys, values, visible, blocks=blocks)
@@ -310,6 +311,7 @@ def test_small_batches_split_the_cache():
 
 
 LAYERS = np.zeros((3, 2, 2, 5, 8), np.float32)
+OWN = LAYERS[0, :, :, 0]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
@@ -323,10 +325,13 @@ LAYERS = np.zeros((3, 2, 2, 5, 8), np.float32)
     (dict(visible=np.zeros((2, 4, 5), bool)), ValueError, r"\[B, K, R\] = \(2, 2, 5\)"),
     (dict(layer=0), ValueError, r"\[L, B, K, R, H\], as layer is given"),
     (dict(layer=3, keys=LAYERS, values=LAYERS), ValueError, "layer=3; there are 3, from 0 on"),
+    (dict(layer=np.int32(7), keys=LAYERS, values=LAYERS), ValueError, "layer=7; there are 3, from 0 on"),
     (dict(layer=1.0, keys=LAYERS, values=LAYERS), ValueError, "layer=1.0; give an integer"),
     (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give int32 \[B, K or N, n\]"),
     (dict(blocks=np.zeros((2, 2, 1), np.int32)), ValueError, r"with blocks \(2, 2, 1\) give bool"),
-    (dict(own=(np.zeros((2, 2, 8), np.float32), np.zeros((2, 4, 8), np.float32))), ValueError, r"give key and value"),
+    (dict(own=(OWN, np.zeros((2, 4, 8), np.float32))), ValueError, "give key and value"),
+    (dict(own=(OWN,)), ValueError, "own has length 1; give a key and a value"),
+    (dict(own=(OWN, OWN, OWN)), ValueError, "own has length 3; give a key and a value"),
     (dict(implementation="quick"), ValueError, "'quick' is unknown"),
     (dict(implementation="cudnn"), NotImplementedError, "does not exist for decode_attention"),
     (dict(implementation="mosaic_gpu"), NotImplementedError, r"runs on Hopper GPUs \(.* 9\.0\), not on 'cpu'"),
@@ -339,8 +344,8 @@ def test_bad_arguments(change, error, message):
 
 
 @pytest.mark.parametrize(("shape", "message"), [
-    (Shape(1, 8, 1, 1, 96), r"H in \(64, 128, 256\), not 96"),
-    (Shape(1, 8, 1, 1, 64, "float16"), "bfloat16 or float32, not float16"),
+    (ArgSpec(1, 8, 1, 1, 96), r"H in \(64, 128, 256\), not 96"),
+    (ArgSpec(1, 8, 1, 1, 64, "float16"), "bfloat16 or float32, not float16"),
 ])
 @pytest.mark.usefixtures("any_device")
 def test_what_the_kernel_refuses(shape, message):
@@ -351,7 +356,7 @@ def test_what_the_kernel_refuses(shape, message):
 
 @pytest.mark.usefixtures("any_device")
 def test_blocks_that_the_kernel_refuses():
-  q, keys, values, visible, blocks = draw_blocks(Shape(1, 24, 1, 1, 128), 12, 1)
+  q, keys, values, visible, blocks = draw_blocks(ArgSpec(1, 24, 1, 1, 128), 12, 1)
   with pytest.raises(NotImplementedError, match="blocks of a multiple of 8 rows at H=128 and bfloat16, not of 12"):
     decode_attention(q, keys, values, visible, blocks=blocks, implementation="mosaic_gpu")
 
@@ -363,7 +368,7 @@ def test_bad_tuning(change):
 
 
 def test_tiles_fit_shared_memory():
-  shape = Shape(1, 4097, 1, 1, 256, "float32")
-  jax.eval_shape(mosaic_gpu.decode_attention, *shape.arguments())
+  shape = ArgSpec(1, 4097, 1, 1, 256, "float32")
+  jax.eval_shape(mosaic_gpu.decode_attention, *shape.types())
   with pytest.raises(ValueError, match="stages=2 of 128 rows are 524288 bytes"):
-    jax.eval_shape(functools.partial(mosaic_gpu.decode_attention, tuning=Tuning(128, splits=1)), *shape.arguments())
+    jax.eval_shape(functools.partial(mosaic_gpu.decode_attention, tuning=Tuning(128, splits=1)), *shape.types())

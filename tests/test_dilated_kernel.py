@@ -1,4 +1,7 @@
-"""Dilated attention by the kernel that folds nothing: against a masked softmax, in Pallas' interpreter; and lowered."""
+"""Dilated attention by the kernel that folds nothing: against a masked softmax, in Pallas' interpreter.
+
+And what every GPU implementation is lowered to.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import numpy as np
 import pytest
 
 from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
-from pallas_kernels import softmax
+from pallas_kernels import dilated_attention, softmax
 from pallas_kernels.dilated_attention import mosaic_gpu
+from pallas_kernels.dilated_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.dilated_attention.folded import Pattern
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 
@@ -48,14 +52,22 @@ def test_the_kernel_equals_a_masked_softmax(shape, pattern):
   assert_close(lse, wanted_lse, OPERATION)
 
 
-@pytest.mark.parametrize(("shape", "pattern"), [
-    ((1, 262144, 32, 32, 128), (16, 0, 4)), ((8, 32768, 32, 32, 128), (64, 0, 4)), ((1, 4096, 8, 2, 64), (16, 5, 4)),
-    ((1, 2000, 2, 1, 64), (4, 40, 30)), ((2, 512, 2, 1, 128), (None, 300, 5))], ids=str)
-def test_the_kernel_lowers_for_cuda(shape, pattern):
-  batch, length, heads, kv_heads, width = shape
-  arrays = [jax.ShapeDtypeStruct((batch, length, n, width), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
-  run = functools.partial(mosaic_gpu.forward, pattern=Pattern(*pattern))
-  assert "mosaic_gpu" in jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+# {implementation: (a kernel of its values, one of its gradients)}.
+KERNELS = {"mosaic_gpu": ("@mosaic_gpu_v2(", "@__cudnn$fmhaSoftmaxBackward("),
+           "cudnn": ("@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("),
+           "cudnn_masked": ("@__cudnn$fmhaScaleBiasSoftmax(", "@__cudnn$fmhaScaleBiasSoftmaxBackward(")}
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("spec", [*ARG_SPECS.values(), ArgSpec(1, 2000, 2, 1, 64, pattern=Pattern(4, 40, 30)),
+                                  ArgSpec(2, 512, 2, 1, pattern=Pattern(None, 300, 5))], ids=str)
+@pytest.mark.usefixtures("any_device")
+def test_lowers_for_cuda(spec, implementation):
+  """Values and gradients of the public function; no GPU is needed."""
+  attend = functools.partial(dilated_attention, **spec.pattern._asdict(), implementation=implementation)
+  loss = lambda q, k, v: jnp.sum(attend(q, k, v).astype(jnp.float32))
+  for f, kernel in zip((attend, jax.grad(loss, argnums=(0, 1, 2))), KERNELS[implementation], strict=True):
+    assert kernel in jax.jit(f).trace(*spec.types()).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(("shape", "dtype", "message"), [

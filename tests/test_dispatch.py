@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from conftest import run_python
 from pallas_kernels import dispatch
 
 X = np.zeros((1, 8, 2, 64), jax.numpy.bfloat16)
@@ -26,10 +27,44 @@ AMPERE = r"Ampere GPUs \(compute capability 8\.0\) and newer"
 def test_what_is_named_must_run_here(operation, call, name, of_whom):
   with pytest.raises(NotImplementedError, match=f"'{name}' of {operation} runs on {of_whom}, not on 'cpu'"):
     call(implementation=name)
-  with pytest.raises(NotImplementedError, match=f"does not exist for {operation}"):
-    call(implementation="pallas_tpu")
-  with pytest.raises(ValueError, match="'fast' is unknown"):
+  with pytest.raises(ValueError, match=f"'fast' is unknown; use None or, for {operation}, one of") as raised:
     call(implementation="fast")
+  assert ("cudnn" in str(raised.value)) == (operation == "dilated_attention")
+
+
+def test_the_device_and_the_arguments_are_both_said(monkeypatch):
+  narrow = X[..., :12]
+  with pytest.raises(NotImplementedError, match=rf"'cudnn' of dilated_attention runs on {AMPERE}, not on 'cpu', and"
+                                                r" takes heads of a multiple of 8 up to 128 wide, these are 12\. Pass"):
+    pallas_kernels.dilated_attention(narrow, narrow, narrow, dilation=4, implementation="cudnn")
+
+  def absent():
+    raise ImportError("no such module")
+
+  scan = lambda: dispatch.resolve("gated_scan", "mosaic_gpu", {"mosaic_gpu": absent}, 1)
+  with pytest.raises(NotImplementedError, match=rf"runs on {HOPPER}, not on 'cpu'\. Pass"):
+    scan()
+  monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
+  with pytest.raises(ImportError, match="no such module"):  # where it should run, what is missing is said
+    scan()
+
+
+def test_plain_jax_needs_no_private_part_of_jax():
+  """A JAX that moved what cuDNN's attention is made of: it can be missed on a GPU alone."""
+  run_python("-c", """
+import sys
+import jax.numpy as jnp
+from jax._src import cudnn
+
+del cudnn.fused_attention_stablehlo
+sys.modules["jax._src.cudnn.fused_attention_stablehlo"] = None
+import pallas_kernels, rat_jax
+
+x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+for implementation in (None, "xla"):
+  out = pallas_kernels.dilated_attention(x, x, x, dilation=4, implementation=implementation)
+  assert (out == 1).all()
+""")
 
 
 def test_none_scans_a_few_tokens_in_plain_jax(monkeypatch):
@@ -55,7 +90,7 @@ def test_mosaic_serves_hopper_alone(monkeypatch):
 
 def test_none_takes_the_fastest_that_serves(monkeypatch):
   def taken(size, reason=None):
-    return dispatch.resolve("gated_scan", None, {"xla": dispatch.serves, "mosaic_gpu": lambda: reason}, size)
+    return dispatch.resolve("gated_scan", None, {"xla": dispatch.serves_all, "mosaic_gpu": lambda: reason}, size)
 
   assert taken(10**9) == "xla"  # nothing is known of this device
   monkeypatch.setattr(dispatch, "FASTEST", {"cpu": {"gated_scan": {"mosaic_gpu": 100}}})

@@ -153,10 +153,12 @@ def test_models_side_by_side_are_more_rows(implementation):
 def test_what_cudnn_does_not_take_is_said():
   q = jnp.zeros((1, 32, 2, 16))
   half, packed = q.astype(jnp.bfloat16), jnp.ones((1, 32), jnp.int32)
+  wide = jnp.zeros((1, 32, 2, 256), jnp.bfloat16)
   for x, segments, reason in ((q, None, "q is float32"), (half[..., :12], None, "multiple of 8"),
-                              (half, packed, "packed rows")):
-    with pytest.raises(NotImplementedError, match=reason):
-      pallas_kernels.dilated_attention(x, x, x, dilation=4, segment_ids=segments, implementation="cudnn")
+                              (wide, None, "up to 128 wide, these are 256"), (half, packed, "packed rows")):
+    for name in ("cudnn", "cudnn_masked", "mosaic_gpu"):  # the last has cuDNN's gradients
+      with pytest.raises(NotImplementedError, match=f"'{name}' of dilated_attention takes .*{reason}"):
+        pallas_kernels.dilated_attention(x, x, x, dilation=4, segment_ids=segments, implementation=name)
 
 
 def test_gradients_through_the_merge_by_finite_differences():

@@ -13,16 +13,16 @@ from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_clos
 from pallas_kernels import gated_scan
 from pallas_kernels.gated_scan import api
 from pallas_kernels.gated_scan.arg_specs import ARG_SPECS
-from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU, default_settings
-from pallas_kernels.gated_scan.mosaic_gpu_shapes import Settings
+from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU, default_tuning
+from pallas_kernels.gated_scan.mosaic_gpu_shapes import Tuning
 from pallas_kernels.gated_scan.xla import XLA
 
 INTERPRET = InterpretParams()
-SMALL = Settings(channels=32, steps=4, stages=2, workers=2)  # tiles of 32 tokens
+SMALL = Tuning(channels=32, steps=4, stages=2, workers=2)  # tiles of 32 tokens
 
 
-def kernel(settings):
-  return MosaicGPU(settings, settings, INTERPRET)
+def kernel(tuning):
+  return MosaicGPU(tuning, tuning, INTERPRET)
 
 
 def draw(shape, dtype, reset=False, inputs=2, seed=0):
@@ -52,10 +52,10 @@ def oracle(logits, x, state, reset):
 CASES = {
     "blocks of channels": ((1, 33, 2, 32), "bfloat16", SMALL, dict(reset=True)),
     "channels that fill no block, segments": ((1, 100, 5, 4), "float32",
-                                              Settings(steps=4, stages=2, workers=2, segments=2),
+                                              Tuning(steps=4, stages=2, workers=2, segments=2),
                                               dict(reset=True, inputs=1)),
-    "wide blocks, one worker": ((1, 70, 128), "bfloat16", Settings(channels=128, steps=16, stages=2, workers=1), {}),
-    "three workers": ((1, 100, 64), "float32", Settings(channels=64, steps=8, stages=3, workers=3),
+    "wide blocks, one worker": ((1, 70, 128), "bfloat16", Tuning(channels=128, steps=16, stages=2, workers=1), {}),
+    "three workers": ((1, 100, 64), "float32", Tuning(channels=64, steps=8, stages=3, workers=3),
                                  dict(inputs=1)),
     "one token": ((1, 1, 32), "float32", SMALL, {}),
 }
@@ -64,7 +64,7 @@ CASES = {
 @pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in ("blocks of channels", "one token")
                                                 else pytest.mark.slow) for case in CASES])
 def test_numbers_and_gradients(case):
-  shape, dtype, settings, how = CASES[case]
+  shape, dtype, tuning, how = CASES[case]
   logits, inputs, state, reset = draw(shape, dtype, **how)
   weights = draw(shape, dtype, inputs=len(inputs), seed=1)[1:3]
 
@@ -73,7 +73,7 @@ def test_numbers_and_gradients(case):
     results, pull = jax.vjp(lambda *a: api._scan(backend, *a, reset), logits, inputs, state)
     return results, pull(weights)
 
-  results, cotangents = run(kernel(settings), logits, inputs, state, weights)
+  results, cotangents = run(kernel(tuning), logits, inputs, state, weights)
   _, expected = run(XLA(), logits, inputs, state, weights)
   for x, first, y, last in zip(inputs, state, *results, strict=True):
     states, end = oracle(logits, x, first, reset)
@@ -99,6 +99,19 @@ def test_what_is_not_finite_stays_in_its_row_and_its_document():
   for d in (d_logits, d_x):
     assert np.isfinite(d[1]).all()
     assert np.isfinite(d[0, 40:]).all()
+
+
+@pytest.mark.parametrize("backend", [XLA(), kernel(SMALL)], ids=["xla", "mosaic_gpu"])
+def test_a_state_that_a_reset_drops_has_no_gradient(backend):
+  """Exactly, whatever the cotangents of what comes after; the other row has its own."""
+  logits, (x, _), (first, _), _ = draw((2, 33, 32), "float32")
+  reset = np.zeros((2, 33), bool)
+  reset[0, 0] = True
+  _, pull = jax.vjp(lambda h: api._scan(backend, logits, (x,), (h,), reset), first)
+  (d_state,) = pull(((jnp.ones_like(x).at[0].set(jnp.nan),), (jnp.ones_like(first).at[0].set(jnp.nan),)))
+  decays = np.cumprod(1 / (1 + np.exp(-np.asarray(logits[1], np.float64))), axis=0)
+  np.testing.assert_array_equal(d_state[0], 0)
+  assert_close(d_state[1], decays.sum(axis=0) + decays[-1], GRADIENT)
 
 
 def lower(spec, backward):
@@ -131,19 +144,19 @@ def test_lowers_for_cuda_at_every_named_shape(name):
     assert "@mosaic_gpu_v2" in lower(ARG_SPECS[name], backward)
 
 
-def test_default_settings():
-  def settings(name, backward=False):
+def test_default_tuning():
+  def tuning(name, backward=False):
     logits, inputs, _, _ = ARG_SPECS[name].types()
     reads = (logits, *inputs, *inputs, *inputs) if backward else (logits, *inputs)
-    return default_settings(logits, reads, (logits, *inputs) if backward else inputs, 2)
+    return default_tuning(logits, reads, (logits, *inputs) if backward else inputs, 2)
 
-  assert settings("prefill_256k") == Settings(channels=32, steps=16, stages=4, workers=2)
-  assert settings("prefill_256k", backward=True).steps == 8
-  assert settings("prefill_64k_float32").steps == 8
-  assert settings("few_channels").segments == 8
+  assert tuning("prefill_256k") == Tuning(channels=32, steps=16, stages=4, workers=2)
+  assert tuning("prefill_256k", backward=True).steps == 8
+  assert tuning("prefill_64k_float32").steps == 8
+  assert tuning("few_channels").segments == 8
   many = jax.ShapeDtypeStruct((1, 4096, 128), jnp.float32)
   with pytest.raises(NotImplementedError, match="do not fit the shared memory"):
-    default_settings(many, (many,) * 30, (many,) * 10, 10)
+    default_tuning(many, (many,) * 30, (many,) * 10, 10)
   assert "does not fit 10 inputs" in MosaicGPU().unsupported(many, (many,) * 10)
 
 
@@ -153,12 +166,12 @@ def test_default_settings():
     (dict(steps=2), "at least 32 tokens"),
     (dict(segments=0), "at least one segment"),
 ])
-def test_bad_settings(change, message):
+def test_bad_tuning(change, message):
   with pytest.raises(ValueError, match=message):
-    Settings(**change)
+    Tuning(**change)
 
 
-def test_settings_that_do_not_fit():
+def test_tuning_that_does_not_fit():
   logits, inputs, state, _ = draw((1, 512, 32), "float32")
-  with pytest.raises(NotImplementedError, match=r"gated_scan with Settings.* bytes of shared memory"):
-    kernel(Settings(steps=64)).forward(logits, inputs, state, None)
+  with pytest.raises(NotImplementedError, match=r"gated_scan with Tuning.* bytes of shared memory"):
+    kernel(Tuning(steps=64)).forward(logits, inputs, state, None)

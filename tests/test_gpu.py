@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from conftest import BFLOAT16, GRADIENT, OPERATION, WORST
 from pallas_kernels import decode_attention, dilated_attention, gated_scan
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.arg_specs import Shape
+from pallas_kernels.decode_attention.arg_specs import ArgSpec
 from pallas_kernels.dilated_attention.folded import Pattern
 from pallas_kernels.softmax import NOTHING
 
@@ -125,6 +125,16 @@ def test_dilated_attention(implementation, dtype, length, pattern, heads, groups
   check_dilated(implementation, dtype, length, pattern, heads, groups, width)
 
 
+def test_plain_jax_alone_takes_wide_heads():
+  case = (250, (16, 3, 4), 2, 2, 256)
+  for dtype in ("float32", "bfloat16"):
+    check_dilated("xla", dtype, *case)
+  for implementation in ("cudnn", "cudnn_masked", "mosaic_gpu"):
+    reason = f"'{implementation}' of dilated_attention takes heads .* wide, these are 256"
+    with pytest.raises(NotImplementedError, match=reason):
+      check_dilated(implementation, "bfloat16", *case)
+
+
 @pytest.mark.parametrize(("length", "pattern", "heads", "groups", "width"), [
     (2, (16, 0, 1), 1, 1, 64), (3, (16, 0, 1), 1, 1, 64),
     # Of 1 and of 9 tokens each sees itself alone: queries and keys have no gradient for an error to be a share of.
@@ -180,7 +190,7 @@ def check_decode(implementation, shape, per_head=False, seed=0):
     ((2, 77, 12, 2, 64), False), ((2, 33, 5, 1, 256), False), ((1, 4097, 8, 8, 128), False),
     ((64, 257, 32, 32, 128), False)])
 def test_decode_attention(implementation, shape, per_head, dtype):
-  check_decode(implementation, Shape(*shape, dtype), per_head)
+  check_decode(implementation, ArgSpec(*shape, dtype), per_head)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,7 +199,7 @@ def test_decode_attention(implementation, shape, per_head, dtype):
     ((2, 90, 2, 2, 128), 16, 3, False), ((2, 1000, 8, 2, 128), 128, 5, False), ((1, 700, 8, 2, 64), 16, 20, True),
     ((2, 50, 4, 2, 256), 8, 5, True), ((64, 1024, 32, 32, 128), 64, 4, False)])
 def test_decode_attention_of_chosen_blocks(implementation, shape, block, chosen, apart, dtype):
-  shape = Shape(*shape, dtype)
+  shape = ArgSpec(*shape, dtype)
   q, keys, values, visible, blocks = decode_cases.draw_blocks(shape, block, chosen, apart)
   run = jax.jit(functools.partial(decode_attention, implementation=implementation))
   rounded = implementation == "xla" and dtype == "bfloat16" and shape.heads > shape.kv_heads and not apart
@@ -202,7 +212,7 @@ def test_decode_attention_of_chosen_blocks(implementation, shape, block, chosen,
 @given(st.integers(1, 5), st.integers(1, 700), st.sampled_from([(1, 1), (4, 4), (6, 2), (16, 1)]),
        st.sampled_from([64, 128, 256]), st.booleans(), st.integers(0, 9))
 def test_decode_attention_of_any_shape(batch, rows, heads, width, per_head, seed):
-  check_decode("mosaic_gpu", Shape(batch, rows, *heads, width, "bfloat16"), per_head, seed)
+  check_decode("mosaic_gpu", ArgSpec(batch, rows, *heads, width, "bfloat16"), per_head, seed)
 
 
 def test_models_side_by_side():

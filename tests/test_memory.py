@@ -116,12 +116,23 @@ def test_what_is_not_finite_stays_in_its_document():
   assert_close(k_mem[:, 6:], clean, OPERATION)
 
 
+def test_lists_are_arrays():
+  logits, k, v, _ = draw(1, 5)
+  reset = [[False, False, True, False, False]]
+  ours = gated_scan(logits, [k, v], [np.zeros((1, 2, 4)).tolist()] * 2, reset)
+  jax.tree.map(np.testing.assert_array_equal, ours, gated_scan(logits, (k, v), reset=np.array(reset)))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (dict(inputs=()), "at least one input"),
     (dict(inputs=(np.zeros((1, 3, 2, 4), np.float32),)), r"inputs\[0\] has shape"),
     (dict(inputs=(np.zeros((1, 5, 2, 4), np.int32),)), "use float32 or bfloat16"),
     (dict(state=(np.zeros((1, 2, 4)),) * 2), "state has shapes"),
-    (dict(reset=np.zeros((1, 4), bool)), "reset has shape"),
+    (dict(state=(0.0,)), r"state has shapes \[\(\)\]; give one array of shape \(1, 2, 4\)"),
+    (dict(state=0.0), "state is a float; give a tuple of arrays"),
+    (dict(inputs=np.zeros((1, 5, 2, 4), np.float32)), "inputs is a ndarray; give a tuple of arrays"),
+    (dict(reset=np.zeros((1, 4), bool)), r"reset is bool \(1, 4\); give bool \[B, T\] = \(1, 5\)"),
+    (dict(reset=[[0.0, 0.5, 0.0, 1.0, 0.0]]), r"reset is float32 \(1, 5\); give bool"),
     (dict(implementation="fast"), "'fast' is unknown"),
 ])
 def test_bad_arguments(change, message):
@@ -132,5 +143,5 @@ def test_bad_arguments(change, message):
     rat_jax.memory(x, x, x, segment_ids=np.zeros((1, 4), int))
   with pytest.raises(ValueError, match="gate_logits, k, v have shapes"):
     rat_jax.memory(x, x[:, :, :1], x)
-  with pytest.raises(NotImplementedError, match="does not exist for gated_scan"):
-    gated_scan(x, (x,), implementation="pallas_tpu")
+  with pytest.raises(NotImplementedError, match=r"does not exist for gated_scan; it has \('xla', 'mosaic_gpu'\)"):
+    gated_scan(x, (x,), implementation="cudnn")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,15 @@ def decode_attention(
     NotImplementedError: a known implementation that this operation, the device or these shapes do not have.
   """
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
+  if own is not None and len(own) != 2:
+    raise ValueError(f"own has length {len(own)}; give a key and a value, [B, K, H] each.")
   own = None if own is None else (jnp.asarray(own[0]), jnp.asarray(own[1]))
   blocks = None if blocks is None else jnp.asarray(blocks)
   _check(q, keys, values, visible, layer, own, blocks)
   block = None if blocks is None else visible.shape[3]
   size = math.prod(keys.shape[-4:]) if blocks is None else visible.size * q.shape[2]
   name = dispatch.resolve("decode_attention", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys, block)}, size)
+      "xla": dispatch.serves_all, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(q, keys, block)}, size)
   return (_kernel if name == "mosaic_gpu" else xla.decode_attention)(q, keys, values, visible, layer, own, blocks)
 
 
@@ -99,7 +102,7 @@ def _check(q, keys, values, visible, layer, own, blocks):
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; every axis must have at least one entry.")
   if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
     raise ValueError(f"layer={layer}; give an integer, or an integer array without axes.")
-  if isinstance(layer, int) and not 0 <= layer < keys.shape[0]:
+  if isinstance(layer, numbers.Integral) and not 0 <= int(layer) < keys.shape[0]:
     raise ValueError(f"layer={layer}; there are {keys.shape[0]}, from 0 on.")
   if q.shape[1] % kv:
     raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")

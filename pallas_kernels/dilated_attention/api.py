@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, softmax
-from pallas_kernels.dilated_attention import cudnn, folded, masked, xla
+from pallas_kernels.dilated_attention import folded, xla
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
@@ -20,6 +20,18 @@ def _mosaic_gpu():
   # Imported when it is used: not every installation has this part of JAX.
   from pallas_kernels.dilated_attention import mosaic_gpu
   return mosaic_gpu
+
+
+def _cudnn():
+  # Likewise: it takes primitives that are no public interface of JAX and may move.
+  from pallas_kernels.dilated_attention import cudnn
+  return cudnn
+
+
+def _masked():
+  # Likewise, as it takes cuDNN.
+  from pallas_kernels.dilated_attention import masked
+  return masked
 
 
 def dilated_attention(
@@ -53,7 +65,7 @@ def dilated_attention(
     [B, T, N, H] in q's type; zeros for padding.
 
   Raises:
-    ValueError: shapes that do not match, a bad dilation, window or sinks, an unknown implementation.
+    ValueError: shapes or types that do not match, a bad dilation, window or sinks, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -61,14 +73,14 @@ def dilated_attention(
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
-      "xla": dispatch.serves, "cudnn": lambda: packed or cudnn.unsupported(q, k),
-      "cudnn_masked": lambda: packed or cudnn.unsupported(q, k),
-      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
+      "xla": dispatch.serves_all, "cudnn": lambda: packed or _cudnn().unsupported(q, k),
+      "cudnn_masked": lambda: packed or _cudnn().unsupported(q, k),
+      "mosaic_gpu": lambda: packed or _cudnn().unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
   if name == "cudnn_masked":
-    return masked.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
+    return _masked().dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
   if name != "xla":
-    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), cudnn,
+    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), _cudnn(),
                                     _mosaic_gpu() if name == "mosaic_gpu" else None)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
@@ -95,7 +107,7 @@ def _attend_all_keys(q, k, v, dilation, window, sinks, segment_ids):
 
 
 def _within(least: int, value: int) -> bool:
-  return isinstance(value, numbers.Integral) and least <= value <= _MOST
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= _MOST
 
 
 def _check(q, k, v, dilation, window, sinks, segment_ids):
@@ -111,9 +123,11 @@ def _check(q, k, v, dilation, window, sinks, segment_ids):
   if q.shape[2] % k.shape[2]:
     raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
   if dilation is not None and not _within(1, dilation):
-    raise ValueError(f"dilation={dilation}; use an integer from 1 (dense) on, or None for window and sinks alone.")
+    raise ValueError(f"dilation={dilation}; use an integer from 1 (dense) to {_MOST}, or None for window and"
+                     " sinks alone.")
   for name, value in (("window", window), ("sinks", sinks)):
     if not _within(0, value):
       raise ValueError(f"{name}={value}; use an integer from 0 to {_MOST}.")
-  if segment_ids is not None and segment_ids.shape != q.shape[:2]:
-    raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be [B, T] = {q.shape[:2]}.")
+  if segment_ids is not None and (segment_ids.shape != q.shape[:2]
+                                  or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+    raise ValueError(f"segment_ids is {segment_ids.dtype} {segment_ids.shape}; give integers [B, T] = {q.shape[:2]}.")

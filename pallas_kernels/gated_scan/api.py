@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +54,22 @@ def gated_scan(
     ValueError: shapes or types that do not match, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot take this case.
   """
-  gate_logits, inputs = jnp.asarray(gate_logits), tuple(jnp.asarray(x) for x in inputs)
+  gate_logits, inputs = jnp.asarray(gate_logits), _arrays("inputs", inputs)
+  state = None if state is None else _arrays("state", state)
+  reset = None if reset is None else jnp.asarray(reset)
   _check(gate_logits, inputs, state, reset)
   name = dispatch.resolve("gated_scan", implementation, {
-      "xla": dispatch.serves, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)},
+      "xla": dispatch.serves_all, "mosaic_gpu": lambda: _mosaic_gpu().unsupported(gate_logits, inputs)},
                           gate_logits.size if gate_logits.shape[1] >= _FEW_TOKENS else 0)
   if state is None:
     state = tuple(jnp.zeros(x.shape[:1] + x.shape[2:], jnp.float32) for x in inputs)
-  return _scan(_BACKENDS[name](), gate_logits, inputs, tuple(jnp.asarray(h, jnp.float32) for h in state), reset)
+  return _scan(_BACKENDS[name](), gate_logits, inputs, tuple(h.astype(jnp.float32) for h in state), reset)
+
+
+def _arrays(name: str, given: Sequence[Array]) -> tuple[Array, ...]:
+  if not isinstance(given, Sequence):
+    raise ValueError(f"{name} is a {type(given).__name__}; give a tuple of arrays, also of a single one.")
+  return tuple(jnp.asarray(x) for x in given)
 
 
 def _check(gate_logits, inputs, state, reset):
@@ -79,8 +88,8 @@ def _check(gate_logits, inputs, state, reset):
   if state is not None and (len(state) != len(inputs) or any(s.shape != state_shape for s in state)):
     raise ValueError(f"state has shapes {[s.shape for s in state]}; give one array of shape {state_shape} for each"
                      f" of the {len(inputs)} inputs.")
-  if reset is not None and reset.shape != gate_logits.shape[:2]:
-    raise ValueError(f"reset has shape {reset.shape}; it must be [B, T] = {gate_logits.shape[:2]}.")
+  if reset is not None and (reset.dtype != jnp.bool_ or reset.shape != gate_logits.shape[:2]):
+    raise ValueError(f"reset is {reset.dtype} {reset.shape}; give bool [B, T] = {gate_logits.shape[:2]}.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

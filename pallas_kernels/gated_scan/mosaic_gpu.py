@@ -3,12 +3,12 @@
 Forward reads logits and inputs and writes outputs. Backward, which needs h_(t-1), reads logits, inputs, outputs and
 their cotangents, and writes the cotangents of logits and inputs; outputs in bfloat16 give it h_(t-1) in bfloat16.
 
-Where rows and channels make too few blocks for the GPU, `Settings.segments` cuts time too: a first pass gives the
+Where rows and channels make too few blocks for the GPU, `Tuning.segments` cuts time too: a first pass gives the
 product of decays and the end state of every segment, a short scan over segments in plain JAX the state before each.
 
 Lengths and channels that do not fill whole tiles are padded: logits of +inf, which keep the state, and zeros. That
 copies all arrays in and out once more, about doubling the bytes moved. Lengths that are a multiple of
-`Settings.segments * Settings.tile` (128 tokens by default) and channels that are a multiple of `Settings.channels`
+`Tuning.segments * Tuning.tile` (128 tokens by default) and channels that are a multiple of `Tuning.channels`
 (32) are taken as they lie.
 """
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import MULTIPROCESSORS
-from pallas_kernels.gated_scan.mosaic_gpu_shapes import SHARED_MEMORY, Operand, Settings, shared_bytes
+from pallas_kernels.gated_scan.mosaic_gpu_shapes import SHARED_MEMORY, Operand, Tuning, shared_bytes
 from pallas_kernels.gated_scan.mosaic_gpu_tiles import Finish, Frame, Local, Tile, gates, passed
 from pallas_kernels.gated_scan.xla import linear_scan
 
@@ -39,12 +39,12 @@ class MosaicGPU:
   """The implementation.
 
   Attributes:
-    settings, backward_settings: None for `default_settings`.
+    tuning, backward_tuning: None for `default_tuning`.
     interpret: interpreter parameters to run without a GPU.
   """
 
-  settings: Settings | None = None
-  backward_settings: Settings | None = None
+  tuning: Tuning | None = None
+  backward_tuning: Tuning | None = None
   interpret: Any = None
 
   def unsupported(self, gate_logits: Array, inputs: tuple[Array, ...]) -> str | None:
@@ -61,8 +61,8 @@ class MosaicGPU:
     Raises:
       NotImplementedError: a block would need more shared memory than there is.
     """
-    settings = self.settings or default_settings(gate_logits, (gate_logits, *inputs), inputs, len(inputs))
-    return _forward(gate_logits, inputs, state, reset, settings, self.interpret)
+    tuning = self.tuning or default_tuning(gate_logits, (gate_logits, *inputs), inputs, len(inputs))
+    return _forward(gate_logits, inputs, state, reset, tuning, self.interpret)
 
   def backward(self, gate_logits: Array, inputs: tuple[Array, ...], state: tuple[Array, ...], reset: Array | None,
                states: tuple[Array, ...], d_outputs: tuple[Array, ...], d_last: tuple[Array, ...]
@@ -73,11 +73,11 @@ class MosaicGPU:
       NotImplementedError: as `forward`.
     """
     arrays = (gate_logits, *inputs, *states, *d_outputs)
-    settings = self.backward_settings or default_settings(gate_logits, arrays, (gate_logits, *inputs), len(inputs))
-    return _backward(gate_logits, inputs, state, reset, states, d_outputs, d_last, settings, self.interpret)
+    tuning = self.backward_tuning or default_tuning(gate_logits, arrays, (gate_logits, *inputs), len(inputs))
+    return _backward(gate_logits, inputs, state, reset, states, d_outputs, d_last, tuning, self.interpret)
 
 
-def default_settings(like: Array, arrays: Sequence[Array], outputs: Sequence[Array], drives: int) -> Settings:
+def default_tuning(like: Array, arrays: Sequence[Array], outputs: Sequence[Array], drives: int) -> Tuning:
   """The largest tile that fits, and segments where blocks would leave most of the GPU idle.
 
   Args:
@@ -91,36 +91,36 @@ def default_settings(like: Array, arrays: Sequence[Array], outputs: Sequence[Arr
   """
   for steps in _STEPS:
     if _fits(steps, arrays, outputs, drives):
-      settings = Settings(steps=steps)
-      return dataclasses.replace(settings, segments=_segments(like, settings))
+      tuning = Tuning(steps=steps)
+      return dataclasses.replace(tuning, segments=_segments(like, tuning))
   raise NotImplementedError(f"{len(arrays)} arrays of types {sorted({str(x.dtype) for x in arrays})} do not fit the"
                             " shared memory of a block; use implementation='xla'.")
 
 
 def _fits(steps: int, arrays: Sequence[Array], outputs: Sequence[Array], drives: int) -> bool:
-  """Whether tiles of so many tokens a piece fit the shared memory of a block; arguments as `default_settings`."""
+  """Whether tiles of so many tokens a piece fit the shared memory of a block; arguments as `default_tuning`."""
   small = [Operand("pieces", jnp.zeros((), jnp.float32))] * (drives + 1)
   return shared_bytes([*(Operand("tokens", x) for x in arrays), *small], [Operand("tokens", x) for x in outputs],
-                      drives, Settings(steps=steps)) <= SHARED_MEMORY
+                      drives, Tuning(steps=steps)) <= SHARED_MEMORY
 
 
-def _segments(like: Array, settings: Settings) -> int:
+def _segments(like: Array, tuning: Tuning) -> int:
   """A power of two that makes no more blocks than there are multiprocessors and needs no padding.
 
   Two segments gain little over one, because the inputs are then read twice.
   """
-  blocks = like.shape[0] * max(-(-math.prod(like.shape[2:]) // settings.channels), 1)
-  most = min(MULTIPROCESSORS // blocks, like.shape[1] // (settings.tile * _FEWEST_TILES))
+  blocks = like.shape[0] * max(-(-math.prod(like.shape[2:]) // tuning.channels), 1)
+  most = min(MULTIPROCESSORS // blocks, like.shape[1] // (tuning.tile * _FEWEST_TILES))
   segments = 1
-  while 2 * segments <= most and like.shape[1] % (2 * segments * settings.tile) == 0:
+  while 2 * segments <= most and like.shape[1] % (2 * segments * tuning.tile) == 0:
     segments *= 2
   return segments if segments > 2 else 1
 
 
 # Under a jit of its own, a kernel is lowered once for all layers of a program, not once for each: it takes seconds.
-@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
-def _forward(gate_logits, inputs, state, reset, settings, interpret):
-  layout = _Layout.of(gate_logits, settings)
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def _forward(gate_logits, inputs, state, reset, tuning, interpret):
+  layout = _Layout.of(gate_logits, tuning)
   operands = {"logits": layout.tokens(gate_logits, jnp.inf), **layout.flags(reset),
               **{f"x{i}": layout.tokens(x) for i, x in enumerate(inputs)}}
   outputs = {f"y{i}": layout.like(x) for i, x in enumerate(inputs)}
@@ -151,11 +151,11 @@ def _forward(gate_logits, inputs, state, reset, settings, interpret):
   return tuple(layout.back(y) for y in results.values()), last
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "interpret"))
-def _backward(gate_logits, inputs, state, reset, outputs, d_outputs, d_last, settings, interpret):
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def _backward(gate_logits, inputs, state, reset, outputs, d_outputs, d_last, tuning, interpret):
   """What runs backwards is not dL/dh_t but the message decay_t * dL/dh_t that token t sends to t - 1: it enters at the
   last token as the cotangent of the last state and leaves at the first as that of the first one."""
-  layout = _Layout.of(gate_logits, settings)
+  layout = _Layout.of(gate_logits, tuning)
   drives = range(len(inputs))
   operands = {"logits": layout.tokens(gate_logits, jnp.inf), **layout.flags(reset)}
   for i, (x, h, d, first) in enumerate(zip(inputs, outputs, d_outputs, state, strict=True)):
@@ -206,28 +206,28 @@ class _Layout:
   """[B, T, ...] arrays as rows of whole tiles: B * segments rows, time in pieces, trailing axes as channels."""
 
   shape: tuple[int, ...]
-  settings: Settings
+  tuning: Tuning
 
   @classmethod
-  def of(cls, like: Array, settings: Settings) -> _Layout:
-    """`settings` with no more segments than there are tiles."""
-    segments = max(min(settings.segments, -(-like.shape[1] // settings.tile)), 1)
-    return cls(like.shape, dataclasses.replace(settings, segments=segments))
+  def of(cls, like: Array, tuning: Tuning) -> _Layout:
+    """`tuning` with no more segments than there are tiles."""
+    segments = max(min(tuning.segments, -(-like.shape[1] // tuning.tile)), 1)
+    return cls(like.shape, dataclasses.replace(tuning, segments=segments))
 
   @property
   def rows(self) -> int:
-    return self.shape[0] * self.settings.segments
+    return self.shape[0] * self.tuning.segments
 
   @property
   def length(self) -> int:
     """Tokens of one row of the batch, with padding."""
-    whole = self.settings.segments * self.settings.tile
+    whole = self.tuning.segments * self.tuning.tile
     return max(-(-self.shape[1] // whole), 1) * whole
 
   @property
   def channels(self) -> int:
     """With padding."""
-    block = self.settings.channels
+    block = self.tuning.channels
     return max(-(-math.prod(self.shape[2:]) // block), 1) * block
 
   def tokens(self, x: Array, fill: float = 0.0) -> Operand:
@@ -238,7 +238,7 @@ class _Layout:
 
   @property
   def _tokens_shape(self) -> tuple[int, ...]:
-    return (self.rows, self.length // self.settings.segments // self.settings.steps, self.settings.steps, 1,
+    return (self.rows, self.length // self.tuning.segments // self.tuning.steps, self.tuning.steps, 1,
             self.channels)
 
   def _padded(self, x: Array, fill: float) -> Array:
@@ -250,13 +250,13 @@ class _Layout:
     if reset is None:
       return {}
     flags = jnp.pad(reset.astype(jnp.float32), ((0, 0), (0, self.length - reset.shape[1])))
-    subs, steps = self.settings.subs, self.settings.steps
+    subs, steps = self.tuning.subs, self.tuning.steps
     flags = flags.reshape(self.rows, -1, subs, steps).swapaxes(2, 3)
     return {"reset": Operand("flags", flags.reshape(self.rows, -1, 1, steps * subs))}
 
   def befores(self, h: Array, first: Array) -> Operand:
     """The state before every piece, float32."""
-    steps = self.settings.steps
+    steps = self.tuning.steps
     ends = jnp.concatenate([first[:, None].astype(jnp.float32), h[:, steps - 1::steps].astype(jnp.float32)], axis=1)
     ends = ends.reshape(*ends.shape[:2], -1)[:, :self.length // steps]
     missing = (self.length // steps - ends.shape[1], self.channels - ends.shape[2])
@@ -289,13 +289,13 @@ def _over_segments(
     (outputs, state that goes out: float32 [B, ...] each).
   """
   first = layout.state(state)
-  batch, segments = layout.shape[0], layout.settings.segments
+  batch, segments = layout.shape[0], layout.tuning.segments
   if segments > 1:
     zeros = jnp.zeros((len(state), layout.rows, layout.channels), jnp.float32)
-    _, ends = Frame(name + "_segments", {x: operands[x] for x in summarised}, zeros, {}, layout.settings, local, None,
+    _, ends = Frame(name + "_segments", {x: operands[x] for x in summarised}, zeros, {}, layout.tuning, local, None,
                     reverse=reverse, interpret=interpret).run()
     first = _starts(ends.reshape(-1, batch, segments, layout.channels), first, reverse=reverse)
-  frame = Frame(name, operands, first.reshape(len(state), layout.rows, layout.channels), outputs, layout.settings,
+  frame = Frame(name, operands, first.reshape(len(state), layout.rows, layout.channels), outputs, layout.tuning,
                 local, finish, reverse=reverse, interpret=interpret)
   results, last = frame.run()
   last = last.reshape(len(state), batch, segments, layout.channels)

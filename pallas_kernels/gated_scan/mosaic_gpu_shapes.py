@@ -21,7 +21,7 @@ _PER_STEP = 128 * VECTOR     # (piece, channel) pairs that one warpgroup holds
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Tuning:
   """How a kernel cuts its work.
 
   Attributes:
@@ -74,25 +74,25 @@ class Operand:
   kind: str
   array: Any
 
-  def tile_shape(self, settings: Settings) -> tuple[int, ...]:
-    subs, steps, channels = settings.subs, settings.steps, settings.channels
+  def tile_shape(self, tuning: Tuning) -> tuple[int, ...]:
+    subs, steps, channels = tuning.subs, tuning.steps, tuning.channels
     return {"tokens": (subs, steps, 1, channels), "pieces": (subs, 1, channels), "flags": (1, subs * steps)}[self.kind]
 
-  def tile_bytes(self, settings: Settings) -> int:
-    return math.prod(self.tile_shape(settings)) * jnp.dtype(self.array.dtype).itemsize
+  def tile_bytes(self, tuning: Tuning) -> int:
+    return math.prod(self.tile_shape(tuning)) * jnp.dtype(self.array.dtype).itemsize
 
-  def tile_of(self, ref: Ref, row: Array, tile: Array, block: Array, settings: Settings) -> Ref:
-    pieces = pl.ds(tile * settings.subs, settings.subs)
-    channels = pl.ds(block * settings.channels, settings.channels)
+  def tile_of(self, ref: Ref, row: Array, tile: Array, block: Array, tuning: Tuning) -> Ref:
+    pieces = pl.ds(tile * tuning.subs, tuning.subs)
+    channels = pl.ds(block * tuning.channels, tuning.channels)
     every = slice(None)
     return ref.at[{"tokens": (row, pieces, every, every, channels), "pieces": (row, pieces, every, channels),
                    "flags": (row, tile)}[self.kind]]
 
 
-def shared_bytes(operands: Sequence[Operand], outputs: Sequence[Operand], drives: int, settings: Settings) -> int:
+def shared_bytes(operands: Sequence[Operand], outputs: Sequence[Operand], drives: int, tuning: Tuning) -> int:
   """Shared memory that a block takes, without barriers, each array rounded up to 1024 bytes."""
   states = 4 * _PER_STEP
-  sizes = [settings.stages * x.tile_bytes(settings) for x in operands]
-  sizes += [settings.workers * x.tile_bytes(settings) for x in outputs]
-  sizes += [settings.workers * (1 + drives) * states, max(settings.workers, 2) * (1 + drives) * states]
+  sizes = [tuning.stages * x.tile_bytes(tuning) for x in operands]
+  sizes += [tuning.workers * x.tile_bytes(tuning) for x in outputs]
+  sizes += [tuning.workers * (1 + drives) * states, max(tuning.workers, 2) * (1 + drives) * states]
   return sum(-(-size // 1024) * 1024 for size in sizes)

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_scan.mosaic_gpu_shapes import SHARED_MEMORY, VECTOR, Operand, Ref, Settings, shared_bytes
+from pallas_kernels.gated_scan.mosaic_gpu_shapes import SHARED_MEMORY, VECTOR, Operand, Ref, Tuning, shared_bytes
 
 Array = jax.Array
 
@@ -46,10 +46,10 @@ class Registers:
   that are read whole. The interpreter knows no layouts; there all of this is plain indexing.
   """
 
-  def __init__(self, settings: Settings, interpret: bool):
-    self.shape = (settings.subs, 1, settings.channels)
+  def __init__(self, tuning: Tuning, interpret: bool):
+    self.shape = (tuning.subs, 1, tuning.channels)
     self.interpret = interpret
-    tiles, warps, lanes = _LAYOUTS[settings.channels]
+    tiles, warps, lanes = _LAYOUTS[tuning.channels]
     self.layout = plgpu.Layout.TILED(plgpu.Tiling(tiles), warps, lanes, -1)
 
   def read(self, ref: Ref, index: Any, keeps: int | None = None) -> Array:
@@ -166,41 +166,41 @@ class Frame:
   """
 
   def __init__(self, name: str, operands: Mapping[str, Operand], state: Array, outputs: Mapping[str, Operand],
-               settings: Settings, local: Callable[[Tile], Local], finish: Finish | None, *, reverse: bool,
+               tuning: Tuning, local: Callable[[Tile], Local], finish: Finish | None, *, reverse: bool,
                interpret: Any):
-    needed = shared_bytes([*operands.values()], [*outputs.values()], state.shape[0], settings)
+    needed = shared_bytes([*operands.values()], [*outputs.values()], state.shape[0], tuning)
     if needed > SHARED_MEMORY:
       raise NotImplementedError(
-          f"{name} with {settings} needs {needed} bytes of shared memory for {len(operands)} arrays, a block has"
+          f"{name} with {tuning} needs {needed} bytes of shared memory for {len(operands)} arrays, a block has"
           f" {SHARED_MEMORY}; take fewer steps or stages, or implementation='xla'.")
     self.name, self.operands, self.state, self.outputs = name, operands, state, outputs
-    self.settings, self.local, self.finish = settings, local, finish
+    self.tuning, self.local, self.finish = tuning, local, finish
     self.reverse, self.interpret = reverse, interpret
     self.drives, self.rows, self.channels = state.shape
-    self.tiles = next(iter(operands.values())).array.shape[1] // settings.subs
+    self.tiles = next(iter(operands.values())).array.shape[1] // tuning.subs
     self.carries = self.drives + (finish is None)  # without outputs, the product of decays is carried along
-    self.registers = Registers(settings, bool(interpret))
+    self.registers = Registers(tuning, bool(interpret))
 
   def run(self) -> tuple[dict[str, Array], Array]:
     """(outputs, state): the state that goes out, float32 [drives, N, C]; without outputs, the product of all decays
     follows it as one more drive."""
-    settings, workers = self.settings, self.settings.workers
+    tuning, workers = self.tuning, self.tuning.workers
     states = self.registers.shape
     scratch: dict[str, Any] = dict(
-        tiles={name: plgpu.SMEM((settings.stages, *x.tile_shape(settings)), x.array.dtype)
+        tiles={name: plgpu.SMEM((tuning.stages, *x.tile_shape(tuning)), x.array.dtype)
                for name, x in self.operands.items()},
-        out={name: plgpu.SMEM((workers, *x.tile_shape(settings)), x.array.dtype) for name, x in self.outputs.items()},
+        out={name: plgpu.SMEM((workers, *x.tile_shape(tuning)), x.array.dtype) for name, x in self.outputs.items()},
         pieces=plgpu.SMEM((workers, 1 + self.drives, *states), jnp.float32),
         carry=plgpu.SMEM((max(workers, 2), self.carries, *states), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=len(self.operands), num_barriers=settings.stages),
-        free=plgpu.Barrier(num_barriers=settings.stages),
+        full=plgpu.Barrier(num_arrivals=len(self.operands), num_barriers=tuning.stages),
+        free=plgpu.Barrier(num_barriers=tuning.stages),
         ready=plgpu.Barrier(num_barriers=workers))
     kernel = plgpu.kernel(
         self._body,
         out_type=(*(jax.ShapeDtypeStruct(x.array.shape, x.array.dtype) for x in self.outputs.values()),
                   jax.ShapeDtypeStruct((self.carries, self.rows, self.channels), jnp.float32)),
         scratch_types=(scratch,),
-        grid=(self.rows, self.channels // settings.channels), grid_names=("rows", "blocks"),
+        grid=(self.rows, self.channels // tuning.channels), grid_names=("rows", "blocks"),
         num_threads=workers + 1, thread_name="worker", kernel_name=self.name, interpret=self.interpret,
         # Every store to shared memory is followed by `commit_smem` before another thread reads it.
         # Threads are lowered one by one: layouts stand here, and to infer them for a warpgroup takes several seconds.
@@ -217,7 +217,7 @@ class Frame:
   def _block(self, sources: Mapping[str, Ref], state: Ref, targets: Mapping[str, Ref], last: Ref,
              scratch: Mapping[str, Any]) -> None:
     """What one block of threads does. The grid is made of (row, block of channels), channels fastest."""
-    workers, worker = self.settings.workers, lax.axis_index("worker")
+    workers, worker = self.tuning.workers, lax.axis_index("worker")
 
     @pl.when(worker == workers)
     def _fetching() -> None:
@@ -236,13 +236,13 @@ class Frame:
       plgpu.wait_smem_to_gmem(0)
 
   def _fetch_all(self, sources: Mapping[str, Ref], scratch: Mapping[str, Any]) -> None:
-    stages, row, block = self.settings.stages, lax.axis_index("rows"), lax.axis_index("blocks")
+    stages, row, block = self.tuning.stages, lax.axis_index("rows"), lax.axis_index("blocks")
     ahead = min(stages, self.tiles)
 
     def fetch(turn: Array) -> None:
       slot = lax.rem(turn, jnp.int32(stages))
       for name, operand in self.operands.items():
-        plgpu.copy_gmem_to_smem(operand.tile_of(sources[name], row, self._time(turn), block, self.settings),
+        plgpu.copy_gmem_to_smem(operand.tile_of(sources[name], row, self._time(turn), block, self.tuning),
                                 scratch["tiles"][name].at[slot], scratch["full"].at[slot])
 
     for turn in range(ahead):
@@ -271,13 +271,13 @@ class Frame:
     plgpu.barrier_arrive(scratch["ready"].at[0])
 
   def _channels(self) -> Any:
-    return pl.ds(lax.axis_index("blocks") * self.settings.channels, self.settings.channels)
+    return pl.ds(lax.axis_index("blocks") * self.tuning.channels, self.tuning.channels)
 
   def _take(self, turn: Array, worker: Array, targets: Mapping[str, Ref], last: Ref,
             scratch: Mapping[str, Any]) -> None:
     """One tile, from its arrival in shared memory to its leaving it."""
-    slot = lax.rem(turn, jnp.int32(self.settings.stages))
-    tile = Tile(self.registers, scratch["tiles"], slot, self.settings.steps)
+    slot = lax.rem(turn, jnp.int32(self.tuning.stages))
+    tile = Tile(self.registers, scratch["tiles"], slot, self.tuning.steps)
     plgpu.barrier_wait(scratch["full"].at[slot])
     part = self.local(tile)
     if self.finish is None:
@@ -298,7 +298,7 @@ class Frame:
     plgpu.commit_smem()
     row, block = lax.axis_index("rows"), lax.axis_index("blocks")
     for name, operand in self.outputs.items():
-      plgpu.copy_smem_to_gmem(staged[name], operand.tile_of(targets[name], row, self._time(turn), block, self.settings))
+      plgpu.copy_smem_to_gmem(staged[name], operand.tile_of(targets[name], row, self._time(turn), block, self.tuning))
 
   def _chain(self, part: Local, pieces: Ref) -> tuple[list[Array], list[Array]]:
     """[product of decays, end of each drive], from zero: of all pieces before each piece, and of the whole tile."""
@@ -309,7 +309,7 @@ class Frame:
     number = registers.pieces()
     before = [registers.full(1.0)] + [registers.full(0.0) for _ in part.ends]
     whole: list[Array] = []
-    for sub in reversed(range(self.settings.subs)) if self.reverse else range(self.settings.subs):
+    for sub in reversed(range(self.tuning.subs)) if self.reverse else range(self.tuning.subs):
       piece = [registers.read(pieces, (i, sub, 0), keeps=2) for i in range(1 + self.drives)]
       if not whole:
         whole = piece
@@ -321,8 +321,8 @@ class Frame:
 
   def _hand_on(self, turn: Array, whole: Sequence[Array], last: Ref, scratch: Mapping[str, Any]) -> list[Array]:
     """Waits for the state before this tile, passes on the one after it, returns the former."""
-    registers, workers = self.registers, jnp.int32(self.settings.workers)
-    slots = jnp.int32(max(self.settings.workers, 2))
+    registers, workers = self.registers, jnp.int32(self.tuning.workers)
+    slots = jnp.int32(max(self.tuning.workers, 2))
     here, onward = scratch["carry"].at[lax.rem(turn, slots)], scratch["carry"].at[lax.rem(turn + 1, slots)]
     plgpu.barrier_wait(scratch["ready"].at[lax.rem(turn, workers)])
     carry = [registers.read(here, (i, 0, 0), keeps=2) for i in range(self.carries)]

@@ -21,15 +21,14 @@ def linear_scan(decay: Array, drives: tuple[Array, ...], *, reverse: bool = Fals
 
   def combine(earlier, later):
     (decay_1, drives_1), (decay_2, drives_2) = earlier, later
-    return decay_1 * decay_2, tuple(jnp.where(decay_2 == 0, 0.0, decay_2 * a) + b
-                                    for a, b in zip(drives_1, drives_2, strict=True))
+    return decay_1 * decay_2, tuple(_passed(decay_2, a) + b for a, b in zip(drives_1, drives_2, strict=True))
 
   return jax.lax.associative_scan(combine, (decay, drives), axis=1, reverse=reverse)[1]
 
 
 def scan_states(decay: Array, write: Array, inputs: tuple[Array, ...], state: tuple[Array, ...]) -> tuple[Array, ...]:
   """All states h [B, T, ...] of every input in float32, from the states [B, ...] before the first token."""
-  drives = tuple((write * x.astype(jnp.float32)).at[:, 0].add(jnp.where(decay[:, 0] == 0, 0.0, decay[:, 0] * h))
+  drives = tuple((write * x.astype(jnp.float32)).at[:, 0].add(_passed(decay[:, 0], h))
                  for x, h in zip(inputs, state, strict=True))
   return linear_scan(decay, drives)
 
@@ -38,6 +37,11 @@ def scan_cotangents(decay: Array, d_states: tuple[Array, ...]) -> tuple[Array, .
   """dL/dh_t given the direct cotangents of h_t: the reversed scan dh_t = d_t + decay_(t+1) * dh_(t+1)."""
   next_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
   return linear_scan(next_decay, d_states, reverse=True)
+
+
+def _passed(decay: Array, x: Array) -> Array:
+  """decay * x; a decay of exactly 0 drops also an x that is not finite, a state or the cotangent of one."""
+  return jnp.where(decay == 0, 0.0, decay * x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,5 +71,5 @@ class XLA:
       past = jnp.where(decay == 0, 0.0, past)
       d_logits += d_h * slope * (past - x.astype(jnp.float32))
       d_inputs.append((write * d_h).astype(x.dtype))
-      d_state.append(decay[:, 0] * d_h[:, 0])
+      d_state.append(_passed(decay[:, 0], d_h[:, 0]))
     return d_logits.astype(gate_logits.dtype), tuple(d_inputs), tuple(d_state)
