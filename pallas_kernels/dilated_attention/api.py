@@ -16,22 +16,27 @@ Array = jax.Array
 _MOST = 2**30  # of a window; sums of positions stay within int32
 
 
-def _mosaic_gpu():
-  # Imported when it is used: not every installation has this part of JAX.
-  from pallas_kernels.dilated_attention import mosaic_gpu
-  return mosaic_gpu
+# Imported when they are used: not every installation has Mosaic, and cuDNN's primitives are no public interface of JAX.
 
 
 def _cudnn():
-  # Likewise: it takes primitives that are no public interface of JAX and may move.
   from pallas_kernels.dilated_attention import cudnn
   return cudnn
 
 
 def _masked():
-  # Likewise, as it takes cuDNN.
   from pallas_kernels.dilated_attention import masked
   return masked
+
+
+def _mosaic_gpu():
+  from pallas_kernels.dilated_attention import mosaic_gpu
+  return mosaic_gpu
+
+
+def _unfolded():
+  from pallas_kernels.dilated_attention import unfolded
+  return unfolded
 
 
 def dilated_attention(
@@ -59,7 +64,7 @@ def dilated_attention(
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
     implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
       under a mask, for short rows); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, up to 128 sinks, no
-      packed rows; its gradients are those of "cudnn").
+      packed rows; gradients as of "cudnn", of short rows "cudnn_masked").
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.
@@ -77,11 +82,11 @@ def dilated_attention(
       "cudnn_masked": lambda: packed or _cudnn().unsupported(q, k),
       "mosaic_gpu": lambda: packed or _cudnn().unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
-  if name == "cudnn_masked":
-    return _masked().dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks))
+  pattern = folded.Pattern(dilation, window, sinks)
+  if name == "cudnn":
+    return folded.dilated_attention(q, k, v, pattern, _cudnn())
   if name != "xla":
-    return folded.dilated_attention(q, k, v, folded.Pattern(dilation, window, sinks), _cudnn(),
-                                    _mosaic_gpu() if name == "mosaic_gpu" else None)
+    return (_masked() if name == "cudnn_masked" else _unfolded()).dilated_attention(q, k, v, pattern)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
   if segment_ids is None and strided + 2 * window + sinks < length:

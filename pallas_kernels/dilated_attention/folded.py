@@ -7,7 +7,7 @@ keys. The window is causal attention with a sliding window; the sinks are a few 
 one softmax joins them by log-sum-exp.
 
 The gradient of a softmax over parts needs the joint output and log-sum-exp in every part, which no library kernel's
-own gradient takes from outside: one rule for the whole (`_backward`) hands them to every part.
+own gradient takes from outside: one rule for the whole (`backward`) hands them to every part.
 """
 
 from __future__ import annotations
@@ -54,24 +54,13 @@ class Pattern(NamedTuple):
     return self.window + self.dilation * (1 + self.sinks // self.dilation) if self.dilation else 0
 
 
-class Unfolded(Protocol):
-  """The forward pass where the queries lie."""
-
-  def forward(self, q: Array, k: Array, v: Array, pattern: Pattern) -> softmax.Part:
-    """(output [B, T, N, H], log-sum-exp float32 [B, T, N]) of attention under the pattern."""
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unfolded: Unfolded | None = None
-                      ) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
-  return _forward(q, k, v, pattern, causal, unfolded)[0]
+  return _forward(q, k, v, pattern, causal)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unfolded: Unfolded | None):
-  if unfolded is not None:
-    out, lse = unfolded.forward(q, k, v, pattern)
-    return out, (q, k, v, out, lse)
+def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
   parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
   if pattern.sinks:
     parts += _sinks_forward(q, k, v, pattern)
@@ -82,8 +71,8 @@ def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal, unf
   return out, (q, k, v, out, lse)
 
 
-def _backward(pattern: Pattern, causal: Causal, unfolded: Unfolded | None, residuals, d_out: Array) -> Gradients:
-  del unfolded  # the gradient is folded
+def backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Gradients:
+  """Gradients of q, k, v; `residuals` are these, the output and its log-sum-exp [B, T, N], whoever computed them."""
   q, k, v, out, lse = residuals
   parts = [_causal_backward(q, k, v, _reach(pattern, q), causal, out, lse, d_out)]
   if pattern.sinks:
@@ -94,7 +83,7 @@ def _backward(pattern: Pattern, causal: Causal, unfolded: Unfolded | None, resid
   return tuple(d.astype(x.dtype) for d, x in zip(summed, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
-dilated_attention.defvjp(_forward, _backward)
+dilated_attention.defvjp(_forward, backward)
 
 
 # Causal attention, which the window is (the W keys before the query and its own) and the folded strided keys are.

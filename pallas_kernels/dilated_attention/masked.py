@@ -12,38 +12,41 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dilated_attention import cudnn
-from pallas_kernels.dilated_attention.folded import Pattern
+from pallas_kernels.dilated_attention.folded import Gradients, Pattern
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 
 Array = jax.Array
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
-  length = q.shape[1]
-  # cuDNN takes a bias of an even length; a token after the last one is seen by none.
-  q, k, v = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  return _attend(q, k, v, pattern)[:, :length]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: Array, k: Array, v: Array, pattern: Pattern) -> Array:
   return _forward(q, k, v, pattern)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, pattern: Pattern):
-  out, lse = cudnn.forward(q, k, v, None, functools.partial(_seen, q.shape[1], pattern))
+  length = q.shape[1]
+  out, lse = cudnn.forward(_even(q), _even(k), _even(v), None, functools.partial(_seen, length, pattern))
+  out, lse = out[:, :length], lse[:, :length]
   return out, (q, k, v, out, lse)
 
 
-def _backward(pattern: Pattern, residuals, d_out: Array) -> tuple[Array, Array, Array]:
+def backward(pattern: Pattern, residuals, d_out: Array) -> Gradients:
+  """Gradients of q, k, v; `residuals` are these, the output and its log-sum-exp [B, T, N], whoever computed them."""
   q, k, v, out, lse = residuals
-  return cudnn.backward(q, k, v, None, out, lse, d_out, functools.partial(_seen, q.shape[1], pattern))
+  d_q, d_k, d_v = cudnn.backward(_even(q), _even(k), _even(v), None, _even(out), _even(lse), _even(d_out),
+                                 functools.partial(_seen, q.shape[1], pattern))
+  return d_q[:, :q.shape[1]], d_k[:, :q.shape[1]], d_v[:, :q.shape[1]]
 
 
-_attend.defvjp(_forward, _backward)
+dilated_attention.defvjp(_forward, backward)
+
+
+def _even(x: Array) -> Array:
+  """cuDNN takes a bias of an even length; a token of zeros after the last one is seen by none."""
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *[(0, 0)] * (x.ndim - 2)))
 
 
 def _seen(length: int, pattern: Pattern) -> Array:
-  at = jnp.arange(length, dtype=jnp.int32)
+  at = jnp.arange(length + length % 2, dtype=jnp.int32)
   return dilated_pattern(at[:, None], at, *pattern)

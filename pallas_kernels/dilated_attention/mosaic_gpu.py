@@ -109,7 +109,7 @@ def unsupported(q: Array, k: Array, sinks: int) -> str | None:
 @functools.partial(jax.jit, static_argnames=("pattern", "blocks", "interpret"))
 def forward(q: Array, k: Array, v: Array, pattern: Pattern, blocks: int = MULTIPROCESSORS, interpret: Any = None
             ) -> tuple[Array, Array]:
-  """As `folded.Unfolded.forward`, for what is not `unsupported`.
+  """(output [B, T, N, H], log-sum-exp float32 [B, T, N]) under the pattern, of what is not `unsupported`.
 
   Args:
     blocks: how many are started; one for each multiprocessor.

@@ -77,8 +77,8 @@ class Mode:
   def _settle_int(self, field: str, *, least: int, fix: str) -> None:
     """Checks that a field is an integer of at least `least` and stores it as a Python int."""
     value = getattr(self, field)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
-      raise ValueError(f"{type(self).__name__}: {field}={value!r}; {fix} (and below 2**31).")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= 2**30:
+      raise ValueError(f"{type(self).__name__}: {field}={value!r}; {fix} (and 2**30 at most).")
     object.__setattr__(self, field, int(value))
 
   def _settle_bool(self, field: str) -> None:
