@@ -43,7 +43,7 @@ def load(directory: str) -> list[Any]:
 
 
 def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> Callable[[], Any]:
-  """A compiled call of the case, on random bfloat16 inputs [B, N, T, H].
+  """A compiled call of the case, on random bfloat16 inputs [B, N, T, H]; with gradients of a random cotangent by all.
 
   A decode step is as their layer's: memory, RoPE, the new row written behind the cache, attention; without the
   bookkeeping that makes the row stay. It reads T/D rows where ours reads T/D + 2, and ours writes none.
@@ -71,8 +71,16 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
     both = ascan.ascan(gate, (1.0 - gate) * torch.cat([k, v], dim=-1))
     return both[..., :width].to(torch.bfloat16), both[..., width:].to(torch.bfloat16)
 
+  def call(f, count):
+    compiled, inputs = torch.compile(f), [draw(t).requires_grad_(case["gradient"]) for _ in range(count)]
+    if not case["gradient"]:
+      return functools.partial(compiled, *inputs)
+    outs = lambda: out if isinstance(out := compiled(*inputs), tuple) else (out,)
+    cotangents = [torch.randn_like(out) for out in outs()]
+    return lambda: torch.autograd.grad(outs(), inputs, cotangents, allow_unused=True)  # dense: no gate
+
   if case["op"] == "scan":
-    return functools.partial(torch.compile(remember), *(draw(t) for _ in range(3)))
+    return call(remember, 3)
   if case["op"] == "prefill":
     cos, sin = angles(0, t)
     attend = attention.get_eff_attention(width**-0.5, d, w, s0)
@@ -83,7 +91,7 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
       q, k = rotate(q, cos, sin), rotate(k, cos, sin)
       return attend(q, k, v) if d > 1 else F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return functools.partial(torch.compile(prefill), *(draw(t) for _ in range(4)))
+    return call(prefill, 4)
 
   cos, sin = angles(t - 1, 1)
   if d == 1:
@@ -132,7 +140,7 @@ def main() -> None:
     torch.compiler.reset()
     torch.cuda.empty_cache()
     try:
-      with torch.no_grad():
+      with torch.set_grad_enabled(case["gradient"]):
         result: dict[str, Any] = {"seconds": seconds(build(modules, case, asked["heads"], asked["head_dim"]),
                                                      asked["rounds"])}
     except Exception as error:  # of one case; the others are still timed
