@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from absl import flags
 
 import pallas_kernels
 from experiments import common
-from experiments.kernel_times import Speeds
+from experiments.kernel_times import Speeds, Work
 from experiments.torch_reference import ROPE_BASE
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.reference import dilated_pattern
@@ -67,13 +67,6 @@ class Case:
     return f"{self.op}{' and gradient' * self.gradient} T={self.length}, B={self.batch}{pattern}"
 
 
-class Work(NamedTuple):
-  """What an operation cannot do without."""
-
-  bytes: float  # to and from memory
-  flops: float  # of matrix products
-
-
 def heads() -> tuple[int, int, int]:
   return HEADS.value, KV_HEADS.value or HEADS.value, HEAD_DIM.value
 
@@ -95,7 +88,7 @@ def work(case: Case) -> Work:
       counts = reach.sum()
     else:
       strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
-      counts = (np.maximum(strided, 0) + np.minimum(case.window + 1, reach) + np.minimum(case.sinks, reach)).sum()
+      counts = (np.maximum(strided, 0) + np.minimum(case.window + 1 + case.sinks, reach)).sum()
   moved, computed = 2.0 * case.batch * case.length * arrays * h, 4.0 * case.batch * n * h * int(counts)
   return Work(3 * moved, 3.5 * computed) if case.gradient else Work(moved, computed)
 

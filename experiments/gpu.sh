@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
-#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode modes train
-#                                     pretrain seven
+#   bash experiments/gpu.sh ops        one of: tests ops gradients crossovers lengths short decode modes
+#                                     train pretrain seven
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours; SOURCE is a folder
 # of Python sources to train on.
 set -euo pipefail
@@ -15,7 +15,11 @@ model_bench() { "$python" -m experiments.bench_model --workdir="$runs/$1" --dtyp
 
 tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
 ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
-crossovers() { ops_bench crossovers --crossovers; }
+gradients() { ops_bench gradients --gradient ${REFERENCE:+--torch_reference="$REFERENCE"}; }
+crossovers() {  # of values, and of values with gradients
+  ops_bench crossovers --crossovers
+  ops_bench crossovers --crossovers --gradient
+}
 lengths() {  # time of a prompt against its length
   ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --implementation=mosaic_gpu --rounds=3 \
     --dilation=16 --dilation=64 \
@@ -57,7 +61,7 @@ seven() {  # models of seven billion parameters, written and loaded as files, un
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train pretrain seven)
+[ $# -gt 0 ] || parts=(tests ops gradients crossovers lengths short decode modes train pretrain seven)
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -42,6 +42,13 @@ class Speeds(NamedTuple):
             f" {self.product / 1e12:.0f} TFLOP/s")
 
 
+class Work(NamedTuple):
+  """What an operation cannot do without."""
+
+  bytes: float  # to and from memory
+  flops: float  # of matrix products
+
+
 def speeds() -> Speeds:
   """Those of the first device. A read is the fastest of several: which program reads fastest depends on the device."""
   is_gpu = jax.default_backend() == "gpu"
