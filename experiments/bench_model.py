@@ -3,7 +3,7 @@
 Claim: a decode step reads what its mode chose, a dilated prefill computes what it sees, and both save time.
 Command: python -m experiments.bench_model --mode=dense --mode=quest:0.0625 --context=16384
 A preset through files: --preset=olmo2-7b --dtype=bfloat16 --through_files --part=prefill --part=decode
-Where the time goes, kernel by kernel: --profile
+Where the time goes, kernel by kernel: --profile   Training and decoding by the authors' code too: --torch_reference=DIR
 Weights are random, decoding starts from caches of random numbers, medians are of several rounds. Before a part is
 timed, its logits, or the loss of training, are compared with those of plain JAX. Floors are the parameters and the part
 of the cache that a step reads, or the operations, over what this device's reads and products were measured to do.
@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common, kernel_times, plots
+from experiments import common, kernel_times, plots, torch_reference
 from experiments.kernel_times import Speeds, Work
 from pallas_kernels import dispatch
 from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
@@ -58,6 +58,9 @@ REMAT = flags.DEFINE_enum("remat", "products", get_args(Remat), "What layers kee
 UNROLL = flags.DEFINE_bool("unroll", False, "Compile layers one by one for training.")
 STEPS = flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)
+TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, whose training"
+                                      " and decoding are timed too.")
+flags.DEFINE_alias("torch-reference", "torch_reference")
 CHECKED = 2  # rows whose logits are compared with plain JAX: of more the caches might not fit beside the others
 
 
@@ -271,11 +274,40 @@ def weights(config: RATPlusConfig, folder) -> Params:
   return params
 
 
+def authors(directory: str, config: RATPlusConfig) -> dict[tuple[str, Mode, int, int], float]:
+  """Seconds of the authors' code by part, mode, context and rows, which has the device to itself.
+
+  Raises ValueError for a configuration that is not like theirs.
+  """
+  ours = ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim", "memory", "tie_embeddings", "init_std",
+          "param_dtype")
+  like = RATPlusConfig(dtype="bfloat16", **{name: getattr(config, name) for name in ours})
+  if config != like:
+    raise ValueError(f"--torch_reference with {config.difference(like)} (of this model, of theirs); their model has one"
+                     " form.")
+  cases, keys = [], []
+  for part, mode, context, batch_size in itertools.product(
+      PARTS.value, dict.fromkeys([Dense(), *MODES.value]), CONTEXTS.value, BATCH_SIZES.value):
+    pattern = mode.pattern
+    if part != "prefill" and pattern is not None:
+      keys.append((part, mode, context, batch_size))
+      cases.append({"gradient": part == "train", "context": context, "batch_size": batch_size,
+                    "dilation": pattern.dilation or -1, "window": pattern.window, "sinks": pattern.sinks})
+  answers = torch_reference.ask(directory, {"cases": cases, "model": dataclasses.asdict(config),
+                                            "rounds": ROUNDS.value})
+  for key, answer in zip(keys, answers, strict=True):
+    if "error" in answer:
+      print(f"{key[0]} of {key[3]} x {key[2]} under {key[1]} by the authors' code: {answer['error']}", flush=True)
+  return {key: answer["seconds"] for key, answer in zip(keys, answers, strict=True) if "seconds" in answer}
+
+
 PARTS_OF_A_MODEL = {"prefill": prefill, "decode": decode, "train": train}
 
 
 def main() -> None:
-  folder, config, speeds = common.workdir("bench_model"), configuration(), kernel_times.speeds()
+  folder, config = common.workdir("bench_model"), configuration()
+  of_authors = authors(TORCH_REFERENCE.value, config) if TORCH_REFERENCE.value else {}
+  speeds = kernel_times.speeds()
   model, params = RATPlusLM(config), weights(config, common.workdir("bench_model") / "weights")
   print(f"{PRESET.value or 'a model'}: {config.num_layers} layers of width {config.embed_dim}, {config.num_heads}/"
         f"{config.num_kv_heads} heads, {config.dtype}, on {common.device()}: {speeds}", flush=True)
@@ -296,18 +328,20 @@ def main() -> None:
       of = work(part, config, params, mode, batch_size, context)
       found[mode] = measured, of, floor(of, speeds)
       lines.append({"part": part, "mode": str(mode), "context": context, "batch_size": batch_size,
-                    **measured._asdict(), **of._asdict(), "floor": found[mode][2]})
+                    **measured._asdict(), **of._asdict(), "floor": found[mode][2],
+                    "authors": of_authors.get((part, mode, context, batch_size))})
       common.write_json(folder / "results.json", {"device": common.device(), **speeds._asdict(),
                                                   "config": config.to_json(), "lines": lines})
-    text.append(table(part, config, found, batch_size, context))
+    theirs = {mode: of_authors.get((part, mode, context, batch_size)) for mode in found}
+    text.append(table(part, config, found, batch_size, context, theirs))
     print(f"\nbatch {batch_size}, {context} tokens\n\n{text[-1]}", flush=True)
   (folder / "table.md").write_text("\n\n".join(text) + "\n")
   plots.draw_throughput([line for line in lines if line["part"] == "decode"], folder / "decode.png")
 
 
 def table(part: str, config: RATPlusConfig, found: dict[Mode, tuple[Measured, Work, float]], batch_size: int,
-          context: int) -> str:
-  """A line for every mode: what was measured, its work, and the floor in seconds."""
+          context: int, theirs: dict[Mode, float | None]) -> str:
+  """A line for every mode: what was measured, its work, the floor in seconds, and the authors' seconds."""
   tokens = batch_size * (1 if part == "decode" else context)
   peak, rows = PEAK_FLOPS.get(common.device()), []
   for mode, (measured, of, least) in found.items():
@@ -319,10 +353,13 @@ def table(part: str, config: RATPlusConfig, found: dict[Mode, tuple[Measured, Wo
            f"{least / seconds:.0%}", f"{measured.error:.1e}"]
     if part == "train":
       row.append(f"{100 * of.flops / seconds / peak:.0f}%" if peak else "unknown chip")
+    if any(theirs.values()):
+      row.append(f"{1e3 * of_mode:.2f}" if (of_mode := theirs[mode]) else "")
     rows.append(row)
   header = [part, "keys per query", "ms", "tokens/s", "times faster than dense", "memory, GB", "reads, GB", "TFLOP",
             "floor, ms", "share of the floor", "error"]
-  return common.markdown_table(header + ["of the peak"] * (part == "train"), rows)
+  header += ["of the peak"] * (part == "train") + ["authors, ms"] * any(theirs.values())
+  return common.markdown_table(header, rows)
 
 
 if __name__ == "__main__":

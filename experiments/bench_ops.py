@@ -13,10 +13,7 @@ matrix products.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -107,14 +104,10 @@ def authors(directory: str, every: list[Case]) -> dict[Case, float]:
   """Seconds of the authors' code, in a process of its own that has the device to itself."""
   asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": heads()[0], "head_dim": heads()[2],
            "rounds": ROUNDS.value}
-  torch_reference.check_paths(directory)
   if heads()[0] != heads()[1]:
     raise ValueError(f"--torch_reference with --kv_heads={heads()[1]}: the authors' code has no grouped heads.")
-  done = subprocess.run([sys.executable, "-m", "experiments.torch_reference", directory], input=json.dumps(asked),
-                        stdout=subprocess.PIPE, text=True, check=True)
   found = {}
-  for case, line in zip(every, done.stdout.splitlines(), strict=True):
-    answer = json.loads(line)
+  for case, answer in zip(every, torch_reference.ask(directory, asked), strict=True):
     if "error" in answer:
       print(f"{case} by the authors' code: {answer['error']}", flush=True)
     else:

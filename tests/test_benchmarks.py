@@ -144,6 +144,14 @@ def test_what_did_not_fit_is_not_drawn(tmp_path):
   assert not (tmp_path / "one.png").exists()
 
 
+def test_a_model_unlike_the_authors_is_refused(tmp_path):
+  """Before their code is looked for, or ours runs."""
+  small = ("-m", "experiments.bench_model", f"--torch-reference={tmp_path}", f"--workdir={tmp_path}", "--layers=1",
+           "--width=16", "--heads=2")
+  assert "num_kv_heads: 1, 2; dtype: 'float32', 'bfloat16'" in run_python(*small, "--kv_heads=1", check=False)
+  assert "has no src/model/op/ascan.py" in run_python(*small, "--dtype=bfloat16", check=False)
+
+
 def test_the_authors_files_are_modules_that_can_be_looked_up(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"has no src/model/op/ascan\.py"):
     torch_reference.check_paths(str(tmp_path))
