@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from absl import flags
 
 import pallas_kernels
 from experiments import common
+from experiments.kernel_times import Speeds, Work
 from experiments.torch_reference import ROPE_BASE
 from pallas_kernels import softmax
 from pallas_kernels.dilated_attention.reference import dilated_pattern
@@ -42,6 +43,7 @@ class Case:
   window: int = 0
   sinks: int = 0
   block: int = 0  # of a decode step by Quest over a full cache, at a budget of 1/16
+  gradient: bool = False  # with that of a random cotangent, by all inputs
 
   @property
   def is_dense(self) -> bool:
@@ -62,33 +64,50 @@ class Case:
     pattern = f", D={self.dilation}, W={self.window}, S={self.sinks}" if self.op != "scan" else ""
     if self.block:
       pattern = f", Quest 1/16, blocks of {self.block}"
-    return f"{self.op} T={self.length}, B={self.batch}{pattern}"
+    return f"{self.op}{' and gradient' * self.gradient} T={self.length}, B={self.batch}{pattern}"
 
 
 def heads() -> tuple[int, int, int]:
   return HEADS.value, KV_HEADS.value or HEADS.value, HEAD_DIM.value
 
 
-def floor(case: Case, copy: float, product: float) -> float:
-  """Seconds that bytes (over the copy speed) and operations (over that of matrix products) take at least."""
+def work(case: Case) -> Work:
+  """Bytes and operations of a case: of the memory its inputs and outputs, of a decode step the rows that it reads.
+
+  The bytes of a dilated prefill are its memory's: attention moves its own while it computes. A backward pass moves
+  twice what the forward pass does, and attention's takes 2.5 times the products.
+  """
   n, kv, h = heads()
-  scan = 5 * 2 * case.batch * case.length * kv * h / copy
-  if case.op == "scan":
-    return scan
   if case.op == "decode":
     statistics = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
-    return 2 * 2 * case.batch * kv * (case.rows + statistics) * h / copy
-  reach, counts = np.arange(1, case.length + 1), 0
-  if case.dilation == 1:
-    counts = reach.sum()
-  else:
-    strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
-    counts = (np.maximum(strided, 0) + np.minimum(case.window + 1, reach) + np.minimum(case.sinks, reach)).sum()
-  return float(4 * case.batch * n * h * counts / product) + (scan if case.dilation > 1 else 0.0)
+    return Work(4 * case.batch * kv * (case.rows + statistics) * h, 4 * case.batch * n * case.rows * h)
+  arrays, counts = (2 * (n + kv) if case.is_dense else 5 * kv), 0
+  if case.op == "prefill":
+    reach = np.arange(1, case.length + 1)
+    if case.dilation == 1:
+      counts = reach.sum()
+    else:
+      strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
+      counts = (np.maximum(strided, 0) + np.minimum(case.window + 1 + case.sinks, reach)).sum()
+  moved, computed = 2.0 * case.batch * case.length * arrays * h, 4.0 * case.batch * n * h * int(counts)
+  return Work(3 * moved, 3.5 * computed) if case.gradient else Work(moved, computed)
 
 
-def draw(case: Case) -> dict[str, jax.Array]:
-  """Fresh random inputs, bfloat16."""
+def floor(case: Case, speeds: Speeds) -> float:
+  """Seconds that bytes (at the speed of reads in decoding, else of copies) and operations take at least."""
+  of = work(case)
+  moved, computed = of.bytes / (speeds.reads if case.op == "decode" else speeds.copy), of.flops / speeds.product
+  # A dilated prefill is the memory, which moves, and then attention, which computes.
+  return moved + computed if case.op == "prefill" and not case.is_dense else max(moved, computed)
+
+
+def heads_first(case: Case, implementation: str | None) -> bool:
+  """Whether a cache is [B, K, R, H] and not [B, R, K, H]: every kernel gets the order of axes that it reads fastest."""
+  return not case.is_dense or implementation == "mosaic_gpu"
+
+
+def draw(case: Case, implementation: str | None = None) -> dict[str, Any]:
+  """Fresh random inputs, bfloat16, for an implementation."""
   n, kv, h = heads()
   key = jax.random.fold_in(jax.random.key(common.SEED.value), time.time_ns() % (1 << 31))
 
@@ -96,9 +115,8 @@ def draw(case: Case) -> dict[str, jax.Array]:
     return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16)
 
   if case.op == "decode":
-    # Every kernel gets the order of axes that it reads fastest.
     held = case.length if case.block else case.rows
-    shape = (case.batch, held, kv, h) if case.is_dense else (case.batch, kv, held, h)
+    shape = (case.batch, kv, held, h) if heads_first(case, implementation) else (case.batch, held, kv, h)
     made = {"q": normal(0, case.batch, 1, n, h), "keys": normal(1, *shape), "values": normal(2, *shape)}
     if case.block:
       made["statistics"] = jax.jit(functools.partial(_statistics, case))(made["keys"])
@@ -108,21 +126,31 @@ def draw(case: Case) -> dict[str, jax.Array]:
       made |= {"gate": normal(3, *new), "k": normal(4, *new), "v": normal(5, *new), "state": state}
     return made
   shape = (case.batch, case.length, kv, h)
-  made = {"gate": 2 * normal(3, *shape) + 2, "k": normal(1, *shape), "v": normal(2, *shape)}
-  return made if case.op == "scan" else made | {"q": normal(0, case.batch, case.length, n, h)}
+  made = {"k": normal(1, *shape), "v": normal(2, *shape)}
+  if not case.is_dense:
+    made["gate"] = 2 * normal(3, *shape) + 2
+  if case.op == "prefill":
+    made["q"] = normal(0, case.batch, case.length, n, h)
+  if case.gradient:
+    made["cotangent"] = normal(6, *made["q"].shape) if "q" in made else (normal(6, *shape), normal(7, *shape))
+  return made
 
 
 def build(case: Case, implementation: str) -> Callable[..., Any]:
-  """The function of `draw`'s arrays that is timed."""
+  """The function of `draw`'s arrays that is timed; with gradients (values, gradients by name)."""
   dense: Any = jax.nn.dot_product_attention
 
   def scan(gate, k, v):
-    return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)
+    return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)[0]
 
   def decode(q, keys, values, gate=None, k=None, v=None, state=None, statistics=None):
     """Of a sparse case with the memory's step, RoPE, and the new token's own key."""
-    if case.is_dense:
+    if case.is_dense and not heads_first(case, implementation):
       return dense(q, keys, values, implementation=implementation)
+    seen = jnp.ones((case.batch, case.rows), bool)
+    if case.is_dense:
+      out, _ = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, implementation=implementation)
+      return out[:, None].astype(q.dtype)
     (k, v), state = pallas_kernels.gated_scan(gate, (k, v), state)
     at = jnp.full((case.batch, 1), case.length - 1, jnp.int32)
     q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
@@ -130,12 +158,11 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
       out = attend_step(q, k, v, case.mode, at, KVCache(keys[None], values[None]), 0, statistics, at[:, 0],
                         Origin(at[:, 0], 0), case.length, implementation)
       return out.astype(q.dtype), state
-    seen = jnp.ones((case.batch, keys.shape[2]), bool)
     own = (k[:, 0], v[:, 0])
     out, _ = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, own=own, implementation=implementation)
     return out[:, None].astype(q.dtype), state
 
-  def prefill(gate, q, k, v):
+  def prefill(q, k, v, gate=None):
     of_scan, of_attention = implementation.split(", ")
     at = jnp.arange(case.length, dtype=jnp.int32)[None]
     if case.dilation > 1:
@@ -147,13 +174,23 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
                                             implementation=of_attention)
 
   functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill}
-  return functions[case.op]
+  return functools.partial(_with_gradients, functions[case.op]) if case.gradient else functions[case.op]
 
 
-def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
-  """The largest error on some queries, as a share of the largest entry. Raises ValueError above that of bfloat16."""
+def _with_gradients(f: Callable[..., Any], cotangent: Any, **made: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+  values, pull = jax.vjp(lambda made: f(**made), made)
+  return values, pull(cotangent)[0]
+
+
+def check(case: Case, implementation: str, made: dict[str, Any], result: Any) -> float:
+  """The largest error, as a share of the largest entry. Raises ValueError above that of bfloat16.
+
+  Values are compared on some queries or rows, gradients on two key/value heads of all tokens.
+  """
+  if case.gradient:
+    return _check_gradients(case, made, result)
   if case.op == "scan":
-    outs, pairs = result[0], []
+    outs, pairs = result, []
     for first in {0, max(0, case.length - 4096)}:  # the beginning, and the end from the state before it
       some = slice(first, first + 4096)
       wide = {name: x[:, some].astype(jnp.float32) for name, x in made.items()}
@@ -161,22 +198,57 @@ def check(case: Case, made: dict[str, jax.Array], result: Any) -> float:
       expected, _ = jax.jit(gated_scan_sequential)(wide["gate"], (wide["k"], wide["v"]), state, None)
       pairs += [(out[:, some], one) for out, one in zip(outs, expected, strict=True)]
   elif case.op == "decode":
-    rows = CHECKED // 8 if case.block else CHECKED
+    rows = CHECKED // 8 if case.block or case.is_dense else CHECKED  # of a full cache more take too much memory
     few, out = jax.tree.map(lambda x: x[:rows], made), result if case.is_dense else result[0]
-    pairs = [(out[:rows], jax.jit(functools.partial(_decode_reference, case))(**few))]
+    reference = functools.partial(_decode_reference, case, heads_first(case, implementation))
+    pairs = [(out[:rows], jax.jit(reference)(**few))]
   else:
     at = jnp.sort(jax.random.choice(jax.random.key(1), case.length, (min(CHECKED, case.length),), replace=False))
     n, kv, few = *heads()[:2], min(2, heads()[1])  # key/value heads
-    made = made | {name: made[name][:, :, :few] for name in ("gate", "k", "v")} | {"q": made["q"][:, :, :few * n // kv]}
+    made = {name: x[:, :, :few * n // kv if name == "q" else few] for name, x in made.items()}
     pairs = [(result[:, at, :few * n // kv], jax.jit(functools.partial(_reference, case))(made, at))]
+  return _worst(case, pairs, 2e-2)
+
+
+def _worst(case: Case, pairs: Sequence[tuple[jax.Array, jax.Array]], bound: float) -> float:
   errors = []
   for ours, theirs in pairs:
     ours, theirs = jnp.asarray(ours, jnp.float32), jnp.asarray(theirs, jnp.float32)
     errors.append(float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))))
   worst = float(np.max(errors))  # unlike Python's max, NaN where one is
-  if not worst < 2e-2:
+  if not worst < bound:
     raise ValueError(f"{case}: the result is off by {worst:.2g} of its largest entry; it is not timed.")
   return worst
+
+
+def _check_gradients(case: Case, made: dict[str, Any], result: Any) -> float:
+  """`check` of values and gradients: heads do not see each other, so plain JAX, in float32, need do two of them."""
+  kv = heads()[1]
+
+  def few(arrays):
+    def first_and_last(x):  # [B, T, K or N, H]
+      groups = x.reshape(*x.shape[:2], kv, -1, x.shape[3])[:, :, np.unique([0, kv - 1])]
+      return groups.reshape(*x.shape[:2], -1, x.shape[3]).astype(jnp.float32)
+    return jax.tree.map(first_and_last, arrays)
+
+  with jax.default_matmul_precision("highest"):
+    expected = jax.jit(lambda made: _with_gradients(functools.partial(_whole_reference, case), **few(made)))(made)
+  finite = jax.jit(lambda result: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(result)]).all())(result)
+  if not finite:
+    raise ValueError(f"{case}: the result is not finite; it is not timed.")
+  return _worst(case, list(zip(*map(jax.tree.leaves, (jax.jit(few)(result), expected)), strict=True)), 5e-2)
+
+
+def _whole_reference(case: Case, k, v, gate=None, q=None) -> Any:
+  """The scan, or the attention of all queries, by plain JAX in chunks, in the inputs' type."""
+  if gate is not None:
+    (k, v), _ = pallas_kernels.gated_scan(gate, (k, v), implementation="xla")
+  if q is None:
+    return k, v
+  at = jnp.arange(case.length, dtype=jnp.int32)[None]
+  q, k = rope.rotate(q, at, ROPE_BASE), rope.rotate(k, at, ROPE_BASE)
+  return pallas_kernels.dilated_attention(q, k, v, dilation=case.dilation, window=case.window, sinks=case.sinks,
+                                          implementation="xla")
 
 
 def _statistics(case: Case, keys) -> Statistics:
@@ -184,9 +256,12 @@ def _statistics(case: Case, keys) -> Statistics:
   return blocks.min(axis=3), blocks.max(axis=3)
 
 
-def _decode_reference(case: Case, q, keys, values, gate=None, k=None, v=None, state=None, statistics=None) -> jax.Array:
-  """One softmax over the cache and the new token, in float32."""
+def _decode_reference(case: Case, by_head: bool, q, keys, values, gate=None, k=None, v=None, state=None,
+                      statistics=None) -> jax.Array:
+  """One softmax over the cache (`by_head`: [B, K, R, H]) and the new token, in float32."""
   seen = jnp.ones((1, 1, 1, 1), bool)
+  if by_head and case.is_dense:
+    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
   if not case.is_dense:
     (k, v), _ = gated_scan_sequential(gate, (k, v), state)
     at = jnp.full((q.shape[0], 1), case.length - 1, jnp.int32)

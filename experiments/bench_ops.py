@@ -4,27 +4,23 @@ Claim: memory, dilated prefill and decoding over a compact cache are as fast as 
 Command: python -m experiments.bench_ops                      (--op=prefill --length=262144 --dilation=16 for one case)
 Where the time goes, kernel by kernel: --profile
 Time against T: --op=prefill --length=4096 --length=16384 ...   The authors' code beside ours: --torch_reference=DIR
+Training: --gradient times scan and prefill with their gradients.
 Inputs are drawn anew, and every result is checked against the reference on some queries and heads before it is timed.
-Floors are the operation's bytes and FLOPs over what this device's copies and matrix products were measured to do.
+Floors are the operation's bytes and FLOPs over what this device was measured to do: copies, in decoding reads, and
+matrix products.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import subprocess
-import sys
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from experiments import bench_cases, common, kernel_times, plots, torch_reference
-from experiments.bench_cases import Case, check, draw, floor, heads
+from experiments.bench_cases import Case, check, draw, floor, heads, work
 
 OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode"], "What to time.")
 IMPLEMENTATIONS = flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
@@ -38,6 +34,8 @@ SINKS = flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, of what takes a second three at most; the median counts.",
                               lower_bound=1)
 TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
+flags.DEFINE_alias("torch-reference", "torch_reference")
+GRADIENT = flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
 CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
 SHORT = 2e-4  # seconds; to start a program takes much of it, so a program that repeats the work is timed
 flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
@@ -48,15 +46,22 @@ def cases() -> list[Case]:
   for block in BLOCKS.value:
     if not LENGTHS.value or any(length % block for length in LENGTHS.value):
       raise ValueError(f"--block={block} beside --length={LENGTHS.value}; give lengths that are multiples of it.")
+  ops = [op for op in OPS.value if op != "decode" or not GRADIENT.value]
+  if not ops:
+    raise ValueError("--gradient with --op=decode; only scan and prefill have gradients that are timed.")
   found = []
-  for op in OPS.value:
+  for op in ops:
     if op == "scan":
-      found += [Case(op, length, BATCH_SIZE.value) for length in LENGTHS.value or [32768, 262144]]
+      standard = [32768] if GRADIENT.value else [32768, 262144]
+      found += [Case(op, length, BATCH_SIZE.value) for length in LENGTHS.value or standard]
     elif LENGTHS.value or DILATIONS.value:
       found += [Case(op, length, BATCH_SIZE.value, *((1, 0, 0) if d == 1 else (d, WINDOW.value, SINKS.value)))
                 for length in LENGTHS.value or [32768] for d in (1, *(DILATIONS.value or [16, 64]))]
       if op == "decode":
         found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value for block in BLOCKS.value]
+    elif op == "prefill" and GRADIENT.value:
+      found += [Case(op, length, batch, *pattern) for length, batch in ((32768, 1), (4096, 8))
+                for pattern in ((1, 0, 0), (16, 0, 4), (64, 0, 4))]
     elif op == "prefill":
       found += [Case(op, 262144), Case(op, 262144, 1, 16, 0, 4), Case(op, 262144, 1, 64, 0, 4),
                 Case(op, 262144, 1, 16, 256, 4), Case(op, 32768, 8), Case(op, 32768, 8, 16, 0, 4),
@@ -64,45 +69,23 @@ def cases() -> list[Case]:
     else:
       found += [Case(op, length, batch, d) for length, batch in ((4096, 256), (16384, 128)) for d in (1, 16, 64)]
       found += [Case(op, 16384, 128, block=block) for block in (64, 16)]
-  return found
+  return [dataclasses.replace(case, gradient=GRADIENT.value) for case in found]
 
 
 def served(case: Case) -> list[str]:
-  """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries'."""
-  libraries = ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
+  """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries', and
+  in decoding our kernel, which the model takes.
+  """
+  is_gpu = jax.default_backend() == "gpu"
+  if case.is_dense and case.op == "decode":
+    return ["xla", "cudnn", "mosaic_gpu"] if is_gpu else ["xla"]
   if case.is_dense:
-    return libraries if case.op == "decode" else [f"xla, {libraries[-1]}"]
+    return ["xla, cudnn" if is_gpu else "xla, xla"]
   if IMPLEMENTATIONS.value:
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
   if case.op == "prefill":
     return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
   return ["xla", "mosaic_gpu"]
-
-
-def median_seconds(compiled: Any, *arguments: Any) -> float:
-  """The median over rounds of a call; short ones are called several times a round."""
-
-  def seconds(calls):
-    start = time.perf_counter()
-    for _ in range(calls):
-      out = compiled(*arguments)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / calls
-
-  once = min(seconds(1), seconds(1))
-  rounds = ROUNDS.value if once < 1 else min(ROUNDS.value, 3)
-  return float(np.median([seconds(max(1, int(0.02 / once))) for _ in range(rounds)]))
-
-
-def speeds() -> tuple[float, float]:
-  """(bytes per second of a copy, operations per second of a bfloat16 product) of this device, as measured."""
-  size = 1 << (29 if jax.default_backend() == "gpu" else 24)
-  x = jnp.zeros(size, jnp.bfloat16)
-  copy = 2 * x.nbytes / median_seconds(jax.jit(lambda x: x + 1).lower(x).compile(), x)
-  width = 8192 if jax.default_backend() == "gpu" else 512
-  a = jnp.ones((width, width), jnp.bfloat16)
-  product = 2 * width**3 / median_seconds(jax.jit(lambda a: a @ a).lower(a).compile(), a)
-  return copy, product
 
 
 def time_one(case: Case, implementation: str, *draws: dict[str, Any]) -> tuple[float, float]:
@@ -112,23 +95,19 @@ def time_one(case: Case, implementation: str, *draws: dict[str, Any]) -> tuple[f
   """
   f = bench_cases.build(case, implementation)
   compiled = jax.jit(lambda draws: [f(**made) for made in draws]).lower(draws).compile()
-  error = check(case, draws[0], compiled(draws)[0])
+  error = check(case, implementation, draws[0], compiled(draws)[0])
   kernel_times.report(lambda: compiled(draws), len(draws))
-  return median_seconds(compiled, draws) / len(draws), error
+  return kernel_times.median_seconds(compiled, draws, rounds=ROUNDS.value) / len(draws), error
 
 
 def authors(directory: str, every: list[Case]) -> dict[Case, float]:
   """Seconds of the authors' code, in a process of its own that has the device to itself."""
   asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": heads()[0], "head_dim": heads()[2],
            "rounds": ROUNDS.value}
-  torch_reference.check_paths(directory)
   if heads()[0] != heads()[1]:
     raise ValueError(f"--torch_reference with --kv_heads={heads()[1]}: the authors' code has no grouped heads.")
-  done = subprocess.run([sys.executable, "-m", "experiments.torch_reference", directory], input=json.dumps(asked),
-                        stdout=subprocess.PIPE, text=True, check=True)
   found = {}
-  for case, line in zip(every, done.stdout.splitlines(), strict=True):
-    answer = json.loads(line)
+  for case, answer in zip(every, torch_reference.ask(directory, asked), strict=True):
     if "error" in answer:
       print(f"{case} by the authors' code: {answer['error']}", flush=True)
     else:
@@ -139,15 +118,18 @@ def authors(directory: str, every: list[Case]) -> dict[Case, float]:
 def crossovers() -> dict[str, dict[str, int]]:
   """{operation: {implementation: the least size from which on it was faster than those after it}}; crossovers.py."""
   entries = lambda case: case.batch * (case.length if case.op == "scan" else case.rows) * heads()[1] * heads()[2]
-  prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4) for t in (32, 128, 512, 1024, 2048, 4096, 8192)]
+  prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4, gradient=GRADIENT.value)
+              for t in (32, 128, 512, 1024, 2048, 4096, 8192)]
+  scans = [Case("scan", t, gradient=GRADIENT.value) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)]
   sweeps = [  # (operation, its implementations, cases from small to large, their size)
-      ("gated_scan", ["mosaic_gpu", "xla"], [Case("scan", t) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)],
-       entries),
+      ("gated_scan", ["mosaic_gpu", "xla"], scans, entries),
       ("decode_attention", ["mosaic_gpu", "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
           (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
       ("dilated_attention", ["mosaic_gpu", "cudnn", "cudnn_masked", "xla"], prefills, lambda case: case.length)]
   found: dict[str, dict[str, int]] = {}
   for operation, names, cases_of_it, size in sweeps:
+    if GRADIENT.value and operation == "decode_attention":
+      continue
     seconds = {case: times_of(case, names) for case in cases_of_it}
     for i, name in enumerate(names[:-1]):
       for case in reversed(cases_of_it):
@@ -179,26 +161,24 @@ def times_of(case: Case, names: list[str]) -> dict[str, float]:
 def main() -> None:
   theirs = [case for case in cases() if not case.block]
   of_authors = authors(TORCH_REFERENCE.value, theirs) if TORCH_REFERENCE.value else {}
-  folder, (copy, product) = common.workdir("bench_ops"), speeds()
-  print(f"{common.device()}: copies {copy / 1e12:.2f} TB/s, bfloat16 products {product / 1e12:.0f} TFLOP/s;"
+  folder, speeds = common.workdir("bench_ops"), kernel_times.speeds()
+  print(f"{common.device()}: {speeds};"
         f" {'/'.join(map(str, heads()))} query heads, key/value heads, width", flush=True)
   if CROSSOVERS.value:
     print(f"{common.device()!r}: {crossovers()}")
     return
   lines: list[dict[str, Any]] = []
 
-  def add(case, least, implementation, seconds, error=None):
+  def add(case, implementation, seconds, error=None):
     lines.append({"case": dataclasses.asdict(case), "name": str(case), "implementation": implementation,
-                  "seconds": seconds, "floor": least, "error": error})
+                  "seconds": seconds, "floor": floor(case, speeds), **work(case)._asdict(), "error": error})
     print(f"{case}, {implementation}: {seconds * 1e3:.3f} ms", flush=True)
-    common.write_json(folder / "results.json", {"device": common.device(), "copy": copy, "product": product,
-                                                "lines": lines})
+    common.write_json(folder / "results.json", {"device": common.device(), **speeds._asdict(), "lines": lines})
 
   for case in cases():
-    made, least = draw(case), floor(case, copy, product)
     for implementation in served(case):
       try:
-        add(case, least, implementation, *time_one(case, implementation, made))
+        add(case, implementation, *time_one(case, implementation, draw(case, implementation)))
       except NotImplementedError as reason:
         print(f"{case} by {implementation}: not timed: {reason}", flush=True)
       except jax.errors.JaxRuntimeError as error:
@@ -206,8 +186,7 @@ def main() -> None:
           raise
         print(f"{case} by {implementation}: not timed: out of memory", flush=True)
     if case in of_authors:
-      add(case, least, "torch" if case.is_dense else "authors, torch", of_authors[case])
-    del made
+      add(case, "torch" if case.is_dense else "authors, torch", of_authors[case])
   text = table(lines)
   print(f"\n{text}")
   (folder / "table.md").write_text(text + "\n")
@@ -224,11 +203,11 @@ def table(lines: list[dict[str, Any]]) -> str:
   rows = []
   for line in lines:
     beside = dense.get((line["case"]["op"], line["case"]["length"], line["case"]["batch"]))
-    rows.append([line["name"], line["implementation"], f"{line['seconds'] * 1e3:.3f}", f"{line['floor'] * 1e3:.3f}",
-                 f"{line['floor'] / line['seconds']:.0%}",
+    rows.append([line["name"], line["implementation"], f"{line['seconds'] * 1e3:.3f}", f"{line['bytes'] / 1e9:.3g}",
+                 f"{line['flops'] / 1e12:.3g}", f"{line['floor'] * 1e3:.3f}", f"{line['floor'] / line['seconds']:.0%}",
                  f"{beside / line['seconds']:.1f}" if beside and line["case"]["op"] != "scan" else "",
                  "" if line["error"] is None else f"{line['error']:.1e}"])
-  return common.markdown_table(["operation", "implementation", "ms", "floor, ms", "share of the floor",
+  return common.markdown_table(["operation", "implementation", "ms", "GB", "TFLOP", "floor, ms", "share of the floor",
                                 "times faster than dense", "error"], rows)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
-#   bash experiments/gpu.sh ops        one of: tests ops crossovers lengths short decode modes train
-#                                     pretrain seven
+#   bash experiments/gpu.sh ops        one of: tests ops gradients crossovers lengths short decode modes
+#                                     train pretrain seven; authors, where REFERENCE is set
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours; SOURCE is a folder
 # of Python sources to train on.
 set -euo pipefail
@@ -15,7 +15,11 @@ model_bench() { "$python" -m experiments.bench_model --workdir="$runs/$1" --dtyp
 
 tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
 ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
-crossovers() { ops_bench crossovers --crossovers; }
+gradients() { ops_bench gradients --gradient ${REFERENCE:+--torch_reference="$REFERENCE"}; }
+crossovers() {  # of values, and of values with gradients
+  ops_bench crossovers --crossovers
+  ops_bench crossovers --crossovers --gradient
+}
 lengths() {  # time of a prompt against its length
   ops_bench lengths --op=prefill --implementation="mosaic_gpu, cudnn" --implementation=mosaic_gpu --rounds=3 \
     --dilation=16 --dilation=64 \
@@ -39,6 +43,11 @@ modes() {  # a decode step of every mode, plain heads and grouped ones
   model_bench modes "${size[@]}" "${modes[@]}"
   model_bench modes-grouped "${size[@]}" "${modes[@]}" --kv_heads=2
 }
+authors() {  # the 1.4B model beside the authors' own
+  local size=(--preset=ratplus-1b --mode=dilated:64 --torch_reference="${REFERENCE:?a checkout of the RAT+ authors code}")
+  model_bench authors-decode "${size[@]}" --context=16384 --batch_size=32 --batch_size=1024
+  model_bench authors-train "${size[@]}" --part=train --context=4096 --batch_size=8 --rounds=3 --unroll
+}
 train() {  # a step of the 1.4B model: active recurrence learning, and two dense updates
   model_bench train --preset=ratplus-1b --part=train --mode=dilated:64 --context=4096 --batch_size=8 --rounds=3 --unroll
 }
@@ -57,7 +66,7 @@ seven() {  # models of seven billion parameters, written and loaded as files, un
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops crossovers lengths short decode modes train pretrain seven)
+[ $# -gt 0 ] || parts=(tests ops gradients crossovers lengths short decode modes train pretrain seven ${REFERENCE:+authors})
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"

@@ -1,21 +1,85 @@
-"""What a call spends its time on: the kernels that a device ran, by the trace of JAX's profiler."""
+"""How fast a device copies, reads and multiplies, and what a call spends its time on: the kernels that a device ran, by
+the trace of JAX's profiler.
+"""
 
 from __future__ import annotations
 
 import collections
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from experiments import common
 
 PROFILE = flags.DEFINE_bool("profile", False, "Print which kernels the time of every measurement goes to.")
 _MOST = 16  # kernels of a table
+
+
+class Speeds(NamedTuple):
+  """What a device was measured to do: bytes per second of a copy (both ways counted) and of reading alone, operations
+  per second of a bfloat16 product.
+  """
+
+  copy: float
+  read: float
+  product: float
+
+  @property
+  def reads(self) -> float:
+    """The speed of what reads and hardly writes: the faster of the two, which a floor must not be below."""
+    return max(self.copy, self.read)
+
+  def __str__(self) -> str:
+    return (f"copies {self.copy / 1e12:.2f} TB/s, reads {self.read / 1e12:.2f} TB/s, bfloat16 products"
+            f" {self.product / 1e12:.0f} TFLOP/s")
+
+
+class Work(NamedTuple):
+  """What an operation cannot do without."""
+
+  bytes: float  # to and from memory
+  flops: float  # of matrix products
+
+
+def speeds() -> Speeds:
+  """Those of the first device. A read is the fastest of several: which program reads fastest depends on the device."""
+  is_gpu = jax.default_backend() == "gpu"
+  size, width = (1 << 30, 8192) if is_gpu else (1 << 25, 512)
+
+  def seconds(f, *arguments):
+    return median_seconds(jax.jit(f).lower(*arguments).compile(), *arguments)
+
+  x = jnp.ones((size // 8192, 4096), jnp.bfloat16)
+  copy = 2 * x.nbytes / seconds(lambda x: x + 1, x)
+  reads = [seconds(lambda x: jnp.sum(x, axis=1, dtype=jnp.float32), x),
+           seconds(lambda x, few: x @ few, x, jnp.ones((4096, 8), jnp.bfloat16))]
+  del x
+  reads.append(seconds(lambda x: jnp.max(x, axis=1), jnp.ones((size // 16384, 4096), jnp.int32)))
+  a = jnp.ones((width, width), jnp.bfloat16)
+  return Speeds(copy, size / min(reads), 2 * width**3 / seconds(lambda a: a @ a, a))
+
+
+def median_seconds(compiled: Any, *arguments: Any, rounds: int = 7) -> float:
+  """The median over rounds of a call; short ones are called several times a round, long ones have few rounds."""
+
+  def seconds(calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+      out = compiled(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+  once = min(seconds(1), seconds(1))
+  rounds = rounds if once < 1 else min(rounds, 3)
+  return float(np.median([seconds(max(1, int(0.02 / once))) for _ in range(rounds)]))
 
 
 def report(run: Callable[[], Any], calls: int = 1) -> None:

@@ -112,7 +112,7 @@ def draw_times(lines: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None
     axis.set_yscale("log")
     axis.set_xlabel("tokens")
     axis.set_ylabel("ms")
-    axis.set_title(op)
+    axis.set_title(op + " and gradient" * lines[0]["case"]["gradient"])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(folder / f"{op}.png", dpi=130)

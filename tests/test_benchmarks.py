@@ -23,11 +23,61 @@ def test_every_operation_is_checked_and_timed(tmp_path):
   assert [line["case"]["op"] for line in lines] == ["scan"] * 2 + ["prefill"] * 4 + ["decode"] * 6
   assert all(0 < line["error"] < 2e-2 for line in lines)
   assert "times faster than dense" in told
+  assert all(line["bytes"] > 0 and line["floor"] > 0 for line in lines)
+  assert {line["case"]["op"] for line in lines if not line["flops"]} == {"scan"}
   assert "no kernels: the profiler names none on CPU" in told
   assert all((tmp_path / f"{op}.png").exists() for op in ("scan", "prefill", "decode"))
-  refused = run_python("-m", "experiments.bench_ops", f"--torch_reference={tmp_path}", f"--workdir={tmp_path}",
+  refused = run_python("-m", "experiments.bench_ops", f"--torch-reference={tmp_path}", f"--workdir={tmp_path}",
                        check=False)
   assert "has no src/model/op/ascan.py" in refused
+
+
+@pytest.mark.slow
+def test_gradients_are_checked_and_timed(tmp_path):
+  """Of grouped heads, beside dense attention; a gradient that is a fifth too large is refused."""
+  small = ("--gradient", "--implementation=xla", "--length=96", "--dilation=16", "--window=3", "--heads=4",
+           "--kv_heads=2", "--head_dim=16", "--rounds=1", f"--workdir={tmp_path}")
+  told = run_python("-m", "experiments.bench_ops", *small)
+  lines = json.loads((tmp_path / "results.json").read_text())["lines"]
+  assert [(line["case"]["op"], line["case"]["dilation"]) for line in lines] == [
+      ("scan", 1), ("prefill", 1), ("prefill", 16)]
+  assert all(0 < line["error"] < 5e-2 for line in lines)
+  assert "scan and gradient T=96" in told
+  wrong = """
+from experiments import bench_cases, bench_ops, common
+right = bench_cases._with_gradients
+def scaled(*arguments, **made):
+  values, gradients = right(*arguments, **made)
+  return values, gradients | {"k": (1.2 if made["k"].dtype == "bfloat16" else 1) * gradients["k"]}
+bench_cases._with_gradients = scaled
+common.run(bench_ops.main)
+"""
+  assert "scan and gradient T=96, B=1: the result is off by" in run_python("-c", wrong, *small, check=False)
+  refused = run_python("-m", "experiments.bench_ops", "--gradient", "--op=decode", f"--workdir={tmp_path}", check=False)
+  assert "only scan and prefill have gradients" in refused
+
+
+def test_work_is_that_of_the_arrays_and_products():
+  """Counted by hand, of 2 query heads over 1 of width 8; only decoding takes the faster of reads and copies."""
+  told = run_python("-c", """
+import sys
+from absl import flags
+from experiments.bench_cases import Case, floor, work
+from experiments.kernel_times import Speeds
+flags.FLAGS([sys.argv[0], "--heads=2", "--kv_heads=1", "--head_dim=8"])
+for case in (Case("scan", 10), Case("prefill", 4), Case("prefill", 4, 1, 2, 0, 1), Case("decode", 32, 3, 16),
+             Case("prefill", 4, gradient=True), Case("scan", 10, gradient=True)):
+  print(*work(case), *(f"{floor(case, Speeds(10, read, 1000)):g}" for read in (5, 20)))
+""").splitlines()
+  keys = {1: 1 + 2 + 3 + 4, 2: 1 + 2 + 3 + 3}  # by D, of four queries; with a sink the last one sees 0, 1 and itself
+  expected = [
+      (5 * 10 * 16, 0, 80, 80),
+      (6 * 4 * 16, 4 * 2 * 8 * keys[1], 38.4, 38.4),
+      (5 * 4 * 16, 4 * 2 * 8 * keys[2], 32.576, 32.576),
+      (3 * 2 * 3 * 16, 3 * 3 * 4 * 2 * 8, 28.8, 14.4),
+      (18 * 4 * 16, 14 * 2 * 8 * keys[1], 115.2, 115.2),
+      (15 * 10 * 16, 0, 240, 240)]
+  assert [tuple(map(float, line.split())) for line in told] == expected
 
 
 @pytest.mark.slow
@@ -37,7 +87,33 @@ def test_whole_models_are_timed_at_every_batch_and_context(tmp_path):
              "--steps=2", "--rounds=1", f"--workdir={tmp_path}")
   lines = json.loads((tmp_path / "results.json").read_text())["lines"]
   assert len({(line["part"], line["mode"], line["context"], line["batch_size"]) for line in lines}) == 24
+  assert all(line["error"] < 1e-3 and line["floor"] > 0 for line in lines)
   assert (tmp_path / "decode.png").exists()
+
+
+# A kernel of decode attention that a CPU is said to have and to run fastest.
+KERNEL = """
+import types
+from experiments import bench_model, common
+from pallas_kernels import dispatch
+from pallas_kernels.decode_attention import api
+dispatch.FASTEST = {"cpu": {"decode_attention": {"mosaic_gpu": 0}}}
+api._mosaic_gpu = lambda: types.SimpleNamespace(unsupported=lambda *arguments: None)
+api._kernel = lambda *arguments: tuple(FACTOR * x for x in api.xla.decode_attention(*arguments))
+common.run(bench_model.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_with_a_wrong_kernel_is_not_timed(tmp_path):
+  """A kernel for decoding that halves what it should give, and one that gives the same as plain JAX."""
+  small = ("--layers=2", "--width=32", "--heads=2", "--context=64", "--batch_size=3", "--mode=dilated:4", "--steps=2",
+           "--rounds=1", f"--workdir={tmp_path}")
+  halved, same = (KERNEL.replace("FACTOR", factor) for factor in ("0.5", "1.0"))
+  assert "decode under dense: the result is off by" in run_python("-c", halved, *small, check=False)
+  run_python("-c", same, *small)
+  nan = run_python("-c", KERNEL.replace("FACTOR", "float('nan')"), *small, check=False)
+  assert "decode under dense: the result is not finite; it is not timed" in nan
 
 
 def test_kernels_of_a_trace_add_up(monkeypatch):
@@ -66,6 +142,14 @@ def test_what_did_not_fit_is_not_drawn(tmp_path):
   assert (tmp_path / "two.png").exists()
   plots.draw_throughput(lines[:2], tmp_path / "one.png")  # nothing varies
   assert not (tmp_path / "one.png").exists()
+
+
+def test_a_model_unlike_the_authors_is_refused(tmp_path):
+  """Before their code is looked for, or ours runs."""
+  small = ("-m", "experiments.bench_model", f"--torch-reference={tmp_path}", f"--workdir={tmp_path}", "--layers=1",
+           "--width=16", "--heads=2")
+  assert "num_kv_heads: 1, 2; dtype: 'float32', 'bfloat16'" in run_python(*small, "--kv_heads=1", check=False)
+  assert "has no src/model/op/ascan.py" in run_python(*small, "--dtype=bfloat16", check=False)
 
 
 def test_the_authors_files_are_modules_that_can_be_looked_up(tmp_path):
