@@ -37,7 +37,7 @@ decode() {  # tokens/s of the 1.4B model against batch and context
 }
 modes() {  # a decode step of every mode, plain heads and grouped ones
   local size=(--layers=4 --width=2048 --heads=16 --batch_size=64) modes=()
-  for mode in dense dilated:16 dilated:64 quest:0.0625,block=64 quest:0.0625 moba:0.0625 dilated_topk:64,0.0625 snapkv:0.0625; do
+  for mode in dense dilated:16 dilated:64 quest:0.0625 quest:0.0625,block=16 moba:0.0625 dilated_topk:64,0.0625 snapkv:0.0625; do
     modes+=(--mode=$mode)
   done
   model_bench modes "${size[@]}" "${modes[@]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import softmax
+from pallas_kernels import dispatch, softmax
 from pallas_kernels.dilated_attention.api import dilated_attention
 from rat_jax import compression, layout as layouts, selection
 from rat_jax.axes import Array, Keys, Lengths, Positions, Queries
@@ -169,7 +169,8 @@ def attend_keys(q: Queries, k: Keys, v: Keys, mode: Mode, q_positions: Positions
 
 
 def _dense(q: Queries, k: Keys, v: Keys, mode: Mode, layout: Layout) -> Array:
-  if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+  served = dispatch.check_device("cudnn") is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  if served and q.dtype == jnp.bfloat16:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
   if q.shape[1] <= _WHOLE_DENSE and not (q.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
