@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs behind the tables of kernels and whole models on a GPU in experiments/README.md and docs/kernels.md.
 #   bash experiments/gpu.sh            all parts, in their order
-#   bash experiments/gpu.sh ops        one of: tests ops gradients crossovers lengths short decode modes
-#                                     train pretrain seven; authors, where REFERENCE is set
+#   bash experiments/gpu.sh ops        one of: tests ops gradients crossovers lengths short prompt decode
+#                                     modes train pretrain seven; authors, where REFERENCE is set
 # PYTHON is the interpreter; REFERENCE, a checkout of the RAT+ authors' code, is timed beside ours; SOURCE is a folder
 # of Python sources to train on.
 set -euo pipefail
@@ -35,6 +35,10 @@ decode() {  # tokens/s of the 1.4B model against batch and context
   model_bench decode "${size[@]}" --context=16384 --batch_size=1 --batch_size=32 --batch_size=256 --batch_size=1024
   model_bench decode-context "${size[@]}" --context=4096 --context=16384 --context=65536 --batch_size=16
 }
+prompt() {  # prefill of the 1.4B model
+  model_bench prompt --preset=ratplus-1b --part=prefill --mode=dilated:16 --mode=dilated:64 --batch_size=4 \
+    --context=4096 --context=16384 --context=65536
+}
 modes() {  # a decode step of every mode, plain heads and grouped ones
   local size=(--layers=4 --width=2048 --heads=16 --batch_size=64) modes=()
   for mode in dense dilated:16 dilated:64 quest:0.0625 quest:0.0625,block=16 moba:0.0625 dilated_topk:64,0.0625 snapkv:0.0625; do
@@ -66,7 +70,7 @@ seven() {  # models of seven billion parameters, written and loaded as files, un
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests ops gradients crossovers lengths short decode modes train pretrain seven ${REFERENCE:+authors})
+[ $# -gt 0 ] || parts=(tests ops gradients crossovers lengths short prompt decode modes train pretrain seven ${REFERENCE:+authors})
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
   "$part"
