@@ -41,8 +41,9 @@ def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   size, found, row = BATCH_SIZE.value, {}, methods(16)[method]
   for name, task in TASKS.items():
     made, (mode, _) = eval_niah.sequences(LENGTH.value, COUNT.value)[name], row.build(task)
-    seeds = [np.concatenate([_hits(model, one, jax.tree.map(lambda x, i=i: x[i:i + size], made), task, mode)
-                             for i in range(0, COUNT.value, size)]) for one in _seeds(params)]
+    batches = [jax.tree.map(lambda x, i=i: x[i:i + size], made) for i in range(0, COUNT.value, size)]
+    seeds = [np.concatenate([_hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
+             for one in _seeds(params)]
     found[name] = [(100 * hits.mean(axis=0)).tolist() for hits in seeds]
   return {method: found}
 
@@ -55,17 +56,18 @@ def methods(part: int, **options: Any) -> dict[str, Row]:
           "MoBA 16 decode": Row("", lambda task: (moba(), Dense())),
           "MoBA 16 prompt": Row("", lambda task: (Dense(), moba()), at_answer=True),
           "SnapKV aware": Row("", lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
-                              at_answer=True)}
+                              at_answer=True),
+          "SnapKV blind": Row("", lambda task: (SnapKV(budget, obs_window=8, **options), None), at_question=True)}
 
 
 def _seeds(params: Any) -> list[Any]:
   return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(len(jax.tree.leaves(params)[0]))]
 
 
-def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task, mode: Mode) -> np.ndarray:
+def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task, mode: Mode, aware: bool) -> np.ndarray:
   """bool [B, layers, heads]: whether a head has chosen every symbol of the answer at the step that needs it."""
   first = LENGTH.value - task.answer_length
-  prompt = first if isinstance(mode, SnapKV) else first - task.query_length
+  prompt = first if aware else first - task.query_length
   chosen = rat_jax.inspect(model, params, made["tokens"], mode, prefill_mode=Dense(),
                            prompt_lengths=np.full(len(made["tokens"]), prompt))
   at = np.asarray(made["golden"])[:, first - 1:, None, None]  # [B, steps, 1, 1]; -1 where the step needs none
@@ -180,7 +182,7 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
 
 # A question, and its pieces: a process takes one at a time.
 PARTS: dict[str, tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]] = {
-    "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware")),
+    "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware", "SnapKV blind")),
     "random": (random_choice, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
     "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
     "reach": (reach, ("",)), "distance": (distance, ("",))}
@@ -212,8 +214,7 @@ def main() -> None:
                      f" its own; use {least} or more.")
   checkpoints = eval_niah.CHECKPOINTS.value
   names = {checkpoint: niah.name(checkpoint) for checkpoint in checkpoints}
-  if len(set(names.values())) < len(checkpoints):
-    raise ValueError(f"--checkpoint={checkpoints}: two have one name; give folders of different names.")
+  niah.check_names(checkpoints)
   _load.cache_clear()
   keys: dict[tuple[str, str, str], str] = {}
   for checkpoint in checkpoints:
@@ -238,6 +239,7 @@ def main() -> None:
   for part in ONLY_PARTS.value:
     hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
   print(report(shown))
+  (folder / "table.md").write_text(report(shown) + "\n")
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:

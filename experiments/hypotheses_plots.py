@@ -27,23 +27,28 @@ def draw(part: str, by_name: dict[str, Any], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _table_of_tasks(rows: dict[str, dict[str, Any]]) -> str:
-  """Rows of {task: numbers}; every cell is the mean of its numbers, the first column that of the row."""
+def _table_of_tasks(rows: dict[str, dict[str, Any]], of_seeds: tuple[str, ...] = ()) -> str:
+  """Rows of {task: numbers}; every cell is the mean of its numbers, the first column that of the row.
+
+  In the rows `of_seeds` every number is shown behind their mean.
+  """
   tasks = list(next(iter(rows.values())))
   lines = []
   for label, cells in rows.items():
     means = [float(np.mean(cells[task])) for task in tasks]
-    lines.append([label, f"{np.mean(means):.1f}", *(f"{mean:.1f}" for mean in means)])
+    every = [f" ({' '.join(f'{x:.0f}' for x in cells[task])})" if label in of_seeds else "" for task in tasks]
+    shown = [f"{mean:.1f}{one}" for mean, one in zip(means, every, strict=True)]
+    lines.append([label, f"{np.mean(means):.1f}", *shown])
   return markdown_table(["", "mean", *tasks], lines)
 
 
 def _heads_table(found: dict[str, Any]) -> str:
-  """The best head of every seed, then the mean over all heads."""
+  """The best head of every seed and their mean, then the mean over all heads."""
   rows = {}
   for method, by_task in found.items():
     rows[f"{method}: best head"] = {task: [np.max(seed) for seed in seeds] for task, seeds in by_task.items()}
     rows[f"{method}: mean of heads"] = by_task
-  return _table_of_tasks(rows)
+  return _table_of_tasks(rows, tuple(label for label in rows if label.endswith("best head")))
 
 
 def _by_question(found: dict[str, Any]) -> dict[str, dict[str, Any]]:

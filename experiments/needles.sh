@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
 #   bash experiments/needles.sh            all parts, in their order
-#   bash experiments/needles.sh controls   one of: main controls answer spaced near adapted long
-#                                        retrofit hypotheses
-# Stopped, a part goes on where it was. PYTHON is the interpreter, WORKERS the processes of an evaluation.
+#   bash experiments/needles.sh controls   one of: main controls answer adapted long hypotheses
+#                                        spaced near retrofit
+# Stopped, a part goes on where it was; runs/times.jsonl has the seconds. PYTHON is the interpreter, WORKERS the
+# processes of an evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/niah
 pair=(--checkpoint=$runs/ratplus --checkpoint=$runs/attention)
-short=(--seeds=3 --warmup=100 --save_every=100000)
+short=(--seeds=3 --warmup=100 --save_every=500)
 spare=(--seeds=5 --stragglers=2)  # three of five: without a memory some seeds never learn to match a key
 
 train() { "$python" -m experiments.sft_niah --arm="$1" --workdir="$runs/$2" "${@:3}"; }
 table() { "$python" -m experiments.eval_niah --workdir="runs/tables/$1" ${WORKERS:+--workers=$WORKERS} "${@:2}"; }
 rows() { for row in "$@"; do echo "--only=$row"; done; }
+begin_with() {  # table, and that whose cells it shares
+  mkdir -p "runs/tables/$1"
+  [ -f "runs/tables/$1/results.json" ] || cp "runs/tables/$2/results.json" "runs/tables/$1/"
+}
 
 main() {  # five seeds of both, and the table
   train ratplus ratplus --seeds=5
@@ -21,22 +26,22 @@ main() {  # five seeds of both, and the table
   table main "${pair[@]}"
 }
 
-controls() {  # the other arms
+controls() {  # the other arms, beside the main ones
   local arms=(sparse_branch ratplus_dense ratplus_mixed)
   train sparse_branch sparse_branch "${spare[@]}"
   for arm in ratplus_dense ratplus_mixed; do train $arm $arm; done
-  table controls --skip=first --skip=random --skip=oracle "${arms[@]/#/--checkpoint=$runs/}"
+  begin_with controls main
+  table controls --skip=first --skip=random --skip=oracle "${pair[@]}" "${arms[@]/#/--checkpoint=$runs/}"
 }
 
-answer() {  # prompts that end at the answer, for every mode
-  mapfile -t only < <(rows dense "Quest 16, 1/8" "Quest 16, 1/16" "MoBA 16 decode, 1/8" "MoBA 16 decode, 1/16" \
-    DilatedTopK "dilated:16 everywhere")
-  table answer "${pair[@]}" --prompt_end=answer "${only[@]}"
+answer() {  # prompts that end at the answer, for every mode; in the main table some do
+  begin_with answer main
+  table answer "${pair[@]}" --prompt_end=answer
 }
 
-spaced() {  # half a needle per window of 16 at most
+spaced() {  # half a needle per window of 16 at most, and of 32
   mapfile -t only < <(rows dense "dilated:8 e" "dilated:16 e" "dilated:32 e")
-  table spaced "${pair[@]}" --spacing=32 "${only[@]}"
+  for spacing in 32 64; do table spaced-$spacing "${pair[@]}" --spacing=$spacing "${only[@]}"; done
 }
 
 near() {  # half of the needles a symbol away from the asked key
@@ -47,21 +52,23 @@ near() {  # half of the needles a symbol away from the asked key
 adapted() {  # 1000 updates under one dilated mode
   local folders=()
   for arm in ratplus attention; do
-    for mode in dilated:16,window=32 dilated:8 dilated:32; do
+    for mode in dilated:16,window=32 dilated:16 dilated:8 dilated:32; do
       name=${arm}-${mode//[:,=]/_}
       train $arm "$name" --init=$runs/$arm --mode=$mode --stages=1024x32 --steps=1000 "${short[@]}"
       folders+=(--checkpoint=$runs/"$name")
     done
   done
   mapfile -t only < <(rows dense "dilated:8 e" "dilated:16 e" "dilated:32 e" "dilated:16,w")
-  table adapted "${pair[@]}" "${folders[@]}" --free_running=0 "${only[@]}"
+  table adapted "${pair[@]}" "${folders[@]}" --nomatch "${only[@]}"
 }
 
-long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; 1600 updates of both
-  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x16 --steps=800 "${short[@]}"
-  train attention attention-4096 --init=$runs/attention --stages=4096x16 --steps=1600 "${short[@]}"
-  table long --checkpoint=$runs/ratplus-4096 --checkpoint=$runs/attention-4096 --table=paper --length=4096 \
-    --count=128 --batch_size=8
+long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; as many updates of both
+  local models=(--checkpoint=$runs/ratplus-4096 --checkpoint=$runs/attention-4096) how=(--length=4096 --batch_size=8)
+  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x32 --steps=400 "${short[@]}"
+  train attention attention-4096 --init=$runs/attention --stages=4096x32 --steps=800 "${short[@]}"
+  table long "${models[@]}" --table=paper --count=128 "${how[@]}"
+  table long-answer "${models[@]}" --table=paper --count=128 "${how[@]}" --prompt_end=answer --only=dense \
+    --only=Quest
 }
 
 retrofit() {  # attention trained on text and needles, then the same updates with a memory added or without one
@@ -85,9 +92,22 @@ retrofit() {  # attention trained on text and needles, then the same updates wit
 
 hypotheses() { "$python" -m experiments.hypotheses "${pair[@]}" --workdir=runs/hypotheses ${WORKERS:+--workers=$WORKERS}; }
 
-parts=("$@")
-[ $# -gt 0 ] || parts=(main controls answer spaced near adapted long retrofit hypotheses)
+time_of() {
+  printf '{"part": "%s", "began": %d, "seconds": %d}\n' "$part" "$began" $(($(date +%s) - began)) >> runs/times.jsonl
+}
+
+parts=("$@") failed=()
+[ $# -gt 0 ] || parts=(main controls answer adapted long hypotheses spaced near retrofit)
+mkdir -p runs
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }
-  "$part"
+  began=$(date +%s)
+  trap time_of EXIT
+  set +e  # the others are still made
+  (set -e; "$part")
+  [ $? = 0 ] || failed+=("$part")
+  set -e
+  time_of
+  trap - EXIT
 done
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -6,8 +6,10 @@ import concurrent.futures
 import functools
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +23,8 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.needles import answered
 from rat_jax.train import Checkpoints
+
+MATCHED = 95.0  # percent that every task needs under Dense for a comparison
 
 
 @functools.cache
@@ -57,6 +61,12 @@ def load(folders: str) -> tuple[RATPlusConfig, Any]:
 def name(folders: str) -> str:
   """What tables call the folders of `load`: the name of the first."""
   return pathlib.Path(folders.split(",")[0]).name
+
+
+def check_names(checkpoints: Sequence[str]) -> None:
+  """Raises ValueError where tables could not tell checkpoints apart."""
+  if len({name(checkpoint) for checkpoint in checkpoints}) < len(checkpoints):
+    raise ValueError(f"--checkpoint={list(checkpoints)}: two have one name; give folders of different names.")
 
 
 Job = TypeVar("Job")
@@ -97,9 +107,18 @@ def side_by_side(compute: Callable[[Job], Result], jobs: Sequence[Job], workers:
 
 def _begin(compute: Callable, given: list[str], share: float) -> None:
   del compute  # with it came its module and the flags that this defines
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   share_device()
   os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"  # what it has held it does not give back
   flags.FLAGS(["worker", *given], known_only=True)
+
+
+def _end_with_parent() -> None:
+  """A parent that was killed takes nobody with it, and a worker would keep its share of the device."""
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  multiprocessing.connection.wait([parent.sentinel])
+  os._exit(1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

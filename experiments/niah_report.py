@@ -15,13 +15,12 @@ import numpy as np
 
 from experiments import niah
 from experiments.common import markdown_table
+from experiments.niah import MATCHED
 from experiments.plots import COLOURS, plt
 
 Cells = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
 _BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
 
-
-MATCHED = 95.0  # percent that every task needs under Dense for a comparison
 _BY_SEED = ("accuracy", "error_over_examples", "right")  # what of a cell is a list over seeds
 
 
@@ -39,13 +38,14 @@ def standard_error(values: np.ndarray) -> float:
   return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else float("nan")
 
 
-def report(every: Cells) -> str:
-  """Everything that is told in words and numbers, as Markdown."""
-  cells = matched(every)
+def report(every: Cells, match: bool = True) -> str:
+  """Everything that is told in words and numbers, as Markdown; without `match` of all seeds."""
+  cells = matched(every) if match else every
   parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
            "differences": differences(cells) if len(cells) > 1 else "",
            "as in the paper: second / first checkpoint": side_by_side(cells) if len(cells) > 1 else "",
-           "not matched": unmatched(every), "greedy decoding, first seed": checks(cells), "blank": blanks(cells)}
+           "not matched": unmatched(every) if match else "", "greedy decoding, first seed": checks(cells),
+           "blank": blanks(cells)}
   return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
 
 
@@ -163,16 +163,16 @@ def checks(cells: Cells) -> str:
 
 
 def differences(cells: Cells) -> str:
-  """The first checkpoint less the second, on the same sequences.
+  """Every other checkpoint less the second, on the same sequences.
 
   The error over examples is that of the paired differences (means over seeds), the one over seeds joins both sides'. A
-  + marks tasks in which the first's worst seed is above the second's best.
+  + marks tasks in which the one's worst seed is above the second's best.
   """
-  (_, first), (_, second) = list(cells.items())[:2]
-  tasks = list(next(iter(first.values())))
+  second_name, second = list(cells.items())[1]
+  tasks = list(next(iter(second.values())))
   lines = []
-  for label in first:
-    if not (is_whole(first[label]) and is_whole(second[label])):
+  for label, (checkpoint, first) in itertools.product(second, cells.items()):
+    if checkpoint == second_name or not (is_whole(first[label]) and is_whole(second[label])):
       continue
     a, b = accuracies(first[label]), accuracies(second[label])
     shares = [[by_example(one[label][task]) for task in tasks] for one in (first, second)]
@@ -182,14 +182,14 @@ def differences(cells: Cells) -> str:
     several = min(a.shape[1], b.shape[1]) > 1
     of_tasks = [f"{x.mean() - y.mean():+.1f}{'+' if several and x.min() > y.max() else ''}"
                 for x, y in zip(a, b, strict=True)]
-    lines.append([label, f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}", f"{of_seeds:.1f}" if several else "",
-                  *of_tasks])
-  return markdown_table(["mode", "difference", "s.e. examples", "s.e. seeds", *tasks], lines)
+    lines.append([label, niah.name(checkpoint), f"{a.mean() - b.mean():+.1f}", f"{of_examples:.1f}",
+                  f"{of_seeds:.1f}" if several else "", *of_tasks])
+  return markdown_table(["mode", f"less {niah.name(second_name)}", "difference", "s.e. examples", "s.e. seeds", *tasks],
+                        lines)
 
 
-def draw_budgets(every: Cells, path: pathlib.Path) -> None:
-  """Accuracy against the share of the tokens that is read: a panel for every method, a dot for every matched seed."""
-  cells = matched(every)
+def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
+  """Accuracy against the share of the tokens that is read: a panel for every method, a dot for every seed."""
   families: dict[str, list[tuple[int, str]]] = {}
   for label in next(iter(cells.values())):
     match = _BUDGET.fullmatch(label)

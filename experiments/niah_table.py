@@ -29,7 +29,7 @@ class Row:
   at_question: bool = False
 
 
-# Rows that are also decoded greedily, in one task each.
+# Rows that are also decoded greedily.
 CHECKED = ("dense", "Quest 16, 1/8", "MoBA 16 decode, 1/8", "MoBA 16 prompt, 1/8", "SnapKV aware, 1/8",
            "SnapKV blind, 1/4", "Quest 16, 1/4, random", "DilatedTopK 16, 4 blocks", "dilated:16 everywhere",
            "streaming_llm:60 everywhere", "Quest 64, 1/8, first", "MoBA 64 prompt, 1/8, first",
@@ -61,7 +61,11 @@ def main_rows(length: int) -> list[Row]:
                        selector=selector))
       rows.append(step(f"MoBA 16 decode, 1/{n}, {selector}", MoBA, length // n // 16, block=16, keep_first=False,
                        selector=selector, prefill_mode=Dense()))
+      moba = functools.partial(MoBA, length // n // 16, block=16, keep_first=False, selector=selector)
+      rows.append(_prompt(length, f"MoBA 16 prompt, 1/{n}, {selector}", moba))
       rows.append(_aware(f"SnapKV aware, 1/{n}, {selector}", length // n, selector=selector))
+      rows.append(dataclasses.replace(step(f"SnapKV blind, 1/{n}, {selector}", SnapKV, length // n, obs_window=8,
+                                           selector=selector), at_question=True))
   for top_k in (4, 8):
     rows.append(step(f"DilatedTopK 16, {top_k} blocks", DilatedTopK, 16, top_k))
   for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
@@ -84,6 +88,7 @@ def paper_rows(length: int) -> list[Row]:
   for n in (4, 8, 16):
     snapkv = functools.partial(SnapKV, length // n, obs_window=64)
     rows.append(dataclasses.replace(_decoded(length, f"SnapKV, window of 64, 1/{n}", snapkv), at_answer=True))
+    rows.append(_aware(f"SnapKV aware, 1/{n}", length // n))
   return rows
 
 

@@ -62,9 +62,9 @@ SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each
                            " 0.6,0.7,0.75 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed,"
                               " or on all but --stragglers.")
-STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "How many of the seeds are spare: no stage waits for them, and of"
-                                  " those that pass --leave_at in the end the first become seed-0, seed-1, ..., the"
-                                  " others spare-*.",
+STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "How many of the seeds are spare: no stage waits for them, and in"
+                                  " the end the first that have 95% in every task become seed-0, seed-1, ..., then the"
+                                  " best of the others; the rest are spare-*. seeds.json has the accuracies of all.",
                                   lower_bound=0)
 STOP_AT = flags.DEFINE_float("stop_at", None, "The last stage ends when every task passes this on every seed, or on all"
                              " but --stragglers.")
@@ -193,6 +193,10 @@ class Programs:
     """The share of single questions answered right under the last mode: [seeds, tasks]."""
     return np.asarray(self._others[stage][1](params, np.int32(step)))
 
+  def final_accuracy(self, stage: Stage, params: Any, step: int) -> np.ndarray:
+    """`accuracy` on sixteen times as many questions, after the last step."""
+    return np.mean([self.accuracy(stage, params, step + 1 + i) for i in range(16)], axis=0)
+
 
 def text() -> tuple[np.ndarray, ...]:
   """The tokens of --lm_data, for `_batch`; empty without. Raises ValueError for text that is not bytes."""
@@ -268,7 +272,8 @@ def train() -> None:
   notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
                            "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
                            "seeds": SEEDS.value, "seed": common.SEED.value,
-                           "modes": [[str(mode) for mode in modes] for modes in sets], "init": INIT.value,
+                           "modes": [[str(mode) for mode in modes] for modes in sets],
+                           "init": INIT.value and f"{INIT.value} {niah.fingerprint(params)}",
                            "learning_rate": rate, "warmup": WARMUP.value,
                            "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "stragglers": STRAGGLERS.value,
                            "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
@@ -307,20 +312,31 @@ def train() -> None:
         run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
       if step % LOG_EVERY.value == 0:
         clock, since = time.perf_counter(), step
-  kept = learned = np.ones(SEEDS.value, bool)
-  if STRAGGLERS.value:
-    learned = passes(programs.accuracy(plan[at], state.params, step))
-    kept = learned & (np.cumsum(learned) <= SEEDS.value - STRAGGLERS.value)
+  accuracy = 100 * programs.final_accuracy(plan[at], state.params, step)
+  kept = keep(accuracy.min(axis=1))
   for path in (*folder.glob("seed-*"), *folder.glob("spare-*")):
     shutil.rmtree(path)
+  every = []
   for kind, chosen in (("seed", kept), ("spare", ~kept)):  # each as a model of its own, for the other scripts
     for number, i in enumerate(np.flatnonzero(chosen)):
       one = jax.tree.map(lambda x, i=i: x[i], state)
       about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
       Checkpoints(folder / f"{kind}-{number}").save(one, config, about)
+      of_tasks = dict(zip(TASK_NAMES.value, accuracy[i].round(1).tolist(), strict=True))
+      every.append({"seed": int(seeds[i]), "folder": f"{kind}-{number}", "accuracy": of_tasks})
+  common.write_json(folder / "seeds.json", every)
   print(f"checkpoints: {folder}/seed-*: {int(kept.sum())} seeds, {np.flatnonzero(kept).tolist()} of those trained")
-  if not learned.all():
-    print(f"below {LEAVE_AT.value} in a task, and left out: {np.flatnonzero(~learned).tolist()}")
+  low = np.flatnonzero(accuracy.min(axis=1) < niah.MATCHED).tolist()
+  if low:
+    print(f"below {niah.MATCHED:g}% in a task under {sets[0][-1]}: {low}; {folder}/seeds.json has the tasks")
+
+
+def keep(worst: np.ndarray) -> np.ndarray:
+  """Which seeds are no spares, bool [seeds] of their accuracy in the worst task: the first that pass, then the best."""
+  order = np.lexsort((np.arange(len(worst)), -np.minimum(worst, niah.MATCHED)))
+  kept = np.zeros(len(worst), bool)
+  kept[order[:len(worst) - STRAGGLERS.value]] = True
+  return kept
 
 
 def passes(accuracy: np.ndarray) -> np.ndarray:
@@ -350,7 +366,7 @@ def start(model: RATPlusLM, optimizer: Optimizer, params: Any, seeds: jax.Array,
     params["embedding"] *= _EMBEDDING_SCALE
   found = jax.tree.leaves(params)[0].shape[0]
   if found < len(seeds):
-    raise ValueError(f"--init={notes['init']} holds {found} seeds; use --seeds={found} or less.")
+    raise ValueError(f"--init={INIT.value} holds {found} seeds; use --seeds={found} or less.")
   params = jax.tree.map(lambda x: x[:len(seeds)], params)
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
   if run.steps():

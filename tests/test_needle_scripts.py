@@ -204,7 +204,7 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   error = 100 * difference.std(ddof=1) / 10**0.5
   (line,) = niah_report.differences(full).splitlines()[2:]
   assert [part.strip() for part in line.strip("| ").split("|")] == [
-      "dense", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]
+      "dense", "one", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]
   assert niah_report.blanks(full) == "Quest, 1/4: no room"
   table = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.table(full).splitlines()]
   error = 100 * ((np.array(a) + b) / 2).std() / 10**0.5
