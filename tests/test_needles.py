@@ -159,6 +159,16 @@ def test_near_misses_and_spacing():
     assert (np.diff(starts) >= 32).all()
   with pytest.raises(ValueError, match=r"length=20 leaves 13 tokens of context to multikey_1 .* too few for 4 needles"):
     mini_niah.batch(evaluation_rows(TASKS["multikey_1"], 1), 20, 0, 0)
+  for task, fields, message in (("multiquery", dict(keys=(2, 2)), r"keys=\(2, 2\); give \(least, most\), 4 at least"),
+                                ("single_1", dict(keys=(0, 4)), r"keys=\(0, 4\)"),
+                                ("single_1", dict(keys=(5, 3)), r"keys=\(5, 3\)"),
+                                ("single_1", dict(questions=0), "questions=0; use 1 or more"),
+                                ("single_1", dict(spacing=-5), "spacing=-5; use 0 or more"),
+                                ("multikey_2", dict(near_miss=2.0), "near_miss=2.0; use a share")):
+    with pytest.raises(ValueError, match=message):
+      Rows(TASKS[task], 1, **fields)
+  with pytest.raises(ValueError, match="rows is empty"):
+    mini_niah.batch((), 100, 0, 0)
 
 
 # prediction, references, and by hand: RULER's score, the authors', exact match
@@ -216,10 +226,17 @@ def test_rulers_files(tmp_path):
                         ('{"input": "x", "outputs": [null]}', r"line 2: outputs=\[None\]"),
                         ('{"input": "x", "outputs": ["1", ""]}', r"line 2: outputs=\['1', ''\]"),
                         ('{"input": 5, "outputs": ["1"]}', "line 2: input=5; give a text"),
-                        ('{"input": "x", "outputs": ["1"], "answer_prefix": 5}', "line 2: answer_prefix=5")):
+                        ('{"input": "x", "outputs": [true]}', r"line 2: outputs=\[True\]"),
+                        ('{"input": "x", "outputs": ["1"], "length": "9"}', "line 2: length='9'"),
+                        ('{"input": "x", "outputs": ["1"], "answer_prefix": 0}', "line 2: answer_prefix=0")):
     path.write_text(json.dumps(older) + "\n" + line)
     with pytest.raises(ValueError, match=message):
       load_ruler(path)
+  path.write_bytes(b"\xef\xbb\xbf" + json.dumps(older).encode())  # with a byte order mark
+  assert load_ruler(path) == [first]
+  path.write_bytes(b"\xff\xfe")
+  with pytest.raises(ValueError, match="is no UTF-8 text"):
+    load_ruler(path)
   path.write_text("\n")
   with pytest.raises(ValueError, match="holds no example"):
     load_ruler(path)

@@ -96,6 +96,17 @@ class Rows:
   spacing: int = 0
   near_miss: float = 0.0
 
+  def __post_init__(self):
+    for name, least in (("count", 1), ("questions", 1), ("spacing", 0)):
+      if getattr(self, name) < least:
+        raise ValueError(f"Rows: {name}={getattr(self, name)}; use {least} or more.")
+    for name in ("full", "near_miss"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"Rows: {name}={getattr(self, name)}; use a share from 0 to 1.")
+    if self.keys is not None and not self.task.queries <= self.keys[0] <= self.keys[1]:
+      raise ValueError(f"Rows: keys={self.keys}; give (least, most), {self.task.queries} at least, as {self.task.name}"
+                       " asks for so many.")
+
 
 def evaluation_rows(task: Task, count: int, **options: Any) -> tuple[Rows, ...]:
   """A batch of one task as it is evaluated: one question, the task's own number of needles."""
@@ -133,8 +144,10 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
     "task" int32 [B]: the task's number in TASKS.
 
   Raises:
-    ValueError: a length without room for the questions and one needle; more keys than there are.
+    ValueError: no rows; a length without room for the questions and one needle; more keys than there are.
   """
+  if not rows:
+    raise ValueError("rows is empty; give at least one Rows.")
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(sum(kind.count for kind in rows)))
   uniform = jax.vmap(lambda k: jax.random.uniform(k, (2 * length + KEYS[1] + 3,)))(keys)  # enough for every task

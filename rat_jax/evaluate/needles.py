@@ -12,11 +12,11 @@ from rat_jax.model import RATPlusLM
 
 
 def answered(model: RATPlusLM, params: Params, batch: Mapping[str, Array], **arguments: Any) -> Array:
-  """Which rows are answered wholly right: bool [B]. A pure function, to be compiled by the caller.
+  """Which rows are answered wholly right: bool [B]; a row without an answer is not. To be compiled by the caller.
 
   Every symbol of the answer must be the likeliest after the right ones before it, which is greedy decoding but for
   ties. `batch` is one of `mini_niah.batch`, `arguments` are those of `model.apply`: mode, prompt_lengths, ...
   """
   logits: Any = model.apply({"params": params}, batch["tokens"], **arguments)
   right = jnp.argmax(logits, axis=-1) == batch["targets"]
-  return jnp.all(right | ~batch["answers"], axis=1)
+  return jnp.all(right | ~batch["answers"], axis=1) & jnp.any(batch["answers"], axis=1)

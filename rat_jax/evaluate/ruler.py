@@ -25,8 +25,11 @@ def load_ruler(path: str | os.PathLike) -> list[Example]:
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give a .jsonl file of RULER.")
-  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(path.read_text().split("\n"), 1)
-              if line.strip()]
+  try:
+    text = path.read_text("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is no UTF-8 text: {error}; give a .jsonl file of RULER.") from error
+  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
   if not examples:
     raise ValueError(f"{path} holds no example.")
   return examples
@@ -40,10 +43,14 @@ def _example(line: str, where: str) -> Example:
   missing = [name for name in ("input", "outputs") if not isinstance(fields, dict) or name not in fields]
   if missing:
     raise ValueError(f"{where} lacks {missing}; an example of RULER has input, outputs and length.")
-  outputs, prefix = fields["outputs"], fields.get("answer_prefix") or ""
-  if not isinstance(outputs, list) or not outputs or any(not str(x) or not isinstance(x, str | int) for x in outputs):
+  outputs, prefix, length = fields["outputs"], fields.get("answer_prefix"), fields.get("length")
+  prefix = "" if prefix is None else prefix
+  if not isinstance(outputs, list) or not outputs or not all(
+      x != "" and isinstance(x, str | int) and not isinstance(x, bool) for x in outputs):
     raise ValueError(f"{where}: outputs={outputs!r}; give a list of one or more answers.")
   for name, text in (("input", fields["input"]), ("answer_prefix", prefix)):
     if not isinstance(text, str):
       raise ValueError(f"{where}: {name}={text!r}; give a text.")
-  return Example(fields["input"] + prefix, tuple(map(str, outputs)), fields.get("length"))
+  if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
+    raise ValueError(f"{where}: length={length!r}; give a number of tokens, or none.")
+  return Example(fields["input"] + prefix, tuple(map(str, outputs)), length)
