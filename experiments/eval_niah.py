@@ -54,7 +54,6 @@ NEAR_MISS = flags.DEFINE_float("near_miss", 0.0, "Share of needles whose key dif
 MATCH = flags.DEFINE_bool("match", True, "Leave seeds out that are below 95 in a task under Dense.")
 WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. Default: 8 on a GPU, else 1.",
                                lower_bound=1)
-DATA_SEED = 20_000_003  # of the sequences; training seeds are small numbers
 
 
 def sequences(length: int, count: int) -> dict[str, dict[str, jax.Array]]:
@@ -66,7 +65,7 @@ def sequences(length: int, count: int) -> dict[str, dict[str, jax.Array]]:
 def _sequences(length: int, count: int, spacing: int, near_miss: float) -> dict[str, dict[str, jax.Array]]:
   rows = tuple(kind for task in TASKS.values()
                for kind in evaluation_rows(task, count, spacing=spacing, near_miss=near_miss))
-  made = jax.jit(lambda: mini_niah.batch(rows, length, DATA_SEED, 0))()
+  made = jax.jit(lambda: mini_niah.batch(rows, length, niah.DATA_SEED, 0))()
   return {name: jax.tree.map(lambda x, i=i: x[i * count:(i + 1) * count], made) for i, name in enumerate(TASKS)}
 
 
@@ -171,7 +170,7 @@ def options(row: Row | None = None) -> str:
 def text_cells(checkpoint: str) -> tuple[str, Compute]:
   """`opened` for tasks in words."""
   model, params = text_needles.load_model(checkpoint)
-  examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, DATA_SEED)
+  examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, niah.DATA_SEED)
   return f"{checkpoint} {niah.fingerprint(params)}", lambda row, names: text_needles.cells(
       model, params, row, {name: examples[name] for name in names}, LENGTH.value, BATCH_SIZE.value)
 

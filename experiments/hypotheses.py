@@ -118,7 +118,7 @@ def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
     task = TASKS[name]
     keys = None if task.filler == "needles" else (4, 4)
     made = jax.jit(lambda task=task, keys=keys: mini_niah.batch(
-        (Rows(task, COUNT.value, 2, keys),), LENGTH.value, eval_niah.DATA_SEED, 1))()
+        (Rows(task, COUNT.value, 2, keys),), LENGTH.value, niah.DATA_SEED, 1))()
     size = task.query_length + task.answer_length
     is_b = np.arange(LENGTH.value) >= LENGTH.value - size
     a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))

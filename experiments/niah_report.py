@@ -41,9 +41,10 @@ def standard_error(values: np.ndarray) -> float:
 def report(every: Cells, match: bool = True) -> str:
   """Everything that is told in words and numbers, as Markdown; without `match` of all seeds."""
   cells = matched(every) if match else every
+  compared = {"differences": differences, "first above second checkpoint, where that is below 95": claim,
+              "as in the paper: second / first checkpoint": side_by_side} if len(cells) > 1 else {}
   parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
-           "differences": differences(cells) if len(cells) > 1 else "",
-           "as in the paper: second / first checkpoint": side_by_side(cells) if len(cells) > 1 else "",
+           **{title: of(cells) for title, of in compared.items()},
            "not matched": unmatched(every) if match else "", "greedy decoding, first seed": checks(cells),
            "blank": blanks(cells)}
   return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
@@ -186,6 +187,29 @@ def differences(cells: Cells) -> str:
                   f"{of_seeds:.1f}" if several else "", *of_tasks])
   return markdown_table(["mode", f"less {niah.name(second_name)}", "difference", "s.e. examples", "s.e. seeds", *tasks],
                         lines)
+
+
+def claim(cells: Cells) -> str:
+  """A line for every method: the cells in which the second checkpoint is below `MATCHED`, how many of them the first is
+  ahead in, its lead there, and its lead at 1/16 in the tasks that attention misses most.
+  """
+  first, second = list(cells.values())[:2]
+  leads: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+  for label, by_task in second.items():
+    method, _, rest = label.partition(", ")
+    if method.startswith(("Quest", "MoBA", "SnapKV aware")) and _BUDGET.fullmatch(label) and "," not in rest:
+      for task, cell in by_task.items():
+        if "blank" not in cell and "blank" not in first[label][task]:
+          below = float(np.mean(cell["accuracy"]))
+          leads.setdefault(method, {})[task, rest] = below, float(np.mean(first[label][task]["accuracy"])) - below
+  hard = ("multikey_2", "multikey_3", "multivalue")
+  lines = []
+  for method, found in leads.items():
+    low = [lead for below, lead in found.values() if below < MATCHED]
+    at_16 = [f"{found[task, '1/16'][1]:+.1f}" if (task, "1/16") in found else "" for task in hard]
+    of_low = [str(len(low)), str(sum(lead > 0 for lead in low)), f"{np.mean(low):+.1f}" if low else ""]
+    lines.append([method, *of_low, *at_16])
+  return markdown_table(["method", "cells", "ahead in", "lead", *(f"{task}, 1/16" for task in hard)], lines)
 
 
 def draw_budgets(cells: Cells, path: pathlib.Path) -> None:

@@ -48,7 +48,7 @@ MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multik
 # random, and most seeds stop at answering with a random needle.
 _EMBEDDING_SCALE = 4.0
 _STAGES = "128x128,256x64,512x48,1024x32"
-_COUNT, _ACCURACY_SEED = 32, 1_000_003  # questions per task and evaluation, and their seed
+_COUNT = 32  # questions per task and evaluation
 
 ARM = flags.DEFINE_enum("arm", "ratplus", list(STEPS_OF), "RAT+ with ARL; attention; attention with ARL's sparse"
                         " branch; RAT+ trained dense only; RAT+ with ARL over several dilations.")
@@ -231,7 +231,8 @@ def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Arra
 
 
 def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.Array) -> jax.Array:
-  made = mini_niah.batch(tuple(Rows(TASKS[name], _COUNT) for name in TASK_NAMES.value), length, _ACCURACY_SEED, step)
+  rows = tuple(Rows(TASKS[name], _COUNT) for name in TASK_NAMES.value)
+  made = mini_niah.batch(rows, length, niah.ACCURACY_SEED, step)
   return jnp.mean(answered(model, params, made, mode=mode).reshape(-1, _COUNT), axis=1)
 
 
@@ -254,6 +255,9 @@ def train() -> None:
   if SEEDS.value % jax.device_count():
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
                      " devices (CUDA_VISIBLE_DEVICES).")
+  first = 1000 * common.SEED.value
+  if any(first <= one < first + SEEDS.value for one in (niah.ACCURACY_SEED, niah.DATA_SEED)):
+    raise ValueError(f"--seed={common.SEED.value}: with it would be trained on what is asked later; use another.")
   if STRAGGLERS.value >= SEEDS.value:
     raise ValueError(f"--stragglers={STRAGGLERS.value} of --seeds={SEEDS.value}; leave one seed at least.")
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
@@ -262,7 +266,7 @@ def train() -> None:
     config = dataclasses.replace(config, memory=True, gate_bias=GATE_BIAS.value)
   if config.memory != arm.startswith("ratplus"):
     raise ValueError(f"--arm={arm} and --init={INIT.value}, which has memory={config.memory}; give the arm of --init.")
-  seeds = jax.device_put(jnp.arange(SEEDS.value) + common.SEED.value * 1000, niah.over_seeds())
+  seeds = jax.device_put(first + jnp.arange(SEEDS.value), niah.over_seeds())
   model, plan, sets = RATPlusLM(config), stages(steps), mode_sets(arm)
   rate = LEARNING_RATE.value or 5e-4
   rates = [("layers/memory_gate*", MEMORY_RATE.value)] if MEMORY_RATE.value != 1 else []

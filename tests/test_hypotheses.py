@@ -46,7 +46,7 @@ def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
   made = eval_niah.sequences(LENGTH, COUNT)["single_2"]
-  hits = lambda mode: hypotheses._hits(model, one, made, task, mode)
+  hits = lambda mode: hypotheses._hits(model, one, made, task, mode, isinstance(mode, SnapKV))
   assert hits(Quest(LENGTH, block=16)).all()
   assert hits(SnapKV(LENGTH, obs_window=3)).all()
   random = hits(Quest(64, block=8, keep_first=False, selector="random")).mean()
@@ -93,7 +93,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   found = of_all("future", model, params)
   assert list(found) == ["dense", "1/4", "1/8", "1/16"]
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["multikey_1"]
-  made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, eval_niah.DATA_SEED, 1))()
+  made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, niah.DATA_SEED, 1))()
   tokens, size = made["tokens"], task.query_length + task.answer_length
 
   def after(compressed_under, asked):  # with a cache: the prompt ends at ANS of question 0 or 1
