@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -42,6 +43,11 @@ def define_prefill_mode() -> flags.FlagHolder[Mode | None]:
   """A flag --prefill_mode that holds a mode."""
   return flags.DEFINE(_ModeParser(), "prefill_mode", None, "The mode of the prompt, instead of the mode's own form.",
                       serializer=flags.ArgumentSerializer())
+
+
+def define_dtype(name: str, help_text: str) -> flags.FlagHolder[str | None]:
+  """A flag that holds a type of `RATPlusConfig`, or None."""
+  return flags.DEFINE_enum(name, None, ["bfloat16", "float32"], help_text)
 
 
 class _TokenizerParser(flags.ArgumentParser):
@@ -89,18 +95,43 @@ def workdir(script: str) -> pathlib.Path:
 
 
 def load_model(folder: str) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
-  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote (no notes)."""
-  if (pathlib.Path(folder) / "config.json").is_file():
-    return *load_pretrained(folder, place=lambda name, leaf: jnp.asarray(leaf)), {}
+  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote.
+
+  The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
+  """
+  path = pathlib.Path(folder)
+  if (path / "config.json").is_file():
+    return *load_pretrained(path, place=lambda name, leaf: jnp.asarray(leaf)), _kept_notes(path)
   return Checkpoints(folder).load_params()
+
+
+def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:
+  """What `experiments.convert` wrote of a run beside its weights, the same into every file."""
+  from safetensors import safe_open
+
+  with safe_open(min(folder.glob("*.safetensors")), "numpy") as file:
+    kept = (file.metadata() or {}).get("trained", "")
+  try:
+    notes = json.loads(kept)
+  except json.JSONDecodeError:  # what else somebody had the card say
+    return {}
+  return notes if isinstance(notes, dict) else {}
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: RATPlusConfig, notes: dict[str, Any]) -> None:
   """Raises ValueError where a model was trained with another tokenizer, or cannot have been trained with this one."""
-  if notes.get("tokenizer", tokenizer.name) != tokenizer.name:
-    raise ValueError(f"the model was trained with the tokenizer {notes['tokenizer']}, and this is {tokenizer.name};"
-                     " give its own as --tokenizer.")
-  tokenizer.check(config)
+  trained = notes.get("tokenizer")
+  if trained is None:
+    tokenizer.check(config)
+  elif trained != tokenizer.name:
+    raise ValueError(f"the model was trained with the tokenizer {trained}, and this is {tokenizer.name};"
+                     " use its own, as --tokenizer or to prepare --data.")
+
+
+def check_data(data: TokenFile, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+  """The same of the tokenizer that data were prepared with."""
+  sidecar = data.sidecar
+  check_tokenizer(dataclasses.replace(BYTES, name=sidecar.tokenizer, vocab_size=sidecar.vocab_size), config, notes)
 
 
 def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:
