@@ -1,11 +1,13 @@
-"""What `pretrain` and `adapt` share: their flags, and the run from data to checkpoint."""
+"""What `pretrain`, `adapt` and `retrofit` share: their flags, and the run from data to checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 import rat_jax
@@ -38,6 +40,20 @@ LOG_EVERY = flags.DEFINE_integer("log_every", 20, "Batches between lines on the 
 def train_data(script: str) -> TokenFile:
   """The training part of the corpus that --data names."""
   return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
+
+
+def load(checkpoint: str, data: TokenFile, dtype: str | None) -> tuple[RATPlusConfig, Params]:
+  """(config, parameters) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
+
+  Args:
+    dtype: of matrix products and attention, instead of the model's own.
+
+  Raises ValueError for data of another tokenizer.
+  """
+  config, params, notes = common.load_model(checkpoint)
+  common.check_data(data, config, notes)
+  config = dataclasses.replace(config, dtype=cast(Any, dtype or config.dtype), param_dtype="float32")
+  return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
 def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: TokenFile, script: str,

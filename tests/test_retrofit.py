@@ -12,6 +12,7 @@ import pytest
 
 import rat_jax
 from conftest import GRADIENT, assert_close, run_python
+from experiments import common
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
 from rat_jax.train import Checkpoints, cross_entropy
@@ -92,17 +93,44 @@ def test_operations_are_those_counted_by_hand():
     assert rat_jax.training_flops(config, mode, 32) == pytest.approx(6 * (3 * layer + 50 * 8) + 12 * 3 * 8 * keys)
 
 
+@pytest.fixture
+def texts(tmp_path):
+  """A folder of forty small texts."""
+  (tmp_path / "texts").mkdir()
+  for i in range(40):
+    (tmp_path / "texts" / f"{i}.txt").write_text(f"Line {i} of a small text.\n" * 10)
+  return tmp_path / "texts"
+
+
 @pytest.mark.slow
-def test_the_script_from_a_checkpoint_to_a_folder(tmp_path):
+def test_models_in_bfloat16_are_trained_in_float32_and_on_their_own_tokens_alone(tmp_path, texts):
+  config = RATPlusConfig(256, 1, 16, 2, param_dtype="bfloat16")
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  rat_jax.save_pretrained(tmp_path / "start", config, params)
+  run = [f"--data={texts}", "--batch_size=2", "--length=32", f"--workdir={tmp_path}/run"]
+  run_python("-m", "experiments.adapt", f"--checkpoint={tmp_path}/start", "--steps=3", "--learning_rate=2e-5",
+             "--dtype=bfloat16", *run)
+  found, after, _ = Checkpoints(tmp_path / "run" / "checkpoints").load_params()
+  assert (found.dtype, found.param_dtype) == ("bfloat16", "float32")
+  before = named(params)
+  for name, leaf in named(after).items():
+    assert (leaf != before[name]).mean() > 0.9, name
+  larger = RATPlusConfig(2000, 1, 16, 2)
+  params = RATPlusLM(larger).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  rat_jax.save_pretrained(tmp_path / "larger", larger, params)
+  for script in ("adapt", "retrofit", "eval_lm"):
+    said = run_python("-m", f"experiments.{script}", f"--checkpoint={tmp_path}/larger", *run, check=False)
+    assert "error: vocab_size=2000 of the model does not fit the tokenizer bytes" in said, script
+
+
+@pytest.mark.slow
+def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   """Retrofitted, and the control trained on; then written as a folder with a card."""
   config = RATPlusConfig(256, 1, 16, 2, memory=False)
   model, optimizer = RATPlusLM(config), rat_jax.make_optimizer(1e-3, total_steps=1)
   params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
   Checkpoints(tmp_path / "start").save(rat_jax.init_train_state(model, params, optimizer), config, {})
-  (tmp_path / "texts").mkdir()
-  for i in range(40):
-    (tmp_path / "texts" / f"{i}.txt").write_text(f"Line {i} of a small text.\n" * 10)
-  run = ["-m", "experiments.retrofit", f"--checkpoint={tmp_path}/start", f"--data={tmp_path}/texts", "--steps=2",
+  run = ["-m", "experiments.retrofit", f"--checkpoint={tmp_path}/start", f"--data={texts}", "--steps=2",
          "--batch_size=2", "--length=32", "--freeze=embedding"]
   run_python(*run, "--mode=dilated:4", "--mode=dense", f"--workdir={tmp_path}/memory")
   found, after, notes = Checkpoints(tmp_path / "memory" / "checkpoints").load_params()
@@ -118,5 +146,6 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded, after)
   card = (tmp_path / "folder" / "README.md").read_text()
   assert f"* trained: {json.dumps(notes)}" in card
+  assert common.load_model(str(tmp_path / "folder"))[2] == notes
   refused = run_python(*run, f"--checkpoint={tmp_path}/folder", "--nomemory", f"--workdir={tmp_path}/none", check=False)
   assert "has a memory; give the attention model" in refused
