@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from rat_jax import RATPlusConfig, load_pretrained, parse_mode
 from rat_jax.axes import Params
+from rat_jax.convert.tensors import read_json as read_object
 from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, prepare_standard_library
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints
@@ -45,8 +46,9 @@ def define_prefill_mode() -> flags.FlagHolder[Mode | None]:
                       serializer=flags.ArgumentSerializer())
 
 
-def define_dtype(name: str, help_text: str) -> flags.FlagHolder[str | None]:
-  """A flag that holds a type of `RATPlusConfig`, or None."""
+def define_dtype(name: str = "dtype", help_text: str = "Type of matrix products and attention. Default: as the"
+                 " checkpoint says.") -> flags.FlagHolder[str | None]:
+  """A flag that holds a type as `RATPlusConfig` has them, or None."""
   return flags.DEFINE_enum(name, None, ["bfloat16", "float32"], help_text)
 
 
@@ -100,9 +102,15 @@ def load_model(folder: str) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
   The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
   """
   path = pathlib.Path(folder)
-  if (path / "config.json").is_file():
-    return *load_pretrained(path, place=lambda name, leaf: jnp.asarray(leaf)), _kept_notes(path)
-  return Checkpoints(folder).load_params()
+  if not (path / "config.json").is_file():
+    if any(path.glob("*.safetensors")):
+      raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
+    return Checkpoints(folder).load_params()
+  theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
+  if theirs is not None:
+    raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
+                     f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
+  return *load_pretrained(path, place=lambda name, leaf: jnp.asarray(leaf)), _kept_notes(path)
 
 
 def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:

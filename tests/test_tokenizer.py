@@ -129,6 +129,12 @@ def test_a_saved_model_refuses_a_tokenizer_that_it_was_not_trained_with(folder, 
       common.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
     with pytest.raises(ValueError, match=message):
       common.check_data(data, config, notes)
+  (tmp_path / "saved" / "config.json").write_text('{"model_type": "olmo2", "vocab_size": 256}')
+  with pytest.raises(ValueError, match=r"saved is not in our form.*model_type='olmo2'; convert it first"):
+    common.load_model(str(tmp_path / "saved"))
+  (tmp_path / "saved" / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"saved holds weights and no config\.json"):
+    common.load_model(str(tmp_path / "saved"))
   larger = RATPlusConfig(2000, 1, 8, 1)  # as a preset that was trained on bytes
   common.check_tokenizer(BYTES, larger, {"tokenizer": "bytes"})
   with pytest.raises(ValueError, match="vocab_size=2000 of the model does not fit"):
