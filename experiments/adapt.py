@@ -14,7 +14,7 @@ from experiments import common, training
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained, to start from.",
                                  required=True)
-DTYPE = common.define_dtype("dtype", "Type of matrix products and attention. Default: the checkpoint's own.")
+DTYPE = common.define_dtype()
 MODE = common.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
 
 

@@ -23,7 +23,7 @@ from rat_jax.train import ARL
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained: an attention model,"
                                  " or one with a memory that has not been trained yet.")
-DTYPE = common.define_dtype("dtype", "Type of matrix products and attention. Default: the checkpoint's own.")
+DTYPE = common.define_dtype()
 MODES = common.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
 MEMORY = flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
 GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates of a memory that is added start.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 
 import jax
@@ -11,11 +13,13 @@ import optax
 import pytest
 
 import rat_jax
-from conftest import GRADIENT, assert_close, run_python
+from conftest import FIXTURES, GRADIENT, assert_close, run_python
 from experiments import common
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
 from rat_jax.train import Checkpoints, cross_entropy
+
+OLMO2 = FIXTURES / "olmo2_tiny"
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, memory=False, init_std=0.2)
 TOKENS = np.random.default_rng(0).integers(0, 31, (4, 13)).astype(np.int32)
@@ -139,8 +143,9 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   np.testing.assert_array_equal(after["embedding"], params["embedding"])
   assert np.abs(np.asarray(after["layers"]["memory_gate"])).max() > 0
   assert np.abs(np.asarray(after["layers"]["query"] - params["layers"]["query"])).max() > 0
-  run_python("-m", "experiments.convert", "--from=checkpoints", f"--source={tmp_path}/memory/checkpoints",
-             f"--output={tmp_path}/folder")
+  convert = ["-m", "experiments.convert", "--from=checkpoints", f"--source={tmp_path}/memory/checkpoints"]
+  assert "parameters in float32" in run_python(*convert, f"--output={tmp_path}/folder")
+  assert "is not empty" in run_python(*convert, f"--output={tmp_path}/folder", check=False)
   config, loaded = rat_jax.load_pretrained(tmp_path / "folder")
   assert config == found
   jax.tree.map(np.testing.assert_array_equal, loaded, after)
@@ -149,3 +154,34 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   assert common.load_model(str(tmp_path / "folder"))[2] == notes
   refused = run_python(*run, f"--checkpoint={tmp_path}/folder", "--nomemory", f"--workdir={tmp_path}/none", check=False)
   assert "has a memory; give the attention model" in refused
+
+
+@pytest.mark.slow
+def test_a_release_in_float32_becomes_a_folder_in_bfloat16(tmp_path):
+  convert = ["-m", "experiments.convert", "--from=olmo2", f"--source={OLMO2}", f"--output={tmp_path}/folder"]
+  run_python(*convert, "--dtype=bfloat16", "--param_dtype=bfloat16")
+  config, params = rat_jax.load_pretrained(tmp_path / "folder")
+  released, expected = rat_jax.convert.load_olmo2(OLMO2)
+  assert config == dataclasses.replace(released, dtype="bfloat16", param_dtype="bfloat16")
+  jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected))
+  card = (tmp_path / "folder" / "README.md").read_text()
+  digest = hashlib.sha256((OLMO2 / "model.safetensors").read_bytes()).hexdigest()
+  for line in (f"* sha256 of model.safetensors: {digest}", "* parameters: float32 in the source, bfloat16 here",
+               "* memory: added and not trained; its gates start at sigmoid(-12)"):
+    assert line in card
+  for more, message in (("--config=tiny", "--config changes nothing under --from=olmo2; leave it out"),
+                        ("--nomemory", "--gate_bias changes nothing under --from=olmo2 --nomemory")):
+    assert message in run_python(*convert, "--gate_bias=-3", more, check=False)
+
+
+@pytest.mark.slow
+def test_a_text_that_ends_is_not_continued(tmp_path):
+  """A model that says NUL, the end of a document, whatever it reads."""
+  config = RATPlusConfig(256, 1, 16, 2, tie_embeddings=False)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  params |= {"layers": jax.tree.map(jnp.zeros_like, params["layers"]), "embedding": jnp.ones_like(params["embedding"]),
+             "head": jnp.zeros_like(params["head"]).at[0].set(1.0)}
+  rat_jax.save_pretrained(tmp_path / "model", config, params)
+  said = run_python("-m", "experiments.generate", f"--checkpoint={tmp_path}/model", "--prompt=abc", "--temperature=0",
+                    "--dtype=bfloat16")
+  assert said.endswith("\nabc|\n\n")
