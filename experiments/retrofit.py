@@ -10,8 +10,10 @@ open is ours: a start at the identity (--gate_bias), and ARL (--mode=dense alone
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import pathlib
 
+import jax
 from absl import flags
 
 import rat_jax
@@ -44,10 +46,17 @@ def main() -> None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
   data = training.train_data("retrofit")
   config, params = training.load(CHECKPOINT.value, data, DTYPE.value)
+  if GATE_BIAS.present and (config.memory or not MEMORY.value):
+    raise ValueError(f"--gate_bias={GATE_BIAS.value:g} is where the gates of a memory that is added start, and none is"
+                     " added; leave it out.")
   if MEMORY.value and not config.memory:
     config, params = add_memory(config, params, GATE_BIAS.value)
   elif config.memory and not MEMORY.value:
     raise ValueError(f"--nomemory: {CHECKPOINT.value} has a memory; give the attention model.")
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+  for pattern in FREEZE.value:
+    if not fnmatch.filter(names, pattern):
+      raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
   rates = [(pattern, 0.0) for pattern in FREEZE.value] + [("layers/memory_gate*", MEMORY_RATE.value)]
   training.fit(config, params, MODES.value, data, "retrofit",
                start=str(pathlib.Path(CHECKPOINT.value).absolute()), rates=rates)

@@ -141,6 +141,7 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   assert (found.memory, found.gate_bias, notes["modes"]) == (True, -12.0, ["dilated:4", "dense"])
   assert notes["rates"] == [["embedding", 0.0], [MEMORY, 10.0]]
   np.testing.assert_array_equal(after["embedding"], params["embedding"])
+  assert [notes[name] for name in ("learning_rate", "warmup", "weight_decay", "steps")] == [6e-5, 0.02, 0.1, 2]
   assert np.abs(np.asarray(after["layers"]["memory_gate"])).max() > 0
   assert np.abs(np.asarray(after["layers"]["query"] - params["layers"]["query"])).max() > 0
   convert = ["-m", "experiments.convert", "--from=checkpoints", f"--source={tmp_path}/memory/checkpoints"]
@@ -152,8 +153,13 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   card = (tmp_path / "folder" / "README.md").read_text()
   assert f"* trained: {json.dumps(notes)}" in card
   assert common.load_model(str(tmp_path / "folder"))[2] == notes
-  refused = run_python(*run, f"--checkpoint={tmp_path}/folder", "--nomemory", f"--workdir={tmp_path}/none", check=False)
-  assert "has a memory; give the attention model" in refused
+  for more, message in (
+      ([f"--checkpoint={tmp_path}/folder", "--nomemory"], "has a memory; give the attention model"),
+      (["--freeze=nonsense"], "--freeze=nonsense fits no parameter; they are embedding"),
+      (["--nomemory", "--gate_bias=-3"], "--gate_bias=-3 is where the gates of a memory that is added start"),
+      (["--mode=dilated:4", "--mode=dense", "--learning_rate=1e-3", f"--workdir={tmp_path}/memory"],
+       "of a run with learning_rate=6e-05, this one has 0.001")):
+    assert message in run_python(*run, f"--workdir={tmp_path}/none", *more, check=False)
 
 
 @pytest.mark.slow
