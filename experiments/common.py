@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +75,7 @@ def run(main) -> None:
   """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
 
   def guarded(argv):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that cleans up, as half-written folders need
     if not logging.level_debug():
       logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes
     if len(argv) > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import optax
 import pytest
 
 import rat_jax
-from conftest import FIXTURES, GRADIENT, assert_close, run_python
+from conftest import FIXTURES, GRADIENT, ROOT, assert_close, run_python
 from experiments import common
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
@@ -191,3 +193,20 @@ def test_a_text_that_ends_is_not_continued(tmp_path):
   said = run_python("-m", "experiments.generate", f"--checkpoint={tmp_path}/model", "--prompt=abc", "--temperature=0",
                     "--dtype=bfloat16")
   assert said.endswith("\nabc|\n\n")
+
+
+def test_a_script_that_is_ended_cleans_up(tmp_path):
+  code = f"""
+import os, signal
+from experiments import common
+from rat_jax.convert.tensors import new_folder
+def main():
+  with new_folder({str(tmp_path / "model")!r}) as made:
+    (made / "half").write_text("")
+    os.kill(os.getpid(), signal.SIGTERM)
+  print("not reached")
+common.run(main)
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (143, ""), done.stderr
+  assert not list(tmp_path.iterdir())
