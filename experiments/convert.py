@@ -15,7 +15,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ def main() -> None:
   _check_flags()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):  # asked now, for what follows takes long
     raise ValueError(f"--output={output} exists and is not empty; give a new folder.")
-  about, leaves = {"source": str(source)}, cast(Iterable[tuple[str, np.ndarray]], ())
+  about = {"source": str(source)}
+  leaves: Iterable[tuple[str, np.ndarray]]
   if FROM.value == "ratplus":
     config, leaves = read_ratplus(source, _config())
   elif FROM.value == "olmo2":
@@ -54,9 +55,12 @@ def main() -> None:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:
     config, params, notes = Checkpoints(source).load_params()
-    leaves = ((jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
-              for path, leaf in jax.tree_util.tree_leaves_with_path(params))
-    about["trained"] = json.dumps(notes)
+    leaves = sorted((jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+    digest = hashlib.sha256()
+    for _, leaf in leaves:
+      digest.update(leaf.tobytes())
+    about |= {"trained": json.dumps(notes), "sha256 of the parameters by name": digest.hexdigest()}
   about |= _digests(source)
   if PARAM_DTYPE.value:
     about["parameters"] = f"{config.param_dtype} in the source, {PARAM_DTYPE.value} here"

@@ -155,6 +155,8 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   card = (tmp_path / "folder" / "README.md").read_text()
   assert f"* trained: {json.dumps(notes)}" in card
   assert common.load_model(str(tmp_path / "folder"))[2] == notes
+  digest = hashlib.sha256(b"".join(leaf.tobytes() for _, leaf in sorted(named(after).items())))
+  assert f"* sha256 of the parameters by name: {digest.hexdigest()}" in card
   for more, message in (
       ([f"--checkpoint={tmp_path}/folder", "--nomemory"], "has a memory; give the attention model"),
       (["--freeze=nonsense"], "--freeze=nonsense fits no parameter; they are embedding"),
@@ -195,6 +197,7 @@ def test_a_text_that_ends_is_not_continued(tmp_path):
   assert said.endswith("\nabc|\n\n")
 
 
+@pytest.mark.slow
 def test_a_script_that_is_ended_cleans_up(tmp_path):
   code = f"""
 import os, signal
