@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from absl import app, flags, logging
 
 from rat_jax import RATPlusConfig, load_pretrained, parse_mode
 from rat_jax.axes import Params
+from rat_jax.convert.tensors import read_json as read_object
 from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, prepare_standard_library
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints
@@ -44,6 +47,12 @@ def define_prefill_mode() -> flags.FlagHolder[Mode | None]:
                       serializer=flags.ArgumentSerializer())
 
 
+def define_dtype(name: str = "dtype", help_text: str = "Type of matrix products and attention. Default: as the"
+                 " checkpoint says.") -> flags.FlagHolder[str | None]:
+  """A flag that holds a type as `RATPlusConfig` has them, or None."""
+  return flags.DEFINE_enum(name, None, ["bfloat16", "float32"], help_text)
+
+
 class _TokenizerParser(flags.ArgumentParser):
   syntactic_help = "bytes, a tokenizer.json, a sentencepiece .model, a folder with one of them, or hub:NAME"
 
@@ -66,6 +75,7 @@ def run(main) -> None:
   """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
 
   def guarded(argv):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that cleans up, as half-written folders need
     if not logging.level_debug():
       logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes
     if len(argv) > 1:
@@ -89,18 +99,49 @@ def workdir(script: str) -> pathlib.Path:
 
 
 def load_model(folder: str) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
-  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote (no notes)."""
-  if (pathlib.Path(folder) / "config.json").is_file():
-    return *load_pretrained(folder, place=lambda name, leaf: jnp.asarray(leaf)), {}
-  return Checkpoints(folder).load_params()
+  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote.
+
+  The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
+  """
+  path = pathlib.Path(folder)
+  if not (path / "config.json").is_file():
+    if any(path.glob("*.safetensors")):
+      raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
+    return Checkpoints(folder).load_params()
+  theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
+  if theirs is not None:
+    raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
+                     f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
+  return *load_pretrained(path, place=lambda name, leaf: jnp.asarray(leaf)), _kept_notes(path)
+
+
+def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:
+  """What `experiments.convert` wrote of a run beside its weights, the same into every file."""
+  from safetensors import safe_open
+
+  with safe_open(min(folder.glob("*.safetensors")), "numpy") as file:
+    kept = (file.metadata() or {}).get("trained", "")
+  try:
+    notes = json.loads(kept)
+  except json.JSONDecodeError:  # what else somebody had the card say
+    return {}
+  return notes if isinstance(notes, dict) else {}
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: RATPlusConfig, notes: dict[str, Any]) -> None:
   """Raises ValueError where a model was trained with another tokenizer, or cannot have been trained with this one."""
-  if notes.get("tokenizer", tokenizer.name) != tokenizer.name:
-    raise ValueError(f"the model was trained with the tokenizer {notes['tokenizer']}, and this is {tokenizer.name};"
-                     " give its own as --tokenizer.")
-  tokenizer.check(config)
+  trained = notes.get("tokenizer")
+  if trained is None:
+    tokenizer.check(config)
+  elif trained != tokenizer.name:
+    raise ValueError(f"the model was trained with the tokenizer {trained}, and this is {tokenizer.name};"
+                     " use its own, as --tokenizer or to prepare --data.")
+
+
+def check_data(data: TokenFile, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+  """The same of the tokenizer that data were prepared with."""
+  sidecar = data.sidecar
+  check_tokenizer(dataclasses.replace(BYTES, name=sidecar.tokenizer, vocab_size=sidecar.vocab_size), config, notes)
 
 
 def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:

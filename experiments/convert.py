@@ -1,21 +1,29 @@
-"""Other people's checkpoints to a folder of our own, a leaf at a time: no more than one is held in memory.
+"""Checkpoints to a folder of our own: other people's a leaf at a time, so that no more than one is held in memory.
 
 Commands: python -m experiments.convert --from=ratplus --source=model.pth --output=runs/ratplus-7b
           python -m experiments.convert --from=olmo2 --source=OLMo-2-1124-7B --output=runs/olmo2-7b-memory
           python -m experiments.convert --from=checkpoints --source=runs/pretrain/checkpoints --output=runs/mine
 Then: config, params = rat_jax.load_pretrained("runs/ratplus-7b"). --nomemory leaves OLMo 2 as it was released.
+Releases are in float32 for the most part; --dtype=bfloat16 --param_dtype=bfloat16 makes a folder to run models from.
+Our own checkpoints are loaded whole, with the moments of AdamW.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from experiments import common
-from rat_jax import RATPlusConfig, save_pretrained
+from rat_jax import RATPlusConfig
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.pretrained import write_pretrained
@@ -28,22 +36,51 @@ CONFIG = flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a
                              " without one.")
 MEMORY = flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
 GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where that memory's gates start.")
+DTYPE = common.define_dtype("dtype", "Type of matrix products and attention. Default: as the source says.")
+PARAM_DTYPE = common.define_dtype("param_dtype", "Type that parameters are rounded to. Default: as the source says.")
 
 
 def main() -> None:
-  source = pathlib.Path(SOURCE.value)
+  source, output = pathlib.Path(SOURCE.value), pathlib.Path(OUTPUT.value)
+  _check_flags()
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):  # asked now, for what follows takes long
+    raise ValueError(f"--output={output} exists and is not empty; give a new folder.")
+  about = {"source": str(source)}
+  leaves: Iterable[tuple[str, np.ndarray]]
   if FROM.value == "ratplus":
     config, leaves = read_ratplus(source, _config())
-  elif FROM.value == "checkpoints":
-    config, params, notes = Checkpoints(source).load_params()
-    save_pretrained(OUTPUT.value, config, params, about={"source": str(source), "trained": json.dumps(notes)})
-    return
-  else:
+  elif FROM.value == "olmo2":
     config, leaves = read_olmo2(source, MEMORY.value, GATE_BIAS.value)
-  about = {"source": str(source), "sha256": _digest(source)}
-  write_pretrained(OUTPUT.value, config, leaves, about=about)
-  print(f"{OUTPUT.value}: {config.num_layers} layers of width {config.embed_dim},"
-        f" {'with' if config.memory else 'without'} memory, {config.param_dtype}")
+    if config.memory:
+      about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
+  else:
+    config, params, notes = Checkpoints(source).load_params()
+    leaves = sorted((jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+    digest = hashlib.sha256()
+    for _, leaf in leaves:
+      digest.update(leaf.tobytes())
+    about |= {"trained": json.dumps(notes), "sha256 of the parameters by name": digest.hexdigest()}
+  about |= _digests(source)
+  if PARAM_DTYPE.value:
+    about["parameters"] = f"{config.param_dtype} in the source, {PARAM_DTYPE.value} here"
+    leaves = _as_type(leaves, jnp.dtype(PARAM_DTYPE.value))
+  types: dict[str, Any] = {"dtype": DTYPE.value or config.dtype, "param_dtype": PARAM_DTYPE.value or config.param_dtype}
+  config = dataclasses.replace(config, **types)
+  write_pretrained(output, config, leaves, about=about)
+  print(f"{output}: {config.num_layers} layers of width {config.embed_dim}, {'with' if config.memory else 'without'}"
+        f" memory, parameters in {config.param_dtype}, products in {config.dtype}")
+
+
+def _check_flags() -> None:
+  """Raises ValueError for a flag that would change nothing."""
+  of_olmo2 = FROM.value == "olmo2"
+  uses: list[tuple[flags.FlagHolder[Any], bool]] = [
+      (CONFIG, FROM.value == "ratplus"), (MEMORY, of_olmo2), (GATE_BIAS, of_olmo2 and MEMORY.value)]
+  unused = [flag.name for flag, used in uses if flag.present and not used]
+  if unused:
+    raise ValueError(f"--{unused[0]} changes nothing under --from={FROM.value}"
+                     f"{'' if MEMORY.value else ' --nomemory'}; leave it out.")
 
 
 def _config() -> RATPlusConfig | None:
@@ -53,14 +90,24 @@ def _config() -> RATPlusConfig | None:
   return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
 
 
-def _digest(source: pathlib.Path) -> str:
-  """SHA-256 of the file, or of the folder's weights in the order of their names."""
-  digest = hashlib.sha256()
-  for path in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
-    with path.open("rb") as file:
-      while block := file.read(1 << 24):
-        digest.update(block)
-  return digest.hexdigest()
+def _as_type(leaves: Iterable[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+  for name, leaf in leaves:
+    found = leaf.astype(dtype, copy=False)
+    del leaf
+    yield name, found
+    del found  # before the next is made
+
+
+def _digests(source: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of the file, or of each file of weights in the folder, as the card has them."""
+  if not source.is_file():
+    return {f"sha256 of {path.name}": _digest(path) for path in sorted(source.glob("*.safetensors"))}
+  return {"sha256": _digest(source)}
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

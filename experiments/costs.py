@@ -1,9 +1,12 @@
 """What a preset weighs, and what each mode reads and stores of it at several lengths. Runs no model.
 
 Command: python -m experiments.costs --preset=ratplus-7b
+A retrofit: python -m experiments.costs --preset=olmo2-7b --memory
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from experiments import common
 from rat_jax import RATPlusConfig, RATPlusLM
 
 PRESET = flags.DEFINE_string("preset", "ratplus-7b", "The model (RATPlusConfig.preset).")
+MEMORY = flags.DEFINE_bool("memory", None, "With a memory or without one. Default: as the preset is.")
 LENGTHS = flags.DEFINE_multi_integer("length", [4096, 32768, 131072], "Tokens of a row; repeat the flag for several.")
 MODES = common.define_modes(
     ["dense", "dilated:16", "dilated:64", "dilated:16,window=256,sinks=4", "streaming_llm:1024", "quest:0.0625",
@@ -24,6 +28,9 @@ MODES = common.define_modes(
 def main() -> None:
   folder = common.workdir("costs")
   config = RATPlusConfig.preset(PRESET.value)
+  if MEMORY.value is not None:
+    gate_bias = -12.0 if MEMORY.value and not config.memory else config.gate_bias  # a retrofit has a bias
+    config = dataclasses.replace(config, memory=MEMORY.value, gate_bias=gate_bias)
   rows: list[list[str]] = []
   result: dict[str, dict[int, dict[str, float]]] = {}
   for mode in MODES.value:
@@ -37,11 +44,12 @@ def main() -> None:
   table = common.markdown_table(["mode", *(f"T = {length:,}" for length in LENGTHS.value)], rows)
   drawn = jax.eval_shape(RATPlusLM(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   size = sum(leaf.size for leaf in jax.tree.leaves(drawn))
-  print(f"{PRESET.value}: {size / 1e9:.2f}B parameters, {2 * size / 1e9:.1f} GB in bfloat16. One row, {config.dtype}:"
-        " keys that the first step after a prompt reads / cache bytes\n")
+  print(f"{PRESET.value}, {'with' if config.memory else 'without'} memory: {size / 1e9:.2f}B parameters,"
+        f" {2 * size / 1e9:.1f} GB in bfloat16. One row, {config.dtype}: keys that the first step after a prompt reads"
+        " / cache bytes\n")
   print(table)
   (folder / "table.md").write_text(table + "\n")
-  common.write_json(folder / "results.json", {"preset": PRESET.value, "modes": result})
+  common.write_json(folder / "results.json", {"preset": PRESET.value, "memory": config.memory, "modes": result})
 
 
 if __name__ == "__main__":

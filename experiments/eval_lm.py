@@ -33,9 +33,7 @@ def main() -> None:
   folder = common.workdir("eval_lm")
   config, params, notes = common.load_model(CHECKPOINT.value)
   data = common.corpus(DATA.value, folder / "data")["heldout"]
-  if data.sidecar.vocab_size > config.vocab_size:
-    raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the checkpoint's vocab_size is"
-                     f" {config.vocab_size}; they belong to different tokenizers.")
+  common.check_data(data, config, notes)
   batches = data.epoch(batch_size=BATCH_SIZE.value, length=LENGTH.value, limit=WINDOWS.value)
   losses = loss_by_mode(RATPlusLM(config), params, batches, MODES.value, PROMPT_LENGTH.value)
   unit = "byte" if data.sidecar.tokenizer == "bytes" else "token"

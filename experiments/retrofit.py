@@ -10,10 +10,10 @@ open is ours: a start at the identity (--gate_bias), and ARL (--mode=dense alone
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 import rat_jax
@@ -25,6 +25,7 @@ from rat_jax.train import ARL
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained: an attention model,"
                                  " or one with a memory that has not been trained yet.")
+DTYPE = common.define_dtype()
 MODES = common.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
 MEMORY = flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
 GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates of a memory that is added start.")
@@ -43,15 +44,21 @@ def main() -> None:
     return
   if CHECKPOINT.value is None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
-  config, params, _ = common.load_model(CHECKPOINT.value)
+  data = training.train_data("retrofit")
+  config, params = training.load(CHECKPOINT.value, data, DTYPE.value)
+  if GATE_BIAS.present and (config.memory or not MEMORY.value):
+    raise ValueError(f"--gate_bias={GATE_BIAS.value:g} is where the gates of a memory that is added start, and none is"
+                     " added; leave it out.")
   if MEMORY.value and not config.memory:
     config, params = add_memory(config, params, GATE_BIAS.value)
   elif config.memory and not MEMORY.value:
     raise ValueError(f"--nomemory: {CHECKPOINT.value} has a memory; give the attention model.")
-  config = dataclasses.replace(config, param_dtype="float32")  # steps of 6e-5 are lost on bfloat16
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+  for pattern in FREEZE.value:
+    if not fnmatch.filter(names, pattern):
+      raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
   rates = [(pattern, 0.0) for pattern in FREEZE.value] + [("layers/memory_gate*", MEMORY_RATE.value)]
-  training.fit(config, params, MODES.value, training.train_data("retrofit"), "retrofit",
+  training.fit(config, params, MODES.value, data, "retrofit",
                start=str(pathlib.Path(CHECKPOINT.value).absolute()), rates=rates)
 
 

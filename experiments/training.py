@@ -1,11 +1,13 @@
-"""What `pretrain` and `adapt` share: their flags, and the run from data to checkpoint."""
+"""What `pretrain`, `adapt` and `retrofit` share: their flags, and the run from data to checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 import rat_jax
@@ -40,6 +42,20 @@ def train_data(script: str) -> TokenFile:
   return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
 
 
+def load(checkpoint: str, data: TokenFile, dtype: str | None) -> tuple[RATPlusConfig, Params]:
+  """(config, parameters) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
+
+  Args:
+    dtype: of matrix products and attention, instead of the model's own.
+
+  Raises ValueError for data of another tokenizer.
+  """
+  config, params, notes = common.load_model(checkpoint)
+  common.check_data(data, config, notes)
+  config = dataclasses.replace(config, dtype=cast(Any, dtype or config.dtype), param_dtype="float32")
+  return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
 def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: TokenFile, script: str,
         start: str | None = None, rates: Sequence[tuple[str, float]] = ()) -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
@@ -50,7 +66,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
     start: the checkpoint that `params` come from.
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
 
-  Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches or start.
+  Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches, rates or start.
   """
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the model vocab_size="
@@ -71,7 +87,8 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   notes = {"modes": [str(mode) for mode in modes], "combine": COMBINE.value, "seed": common.SEED.value,
            "batch_size": BATCH_SIZE.value, "length": LENGTH.value, "documents_apart": DOCUMENTS_APART.value,
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "tokenizer": data.sidecar.tokenizer,
-           "start": start, "rates": [list(one) for one in rates]}
+           "start": start, "rates": [list(one) for one in rates], "learning_rate": LEARNING_RATE.value,
+           "warmup": WARMUP.value, "weight_decay": WEIGHT_DECAY.value}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     common.check_same_run(checkpoints.folder, saved, notes)
@@ -79,7 +96,8 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
         f" {', then '.join(map(str, modes))}, on {common.device()}")
-  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes, notes=notes,
+  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes,
+        notes=notes | {"steps": STEPS.value},  # which a resumed run may move
         combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value,
         remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)

@@ -120,11 +120,11 @@ def _ratplus(num_layers: int, embed_dim: int) -> dict[str, Any]:
               dtype="bfloat16")
 
 
-def _olmo2(num_layers: int, embed_dim: int, mlp_dim: int) -> dict[str, Any]:
+def _olmo2(num_layers: int, embed_dim: int, mlp_dim: int, num_kv_heads: int | None = None) -> dict[str, Any]:
   """OLMo 2 as released: attention, no gate on its output."""
   return dict(vocab_size=100352, num_layers=num_layers, embed_dim=embed_dim, num_heads=embed_dim // 128,
-              mlp_dim=mlp_dim, mlp="swiglu", memory=False, output_gate=False, norm_placement="post", qk_norm=True,
-              rope_base=500000.0, tie_embeddings=False, dtype="bfloat16")
+              num_kv_heads=num_kv_heads, mlp_dim=mlp_dim, mlp="swiglu", memory=False, output_gate=False,
+              norm_placement="post", qk_norm=True, rope_base=500000.0, tie_embeddings=False, dtype="bfloat16")
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -134,4 +134,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "ratplus-7b": _ratplus(32, 4096),
     "olmo2-1b": _olmo2(16, 2048, 8192),
     "olmo2-7b": _olmo2(32, 4096, 11008),
+    "olmo2-13b": _olmo2(40, 5120, 13824),
+    "olmo2-32b": _olmo2(64, 5120, 27648, num_kv_heads=8),
 }

@@ -56,7 +56,7 @@ def test_json():
 
 @pytest.mark.parametrize(("name", "parameters"), [
     ("tiny", None), ("ratplus-1b", 1.47e9), ("ratplus-3b", 2.65e9), ("ratplus-7b", 7.65e9), ("olmo2-1b", 1.48e9),
-    ("olmo2-7b", 7.3e9)])
+    ("olmo2-7b", 7.3e9), ("olmo2-13b", 13.7e9), ("olmo2-32b", 32.2e9)])
 def test_presets_have_their_published_sizes(name, parameters):
   config = RATPlusConfig.preset(name)
   shapes = jax.eval_shape(RATPlusLM(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), np.int32))

@@ -114,12 +114,28 @@ def test_token_files_hold_the_documents(folder, tmp_path, source):
 def test_a_saved_model_refuses_a_tokenizer_that_it_was_not_trained_with(folder, tmp_path):
   config = RATPlusConfig(256, 1, 8, 1)
   params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
-  save_pretrained(tmp_path / "saved", config, params)
-  found, _, notes = common.load_model(str(tmp_path / "saved"))
-  assert (found, notes) == (config, {})
-  common.check_tokenizer(BYTES, config, notes)
-  common.check_tokenizer(BYTES, config, {"tokenizer": "bytes"})
-  with pytest.raises(ValueError, match="vocab_size=256 of the model does not fit"):
-    common.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
-  with pytest.raises(ValueError, match=r"trained with the tokenizer bytes, and this is tokenizer\.json"):
-    common.check_tokenizer(load_tokenizer(folder / "hf"), config, {"tokenizer": "bytes"})
+  save_pretrained(tmp_path / "silent", config, params, about={"trained": "by somebody"})
+  save_pretrained(tmp_path / "saved", config, params, about={"trained": '{"tokenizer": "bytes"}'}, max_file_bytes=1000)
+  (tmp_path / "texts").mkdir()
+  for name in ("one", "two"):
+    (tmp_path / "texts" / name).write_text(name)
+  data = prepare(tmp_path / "texts", tmp_path / "data", tokenizer=load_tokenizer(folder / "hf"))["train"]
+  for name, kept, message in (("silent", {}, "vocab_size=256 of the model does not fit"),
+                              ("saved", {"tokenizer": "bytes"}, r"the tokenizer bytes, and this is tokenizer\.json")):
+    found, _, notes = common.load_model(str(tmp_path / name))
+    assert (found, notes) == (config, kept)
+    common.check_tokenizer(BYTES, config, notes)
+    with pytest.raises(ValueError, match=message):
+      common.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
+    with pytest.raises(ValueError, match=message):
+      common.check_data(data, config, notes)
+  (tmp_path / "saved" / "config.json").write_text('{"model_type": "olmo2", "vocab_size": 256}')
+  with pytest.raises(ValueError, match=r"saved is not in our form.*model_type='olmo2'; convert it first"):
+    common.load_model(str(tmp_path / "saved"))
+  (tmp_path / "saved" / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"saved holds weights and no config\.json"):
+    common.load_model(str(tmp_path / "saved"))
+  larger = RATPlusConfig(2000, 1, 8, 1)  # as a preset that was trained on bytes
+  common.check_tokenizer(BYTES, larger, {"tokenizer": "bytes"})
+  with pytest.raises(ValueError, match="vocab_size=2000 of the model does not fit"):
+    common.check_tokenizer(BYTES, larger, {})

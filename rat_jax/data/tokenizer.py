@@ -137,4 +137,4 @@ def _library(name: str):
   try:
     return __import__(name)
   except ImportError as error:
-    raise ImportError(f"{name} is not installed; pip install 'rat_jax[hf]'.") from error
+    raise ImportError(f"{name} is not installed; pip install -e '.[hf]' in the clone.") from error

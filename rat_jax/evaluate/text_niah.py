@@ -98,7 +98,7 @@ def _words() -> tuple[list[str], list[str]]:
   try:
     import wonderwords
   except ImportError as error:
-    raise ImportError("keys of text needles come from wonderwords; run `pip install 'rat_jax[needles]'`.") from error
+    raise ImportError("keys of text needles come from wonderwords; pip install -e '.[needles]'.") from error
   lists = wonderwords.RandomWord()
   adjectives, nouns = (lists.filter(include_categories=[kind]) for kind in ("adjective", "noun"))
   plain = lambda words: sorted({word.lower() for word in words if word.isalpha() and word.isascii()})
