@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import rat_jax
 from conftest import FIXTURES
 from rat_jax import Dense, Dilated, RATPlusLM
 from rat_jax.convert import export_olmo2, load_olmo2, load_ratplus, to_ratplus_state_dict
+from rat_jax.convert.tensors import TorchTensors
 
 torch = pytest.importorskip("torch", reason="torch reads .pth files; make test-torch installs it")
 FOLDER = FIXTURES / "ratplus"
@@ -47,6 +49,26 @@ def test_converted_by_the_script_and_back(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   digest = hashlib.sha256((FOLDER / f"{name}.pth").read_bytes()).hexdigest()
   assert digest in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_file_is_not_written_through_its_parameters(tmp_path, monkeypatch, private):
+  path = tmp_path / "model.pth"
+  path.write_bytes((FOLDER / "ckpt_attention.pth").read_bytes())
+  before, load = path.read_bytes(), torch.load
+
+  def only_shared(*args, **kwargs):  # as where a private mapping does not fit the memory
+    if torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE:
+      raise RuntimeError("unable to mmap 4096 bytes")
+    return load(*args, **kwargs)
+
+  if not private:
+    monkeypatch.setattr(torch, "load", only_shared)
+  _, params = load_ratplus(path)
+  for leaf in jax.tree.leaves(params):
+    leaf[...] = 7.0
+  del params, leaf
+  assert path.read_bytes() == before
 
 
 class Runs:
@@ -94,6 +116,30 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
   torch.save({"task": weights, "config": {"model": {}}}, tmp_path / "config.pth")
   with pytest.raises(ValueError, match="lacks 'backbone'"):
     load_ratplus(tmp_path / "config.pth")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x: x.to(torch.int8), "'head' is int8"),
+    (lambda x: x > 0, "'head' is bool"),
+    (lambda x: x.to(torch.complex64), "'head' is complex64"),
+    (lambda x: x.to(torch.float8_e4m3fn), "'head' is float8_e4m3fn"),
+    (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "'head' is qint8"),
+    (lambda x: x.to_sparse(), "'head' is float32, sparse_coo"),
+    (lambda x: x.to("meta"), "'head' is float32, strided, on the device meta"),
+    (lambda x: x.numpy(), "'head' is no tensor but a ndarray")])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_weights_are_refused(change, message):
+  good = torch.arange(6.0).reshape(2, 3)
+  with pytest.raises(ValueError, match=message):
+    TorchTensors({"embedding": good, "head": change(good)}, "model.pth")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_trained_tensors_are_read(dtype):
+  parameter = torch.nn.Parameter(torch.arange(6.0, dtype=getattr(torch, dtype)).reshape(2, 3))
+  read = TorchTensors({"head": parameter}, "model.pth").read("head", slice(1, 2))
+  assert str(read.dtype) == dtype
+  np.testing.assert_array_equal(read.astype(np.float32), [[3.0, 4.0, 5.0]])
 
 
 @pytest.mark.parametrize(("kv_heads", "tied", "dtype", "shard"), [

@@ -16,6 +16,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = frozenset(_DTYPES.values())
 
 
 class Spec(NamedTuple):
@@ -49,15 +50,23 @@ class InMemory:
 
 
 class TorchTensors:
-  """The tensors of a torch state dict; those of a memory-mapped file stay on the disk."""
+  """The tensors of a torch state dict; those of a memory-mapped file stay on the disk.
+
+  Raises ValueError for what is no tensor, and for tensors that hold no weights or not where they can be read.
+  """
 
   def __init__(self, state_dict: Mapping[str, Any], where: str):
     import torch
 
-    others = {name: type(value).__name__ for name, value in state_dict.items() if not isinstance(value, torch.Tensor)}
-    if others:
-      raise ValueError(f"{where}: {next(iter(others.items()))} is no tensor; a state dict holds tensors alone.")
-    self._tensors = dict(state_dict)
+    for name, value in state_dict.items():
+      if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{where}: {name!r} is no tensor but a {type(value).__name__}; a state dict holds tensors"
+                         " alone.")
+      dtype, layout = (str(x).removeprefix("torch.") for x in (value.dtype, value.layout))
+      if dtype not in _WEIGHTS or layout != "strided" or value.device.type != "cpu":
+        raise ValueError(f"{where}: {name!r} is {dtype}, {layout}, on the device {value.device}; weights are of"
+                         f" {sorted(_WEIGHTS)}, strided and on the cpu, so save them as such.")
+    self._tensors = {name: value.detach() for name, value in state_dict.items()}
 
   def specs(self) -> Mapping[str, Spec]:
     return {name: Spec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in self._tensors.items()}
@@ -67,8 +76,11 @@ class TorchTensors:
 
     part = self._tensors[name][rows]
     if part.dtype == torch.bfloat16:  # which numpy has under another name
-      return part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
-    return part.numpy()
+      array = part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+    else:
+      array = part.numpy()
+    array.setflags(write=False)  # it may be the file itself
+    return array
 
 
 class SafetensorsFolder:
