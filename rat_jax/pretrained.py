@@ -45,7 +45,7 @@ def write_pretrained(folder: str | os.PathLike, config: RATPlusConfig, leaves: I
                               max_file_bytes=max_file_bytes)
     _check(specs, config, "the parameters")
     size = sum(int(np.prod(spec.shape)) for spec in specs.values())
-    lines = [f"# {pathlib.Path(folder).name}", "", f"{size:,} parameters, "
+    lines = [f"# {os.path.basename(os.path.abspath(folder))}", "", f"{size:,} parameters, "
              + ("RAT+" if config.memory else "attention") + f", written by rat_jax {__version__}.", "",
              *(f"* {key}: {value}" for key, value in about.items()), "",
              f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -197,6 +198,43 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="no space"):
     rat_jax.save_pretrained(tmp_path / "model", config, params)
   assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_there_and_empty_are_written_into(tmp_path, monkeypatch):
+  config = RATPlusConfig(61, 1, 16, 2)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  for name in ("empty", "current", "linked"):
+    (tmp_path / name).mkdir()
+  (tmp_path / "link").symlink_to("linked")
+  (tmp_path / "dangling").symlink_to("target")
+  (tmp_path / "file").write_text("")
+  monkeypatch.chdir(tmp_path / "current")
+  kept = (tmp_path / "empty").stat().st_ino  # a mount point cannot be replaced
+  for folder in (tmp_path / "empty", ".", tmp_path / "link", tmp_path / "dangling"):
+    rat_jax.save_pretrained(folder, config, params)
+    assert rat_jax.load_pretrained(folder)[0] == config
+  assert (tmp_path / "empty").stat().st_ino == kept
+  assert (tmp_path / "link").is_symlink()
+  assert (tmp_path / "current" / "README.md").read_text().startswith("# current\n")
+  names = ["README.md", "config.json", "model.safetensors"]
+  for name in ("empty", "current", "linked", "target"):
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == names
+  for name in ("file", "empty"):
+    with pytest.raises(ValueError, match=f"{name} exists and is not empty"):
+      rat_jax.save_pretrained(tmp_path / name, config, params)
+
+  rename = pathlib.Path.rename
+
+  def no_config(path, target):
+    if path.name == "config.json":
+      raise OSError("no space left")
+    return rename(path, target)
+
+  (tmp_path / "other").mkdir()
+  monkeypatch.setattr(pathlib.Path, "rename", no_config)
+  with pytest.raises(OSError, match="no space"):
+    rat_jax.save_pretrained(tmp_path / "other", config, params)
+  assert not list((tmp_path / "other").iterdir())
 
 
 def test_our_files_are_the_packages(tmp_path):

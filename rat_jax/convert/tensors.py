@@ -217,25 +217,49 @@ class _Files:
     return specs
 
 
+def check_new_folder(folder: str | os.PathLike) -> None:
+  """Raises ValueError where `new_folder` would: for what is there and is no empty folder."""
+  path = pathlib.Path(folder)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f"{folder} exists and is not empty; give a new folder.")
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder to write into, which takes its name only when all went well; an existing one must be empty."""
-  folder = pathlib.Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"{folder} exists and is not empty; give a new folder.")
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+  """A folder to write into, which takes its name only when all went well; an existing one must be empty.
+
+  An existing one is kept, for it may be a mount point or the current folder: files move into it, config.json last.
+  """
+  check_new_folder(folder)
+  path = pathlib.Path(os.path.realpath(folder))  # what a link names, and of "." the name
+  there = path.exists()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = (path if there else path.parent) / f".{path.name}.{os.getpid()}"
   beside.mkdir()
   try:
     yield beside
-    if folder.exists():
-      folder.rmdir()
-    beside.rename(folder)
+    if there:
+      _move_files(beside, path)
+      beside.rmdir()
+    else:
+      beside.rename(path)
   finally:
     if beside.exists():
-      for path in beside.iterdir():
-        path.unlink()
+      for file in beside.iterdir():
+        file.unlink()
       beside.rmdir()
+
+
+def _move_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """All files of one folder to another of the same file system; none where one cannot be moved."""
+  moved: list[pathlib.Path] = []
+  try:
+    for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):
+      moved.append(file.rename(target / file.name))
+  except BaseException:
+    for file in moved:
+      file.unlink()
+    raise
 
 
 def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
