@@ -75,6 +75,32 @@ def test_olmo2_out_again(tmp_path, expected):
   assert not (tmp_path / "new").exists()
 
 
+def test_an_export_is_checked_and_takes_the_tokens_of_its_source(tmp_path):
+  config, params = load_olmo2(OLMO2)
+  export_olmo2(tmp_path / "plain", config, params)
+  written = json.loads((tmp_path / "plain" / "config.json").read_text())
+  assert {written[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {None}
+  source = tmp_path / "source"
+  shutil.copytree(OLMO2, source)
+  for name in ("generation_config.json", "tokenizer.json"):
+    (source / name).write_text(name)
+  export_olmo2(tmp_path / "full", config, params, source=source)
+  written = json.loads((tmp_path / "full" / "config.json").read_text())
+  assert [written[name] for name in ("eos_token_id", "pad_token_id", "max_position_embeddings")] == [100, 1, 256]
+  assert (tmp_path / "full" / "tokenizer.json").read_text() == "tokenizer.json"
+  assert load_olmo2(tmp_path / "full")[0] == config
+
+  wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+  for changes, leaves, message in (({"num_layers": 3}, params, r"is \(2, 64\), the config wants \(3, 64\)"),
+                                  ({"vocab_size": 50}, params, r"embedding is \(101, 64\), the config wants"),
+                                  ({}, wide, "float64, the config has param_dtype='float32'"),
+                                  ({"param_dtype": "bfloat16"}, params, "float32, the config has param_dtype='bfl"),
+                                  ({"rope_base": 10000.0}, params, "another model than the parameters: rope_base")):
+    with pytest.raises(ValueError, match=message):
+      export_olmo2(tmp_path / "new", dataclasses.replace(config, **changes), leaves, source=source)
+  assert not (tmp_path / "new").exists()
+
+
 @settings(max_examples=8, deadline=None)
 @given(layers=st.integers(1, 3), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]), tied=st.booleans(),
        dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.booleans())

@@ -102,6 +102,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
   config, params = load_ratplus(FOLDER / "ckpt_ratplus_fused.pth")
   weights = {name: torch.from_numpy(value) for name, value in to_ratplus_state_dict(params, config).items()}
   torch.save({"task": weights}, tmp_path / "bare.pth")
+  with pytest.raises(ValueError, match="leaves differ in all"):
+    to_ratplus_state_dict(params, dataclasses.replace(config, num_layers=1))
   with pytest.raises(ValueError, match="holds no config; give one"):
     load_ratplus(tmp_path / "bare.pth")
   jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "bare.pth", config)[1], params)
@@ -151,7 +153,7 @@ def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard
   theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
       vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
       num_key_value_heads=kv_heads, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 20000.0, "rope_type": "default"},
-      tie_word_embeddings=tied, attn_implementation="eager"))
+      tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=None, eos_token_id=60, pad_token_id=2))
   with torch.no_grad():
     for name, parameter in theirs.named_parameters():  # as drawn, norms are ones and logits all alike
       parameter.copy_(torch.rand(parameter.shape) + 0.5 if "norm" in name else torch.randn(parameter.shape) * 0.15)
@@ -172,6 +174,8 @@ def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard
     logits = RATPlusLM(ours).apply({"params": exact}, tokens)
   expected = logits_of(tmp_path / "theirs")
   np.testing.assert_allclose(logits, expected, atol=1e-4)
-  export_olmo2(tmp_path / "ours", config, params, max_file_bytes=20_000)
-  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == getattr(torch, dtype)
+  export_olmo2(tmp_path / "ours", config, params, source=tmp_path / "theirs", max_file_bytes=20_000)
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+  assert again.dtype == getattr(torch, dtype)
+  assert (again.config.eos_token_id, again.generation_config.eos_token_id, again.config.pad_token_id) == (60, 60, 2)
   np.testing.assert_array_equal(logits_of(tmp_path / "ours"), expected)

@@ -6,10 +6,12 @@ a gate is added that starts at sigmoid(gate_bias) everywhere, which at -12 chang
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,11 +21,15 @@ from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.added_memory import memory_leaves
+from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.version import __version__
 
 _LAYER = "model.layers.{i}."
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+           "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
 def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0, *,
@@ -55,14 +61,29 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
 
 
 def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,
-                 max_file_bytes: int = 5 * 10**9) -> None:
+                 source: str | os.PathLike | None = None, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes the model as OLMo 2, its memory left out: `transformers` and `load_olmo2` read it.
 
-  Raises ValueError for a config that is no OLMo 2, and for a folder that is not empty.
+  Args:
+    source: the folder of the released model that this one comes from, whose token ids, length, generation_config.json
+      and tokenizer go along. Without it no token ends an answer.
+    max_file_bytes: a new file begins where a tensor would take the last beyond this.
+
+  Raises:
+    FileNotFoundError: no config.json in `source`.
+    ValueError: a config that is no OLMo 2, parameters that do not fit it, a source of other sizes, a folder that is
+      not empty.
   """
   theirs = their_config(config)
+  check_params(params, config)
+  beside: list[pathlib.Path] = []
+  if source is not None:
+    theirs |= _of_source(pathlib.Path(source) / "config.json", config)
+    beside = [path for path in (pathlib.Path(source) / name for name in _BESIDE) if path.is_file()]
   pieces = pieces_of(config)
   with new_folder(folder) as made:
+    for path in beside:
+      shutil.copyfile(path, made / path.name)
     (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     write_safetensors(made, mapping.foreign(pieces, params, config.num_layers), count=len(pieces) * config.num_layers,
                       metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
@@ -125,6 +146,18 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
   return found.pop()
 
 
+def _of_source(path: pathlib.Path, config: RATPlusConfig) -> dict[str, Any]:
+  """What the released config.json says that no field of ours does. Raises ValueError where it is of another model."""
+  released = _config(path, memory=False, gate_bias=0.0)
+  kept = ("init_std", "dtype", "param_dtype")
+  ours = dataclasses.replace(config, memory=False, gate_bias=None, **{name: getattr(released, name) for name in kept})
+  if ours != released:
+    raise ValueError(f"{path} is of another model than the parameters: {released.difference(ours)}; give the folder"
+                     " that they come from.")
+  theirs = read_json(path, "OLMo 2 comes as a folder with a config.json")
+  return {name: theirs[name] for name in (*_TOKENS, "max_position_embeddings") if name in theirs}
+
+
 def their_config(config: RATPlusConfig) -> dict[str, Any]:
   """The config.json of a model without its memory. Raises ValueError for a config that is no OLMo 2."""
   needs = {"mlp": "swiglu", "output_gate": False, "norm_placement": "post", "qk_norm": True}
@@ -139,4 +172,5 @@ def their_config(config: RATPlusConfig) -> dict[str, Any]:
           "intermediate_size": config.mlp_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base,
           "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"}, "rope_scaling": None,
           "tie_word_embeddings": config.tie_embeddings, "dtype": config.param_dtype, "torch_dtype": config.param_dtype,
-          "max_position_embeddings": 4096}  # as released; no size of the model depends on it
+          "max_position_embeddings": 4096,  # as released; no size of the model depends on it
+          **dict.fromkeys(_TOKENS)}  # where they are absent, transformers takes those of another tokenizer

@@ -19,6 +19,7 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
+from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import InMemory, Tensors, TorchTensors
 
@@ -125,8 +126,12 @@ def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.n
 
 
 def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np.ndarray]:
-  """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out."""
+  """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out.
+
+  Raises ValueError for a config that their layer cannot be, and for parameters that do not fit it.
+  """
   _check_config(config)
+  check_params(params, config, types=False)
   state_dict = dict(mapping.foreign(pieces_of(config, gate_apart=False), params, config.num_layers))
   state_dict.setdefault(_HEAD, state_dict[_EMBEDDING])
   return {name: np.ascontiguousarray(value, np.float32) for name, value in state_dict.items()}
