@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import rat_jax
 from conftest import FIXTURES, run_python
-from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax import RATPlusConfig, RATPlusLM, layout as layouts, transformer
 from rat_jax.convert import export_olmo2, load_olmo2
 
 OLMO2 = FIXTURES / "olmo2_tiny"
@@ -44,6 +44,22 @@ def test_olmo2_as_released(expected):
   with jax.default_matmul_precision("highest"):
     new = rat_jax.generate(RATPlusLM(config), params, expected["greedy_prompt"], max_new_tokens=8)
   np.testing.assert_array_equal(new, expected["greedy_tokens"])
+
+
+def test_hidden_states_of_olmo2(expected):
+  """Theirs are the embeddings, the stream after the first layer, and after the last one and the final norm."""
+  config, params = load_olmo2(OLMO2, memory=False)
+  tokens = expected["tokens"]
+  np.testing.assert_array_equal(params["embedding"][tokens], expected["hidden_0"])
+  first = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+  layout, row_ids = layouts.of_tokens(tokens.shape), np.arange(len(tokens))
+  with jax.default_matmul_precision("highest"):
+    one, last = (transformer.hidden_states(
+        dataclasses.replace(config, num_layers=count), some, tokens, rat_jax.Dense(), layout, row_ids=row_ids)
+        for count, some in ((1, first), (2, params)))
+  np.testing.assert_allclose(one, expected["hidden_1"], atol=1e-4)
+  normed = transformer.rms_norm(last, params["final_norm"], config.norm_eps)
+  np.testing.assert_allclose(normed, expected["hidden_2"], atol=1e-4)
 
 
 def test_a_memory_starts_as_the_identity(expected):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import json
 import mmap
 import os
 import subprocess
@@ -22,6 +24,13 @@ from rat_jax.convert.tensors import TorchTensors
 torch = pytest.importorskip("torch", reason="torch reads .pth files; make test-torch installs it")
 FOLDER = FIXTURES / "ratplus"
 NAMES = ["ckpt_ratplus_fused", "ckpt_ratplus_fgate", "ckpt_attention"]
+
+
+def state_dict_of(path):
+  """The weights of one of their files as it has them, by torch alone."""
+  with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):
+    found = torch.load(path, weights_only=True)
+  return {name.removeprefix("_orig_mod."): value.numpy() for name, value in found["task"].items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,6 +56,17 @@ def test_converted_by_the_script_and_back(name, tmp_path):
   read, expected = load_ratplus(FOLDER / f"{name}.pth")
   assert config == read
   jax.tree.map(np.testing.assert_array_equal, params, expected)
+  theirs = state_dict_of(FOLDER / f"{name}.pth")
+  gates = {own: theirs.pop(own) for own in list(theirs) if "fgate_proj" in own}
+  for own, gate in gates.items():  # which is written as the last rows of in_proj
+    fused = own.replace("fgate_proj", "in_proj")
+    theirs[fused] = np.concatenate([theirs[fused], gate])
+  ours = to_ratplus_state_dict(params, config)
+  assert ours.keys() == theirs.keys()
+  for own, value in theirs.items():
+    np.testing.assert_array_equal(ours[own], value)
+  torch.save({"task": {own: torch.from_numpy(value) for own, value in ours.items()}}, tmp_path / "back.pth")
+  jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "back.pth", config)[1], params)
   digest = hashlib.sha256((FOLDER / f"{name}.pth").read_bytes()).hexdigest()
   assert digest in (tmp_path / "model" / "README.md").read_text()
 
@@ -144,10 +164,10 @@ def test_trained_tensors_are_read(dtype):
   np.testing.assert_array_equal(read.astype(np.float32), [[3.0, 4.0, 5.0]])
 
 
-@pytest.mark.parametrize(("kv_heads", "tied", "dtype", "shard"), [
-    (4, False, "float32", "1GB"), (2, False, "float32", "40KB"), (1, True, "float32", "1GB"),
-    (2, False, "bfloat16", "1GB")])
-def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard):
+@pytest.mark.parametrize(("kv_heads", "tied", "dtype", "shard", "older"), [
+    (4, False, "float32", "1GB", False), (2, False, "float32", "40KB", True), (1, True, "float32", "40KB", False),
+    (4, True, "bfloat16", "1GB", True), (2, False, "bfloat16", "20KB", False)])
+def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard, older):
   transformers = pytest.importorskip("transformers", reason="make test-torch installs transformers")
   torch.manual_seed(kv_heads)
   theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
@@ -158,7 +178,12 @@ def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard
     for name, parameter in theirs.named_parameters():  # as drawn, norms are ones and logits all alike
       parameter.copy_(torch.rand(parameter.shape) + 0.5 if "norm" in name else torch.randn(parameter.shape) * 0.15)
   theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs", max_shard_size=shard)
-  assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard == "40KB")
+  assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard != "1GB")
+  if older:  # as released: the base alone, under its older name
+    path = tmp_path / "theirs" / "config.json"
+    written = json.loads(path.read_text())
+    del written["rope_parameters"]
+    path.write_text(json.dumps(written | {"rope_theta": 20000.0, "torch_dtype": written.pop("dtype")}))
   tokens = np.random.default_rng(0).integers(0, 61, (2, 30))
 
   def logits_of(folder):  # read again: .to(bfloat16) rounds the rotary frequencies too
