@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +18,14 @@ from rat_jax.convert.tensors import SafetensorsFolder, new_folder, write_safeten
 from rat_jax.version import __version__
 
 
-def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *, about: Mapping[str, str] = {},
+def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *, about: Mapping[str, Any] = {},
                     max_file_bytes: int = 5 * 10**9) -> None:
   """Writes a model: config.json, model.safetensors (or several files and an index), README.md.
 
   Leaves are fetched one at a time. Nothing is left of a write that fails.
 
   Args:
-    about: what the card is to say, such as {"source": "...", "sha256": "...", "trained": "..."}.
+    about: what the card is to say, such as {"source": "...", "sha256": "...", "steps": 1000}.
     max_file_bytes: a new file begins where a leaf would take the last beyond this.
 
   Raises:
@@ -36,10 +37,11 @@ def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Pa
 
 
 def write_pretrained(folder: str | os.PathLike, config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
-                     about: Mapping[str, str] = {}, max_file_bytes: int = 5 * 10**9) -> None:
+                     about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
+  metadata = {"rat_jax": __version__} | {str(key): str(value) for key, value in about.items()}  # it holds text alone
   with new_folder(folder) as made:
-    specs = write_safetensors(made, leaves, count=len(shapes_of(config)), metadata={"rat_jax": __version__, **about},
+    specs = write_safetensors(made, leaves, count=len(shapes_of(config)), metadata=metadata,
                               max_file_bytes=max_file_bytes)
     check_leaves(specs, config, "the parameters")
     size = sum(int(np.prod(spec.shape)) for spec in specs.values())

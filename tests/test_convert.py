@@ -183,7 +183,7 @@ def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
   params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
   for limit in (10**9, 3000):
     folder = tmp_path / f"{limit}"
-    rat_jax.save_pretrained(folder, config, params, about={"source": "a test"}, max_file_bytes=limit)
+    rat_jax.save_pretrained(folder, config, params, about={"source": "a test", "steps": 3}, max_file_bytes=limit)
     again, back = rat_jax.load_pretrained(folder, place=lambda name, leaf: (name, jnp.asarray(leaf)))
     assert again == config
     assert back["layers"]["query"][0] == "layers/query"
@@ -191,7 +191,12 @@ def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
     assert jax.tree.structure(back) == jax.tree.structure(params)
     trees_equal(back, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {jnp.dtype(dtype)}
-    assert "* source: a test" in (folder / "README.md").read_text()
+    assert "* source: a test\n* steps: 3\n" in (folder / "README.md").read_text()
+  whole = params | {"final_norm": np.ones(16, np.int32)}
+  with pytest.raises(ValueError, match="final_norm is int32, the config has param_dtype"):
+    rat_jax.save_pretrained(tmp_path / "new", config, whole)
+  with pytest.raises(ValueError, match="'final_norm' is int32; weights are of"):
+    rat_jax.pretrained.write_pretrained(tmp_path / "new", config, [("final_norm", whole["final_norm"])])
   other = dataclasses.replace(config, num_layers=3)
   with pytest.raises(ValueError, match=r"layers/attention_norm is \(2, 16\), the config wants \(3, 16\)"):
     rat_jax.save_pretrained(tmp_path / "new", other, params)

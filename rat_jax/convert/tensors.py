@@ -187,6 +187,8 @@ class _Files:
   def add(self, name: str, array: np.ndarray) -> None:
     array = np.asarray(array, order="C")
     kinds = {jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+    if array.dtype not in kinds:
+      raise ValueError(f"{name!r} is {array.dtype}; weights are of {sorted(_WEIGHTS)}.")
     self._headers[-1][name] = {"dtype": kinds[array.dtype], "shape": list(array.shape),
                                "data_offsets": [self.filled, self.filled + array.nbytes]}
     array.reshape(-1).view(np.uint8).tofile(self._file)
