@@ -14,7 +14,7 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.leaves import check_leaves, check_params, named_leaves, shapes_of
 from rat_jax.convert.mapping import Place
-from rat_jax.convert.tensors import SafetensorsFolder, new_folder, write_safetensors
+from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.version import __version__
 
 
@@ -65,9 +65,13 @@ def load_pretrained(folder: str | os.PathLike, *, place: Place = mapping.as_is) 
   """
   folder = pathlib.Path(folder)
   path = folder / "config.json"
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; give a folder that save_pretrained wrote.")
-  config = RATPlusConfig.from_json(path.read_text())
+  if "model_type" in read_json(path, "give a folder that save_pretrained wrote"):
+    raise ValueError(f"{path} is of the Hugging Face package; convert the folder first, with rat_jax.convert.load_olmo2"
+                     " or experiments.convert.")
+  try:
+    config = RATPlusConfig.from_json(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
   tensors = SafetensorsFolder(folder)
   check_leaves(tensors.specs(), config, str(folder))
   return config, mapping.tree(((name, tensors.read(name)) for name in tensors.specs()), place)

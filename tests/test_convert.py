@@ -142,6 +142,17 @@ def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype,
     (lambda c: c.update(num_hidden_layers=1), r"has no place for: \['model\.layers\.1\."),
     (lambda c: c.update(intermediate_size=150), r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(160, 64\)"),
     (lambda c: c.update(rope_scaling={"type": "yarn"}), "rope_scaling="),
+    (lambda c: c.update(rope_theta="abc"), r"config\.json: rope_theta='abc' and .* is needed, a number"),
+    (lambda c: c.update(rope_theta=[1]), r"config\.json: rope_theta=\[1\] and"),
+    (lambda c: c.update(rope_parameters=[1]), r"config\.json: rope_parameters=\[1\]; give"),
+    (lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5), "rope_parameters: partial_rotary_factor=0.5 is"),
+    (lambda c: c.update(partial_rotary_factor=0.5), r"config\.json: partial_rotary_factor=0.5 is"),
+    (lambda c: c.update(rope_parameters={"type": "linear", "factor": 2}), "rope_parameters: type='linear' is not"),
+    (lambda c: c.update(architectures=["Olmo3ForCausalLM"]), r"architectures=\['Olmo3ForCausalLM'\] is not supported"),
+    (lambda c: c.update(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),
+    (lambda c: c.update(tie_word_embeddings=True), "tie_word_embeddings=True, but 'lm_head.weight' differs"),
+    (lambda c: c.update(dtype="bfloat16"), r"says bfloat16, but '.*' is float32, which would be rounded"),
+    (lambda c: c.update(hidden_size="64"), r"config\.json is no config of a model: embed_dim='64'"),
 ])
 def test_configs_that_contradict_the_weights_are_refused(tmp_path, change, message):
   shutil.copytree(OLMO2, tmp_path / "model")
@@ -172,7 +183,16 @@ def test_broken_folders_are_refused(tmp_path):
   index.write_text(json.dumps(named | {"weight_map": named["weight_map"] | {"extra": parts[0].name}}))
   with pytest.raises(ValueError, match=r"names \['extra'\], which its files do not hold"):
     load_olmo2(folder)
+  without = {name: file for name, file in named["weight_map"].items() if name != "model.norm.weight"}
+  index.write_text(json.dumps({"weight_map": without}))
+  with pytest.raises(ValueError, match=r"holds 'model\.norm\.weight', which model\.safetensors\.index\.json does not"):
+    load_olmo2(folder)
+  for file in (5, [1], f"../model/{parts[0].name}", f"..\\{parts[0].name}"):
+    index.write_text(json.dumps({"weight_map": {**named["weight_map"], "lm_head.weight": file}}))
+    with pytest.raises(ValueError, match=r"for 'lm_head\.weight'; give the name of a file beside it"):
+      load_olmo2(folder)
   index.unlink()
+  (folder / "model.safetensors").mkdir()
   with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
     load_olmo2(folder)
 
@@ -204,6 +224,28 @@ def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
   (folder / "config.json").write_text(other.to_json())
   with pytest.raises(ValueError, match="the config wants"):
     rat_jax.load_pretrained(folder)
+
+
+def test_configs_of_others_are_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"config\.json is of the Hugging Face package; convert the folder first"):
+    rat_jax.load_pretrained(OLMO2)
+  config = RATPlusConfig(61, 1, 16, 2)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  rat_jax.save_pretrained(tmp_path / "model", config, params)
+  path = tmp_path / "model" / "config.json"
+  for text, message in ((b"\xff\xfe", "is not JSON"), (b"[]", "holds a list; give a folder that save_pretrained wrote"),
+                        (b'{"size": 3}', r"the configuration has unknown fields \['size'\]"),
+                        (dataclasses.replace(config, param_dtype="bfloat16").to_json().encode(),
+                         "embedding is float32, the config has param_dtype='bfloat16'")):
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=message) as found:
+      rat_jax.load_pretrained(tmp_path / "model")
+    assert str(tmp_path / "model") in str(found.value)
+  path.write_text(config.to_json())
+  weights = tmp_path / "model" / "model.safetensors"
+  save_file({name: leaf.astype(np.float64) for name, leaf in load_file(weights).items()}, weights)
+  with pytest.raises(ValueError, match="float64, the config has param_dtype='float32'"):
+    rat_jax.load_pretrained(tmp_path / "model")
 
 
 def test_leaves_are_placed_on_many_devices_as_they_come(tmp_path):

@@ -87,7 +87,7 @@ class SafetensorsFolder:
   """model.safetensors of a folder, or the files that its index names.
 
   Raises FileNotFoundError for a folder without either or a file that the index names and that is not there, ValueError
-  for a file that is no safetensors file, and for a tensor that is in another file than the index says.
+  for a file that is no safetensors file, and where the index and the files do not name the same tensors.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -96,10 +96,8 @@ class SafetensorsFolder:
     self._specs: dict[str, Spec] = {}
     index = folder / INDEX
     if index.exists():
-      named = read_json(index, "an index has a weight_map").get("weight_map")
-      if not isinstance(named, dict):
-        raise ValueError(f"{index} has weight_map={named!r}; give {{tensor: file}}.")
-    elif (folder / _SINGLE).exists():
+      named = _weight_map(index)
+    elif (folder / _SINGLE).is_file():
       named = None
     else:
       raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {INDEX}; give a folder with a model's weights.")
@@ -108,7 +106,9 @@ class SafetensorsFolder:
       if not path.is_file():
         raise FileNotFoundError(f"{index} names {file}, which is not there; the download is not complete.")
       for name, spec in _header(path).items():
-        if named is None or named.get(name) == file:
+        if named is not None and name not in named:
+          raise ValueError(f"{path} holds {name!r}, which {INDEX} does not name; are they of one download?")
+        if named is None or named[name] == file:
           self._files[name], self._specs[name] = path, spec
     lost = sorted(set(named or ()) - self._files.keys())
     if lost:
@@ -124,11 +124,22 @@ class SafetensorsFolder:
       return file.get_slice(name)[rows]
 
 
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """{tensor: file} of an index; its files are beside it."""
+  named = read_json(index, "an index has a weight_map").get("weight_map")
+  if not isinstance(named, dict):
+    raise ValueError(f"{index} has weight_map={named!r}; give {{tensor: file}}.")
+  for name, file in named.items():
+    if not isinstance(file, str) or os.path.basename(file.replace("\\", "/")) != file:
+      raise ValueError(f"{index} has {file!r} for {name!r}; give the name of a file beside it.")
+  return named
+
+
 def _open(path: pathlib.Path) -> Any:
   try:
     from safetensors import SafetensorError, safe_open
   except ImportError as error:
-    raise ImportError("reading weights needs safetensors; run `pip install 'rat_jax[convert]'`.") from error
+    raise ImportError("reading weights needs safetensors; run `pip install -e '.[convert]'`.") from error
   try:
     return safe_open(path, "numpy")
   except SafetensorError as error:
