@@ -152,7 +152,7 @@ def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype,
     (lambda c: c.update(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),
     (lambda c: c.update(tie_word_embeddings=True), "tie_word_embeddings=True, but 'lm_head.weight' differs"),
     (lambda c: c.update(dtype="bfloat16"), r"says bfloat16, but '.*' is float32, which would be rounded"),
-    (lambda c: c.update(hidden_size="64"), r"config\.json is no config of a model: embed_dim='64'"),
+    (lambda c: c.update(hidden_size="64"), r"config\.json makes no model: embed_dim='64'"),
 ])
 def test_configs_that_contradict_the_weights_are_refused(tmp_path, change, message):
   shutil.copytree(OLMO2, tmp_path / "model")

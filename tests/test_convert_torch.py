@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import mmap
 import os
+import pickle
 import subprocess
 import sys
 
@@ -26,11 +28,10 @@ FOLDER = FIXTURES / "ratplus"
 NAMES = ["ckpt_ratplus_fused", "ckpt_ratplus_fgate", "ckpt_attention"]
 
 
-def state_dict_of(path):
-  """The weights of one of their files as it has them, by torch alone."""
+def contents_of(path):
+  """One of their files as it is, by torch alone."""
   with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):
-    found = torch.load(path, weights_only=True)
-  return {name.removeprefix("_orig_mod."): value.numpy() for name, value in found["task"].items()}
+    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +57,8 @@ def test_converted_by_the_script_and_back(name, tmp_path):
   read, expected = load_ratplus(FOLDER / f"{name}.pth")
   assert config == read
   jax.tree.map(np.testing.assert_array_equal, params, expected)
-  theirs = state_dict_of(FOLDER / f"{name}.pth")
+  task = contents_of(FOLDER / f"{name}.pth")["task"]
+  theirs = {own.removeprefix("_orig_mod."): value.numpy() for own, value in task.items()}
   gates = {own: theirs.pop(own) for own in list(theirs) if "fgate_proj" in own}
   for own, gate in gates.items():  # which is written as the last rows of in_proj
     fused = own.replace("fgate_proj", "in_proj")
@@ -105,6 +107,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
   good = (FOLDER / "ckpt_attention.pth").read_bytes()
   cases = {"cut.pth": (good[:len(good) // 2], "is it truncated, or no file that torch.save wrote"),
            "text.pth": (b"hello", "is it truncated, or no file that torch.save wrote"),
+           "pickle.pth": (pickle.dumps({"task": {}}), "is a pickle, or in the old format of torch"),
            "empty.pth": (b"", "is it truncated, or no file that torch.save wrote")}
   for name, (content, message) in cases.items():
     (tmp_path / name).write_bytes(content)
@@ -136,7 +139,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no place for: \['extra'\]"):
     load_ratplus(tmp_path / "more.pth", config)
   torch.save({"task": weights, "config": {"model": {}}}, tmp_path / "config.pth")
-  with pytest.raises(ValueError, match="lacks 'backbone'"):
+  with pytest.raises(ValueError, match=r"lacks 'model\.head\.vocab_size'; give one"):
     load_ratplus(tmp_path / "config.pth")
 
 
@@ -162,6 +165,49 @@ def test_trained_tensors_are_read(dtype):
   read = TorchTensors({"head": parameter}, "model.pth").read("head", slice(1, 2))
   assert str(read.dtype) == dtype
   np.testing.assert_array_equal(read.astype(np.float32), [[3.0, 4.0, 5.0]])
+
+
+@pytest.mark.parametrize(("where", "key", "value", "message"), [
+    ("model.backbone.hidden_cell", "act_fn", "silu", r"act_fn='silu', which is not supported; RAT\+ has 'gelu'"),
+    ("model.embedding.pe", "_name_", "empty", r"pe\._name_='empty', which is not supported"),
+    ("model.backbone.seq_cell", "_name_", "rnn", r"seq_cell\._name_='rnn', which is not supported"),
+    ("model.backbone.seq_cell", "d_head", 4, r"pe\.dim=8, which is not supported; RAT\+ has 4"),
+    ("model.backbone", "num_layers", "2", r"makes no model: num_layers='2'"),
+    ("model", "backbone", "sequence", r"lacks 'model\.backbone\.num_layers'"),
+    ("trainer", "dtype", "float16", "makes no model: dtype='float16'")])
+def test_configs_of_other_layers_are_refused(tmp_path, where, key, value, message):
+  found = contents_of(FOLDER / "ckpt_ratplus_fused.pth")
+  functools.reduce(lambda at, part: at[part], where.split("."), found["config"])[key] = value
+  torch.save({"task": found["task"], "config": found["config"]}, tmp_path / "model.pth")
+  with pytest.raises(ValueError, match=message):
+    load_ratplus(tmp_path / "model.pth")
+
+
+def test_a_config_beside_the_files_own(tmp_path):
+  path = FOLDER / "ckpt_ratplus_fused.pth"
+  config, params = load_ratplus(path)
+  halves = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+  assert load_ratplus(path, halves)[0] == halves
+  with pytest.raises(ValueError, match=r"is not the one that is given: tie_embeddings: True, False; leave it out"):
+    load_ratplus(path, dataclasses.replace(config, tie_embeddings=False))
+  found = contents_of(path)
+  theirs, layer = found["config"], found["config"]["model"]["backbone"]["seq_cell"]
+  theirs["trainer"]["dtype"] = "bfloat16"
+  task = {name.removeprefix("_orig_mod.").replace("layers.", "layers._orig_mod."): value
+          for name, value in found["task"].items()}
+  torch.save({"task": task, "config": theirs}, tmp_path / "model.pth")
+  again, read = load_ratplus(tmp_path / "model.pth")
+  assert again == dataclasses.replace(config, dtype="bfloat16")
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  layer["_name_"] = "ratplus16local"  # an older file
+  del layer["apply_re"]
+  torch.save({"task": task, "config": theirs}, tmp_path / "model.pth")
+  with pytest.raises(ValueError, match="_name_='ratplus16local'"):
+    load_ratplus(tmp_path / "model.pth")
+  assert load_ratplus(tmp_path / "model.pth", config)[0] == config
+  torch.save({"task": task | {"embedding.wte._orig_mod.weight": task["embedding.wte.weight"]}}, tmp_path / "model.pth")
+  with pytest.raises(ValueError, match=r"hold 'embedding\.wte\.weight' twice"):
+    load_ratplus(tmp_path / "model.pth", config)
 
 
 @pytest.mark.parametrize(("kv_heads", "tied", "dtype", "shard", "older"), [

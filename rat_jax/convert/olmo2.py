@@ -146,7 +146,7 @@ def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig
     return RATPlusConfig(**fields, mlp="swiglu", memory=memory, gate_bias=gate_bias if memory else None,
                          output_gate=False, norm_placement="post", qk_norm=True)
   except ValueError as error:
-    raise ValueError(f"{path} is no config of a model: {error}") from error
+    raise ValueError(f"{path} makes no model: {error}") from error
 
 
 def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
