@@ -16,6 +16,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 import rat_jax
 from conftest import FIXTURES
@@ -214,39 +215,54 @@ def test_a_config_beside_the_files_own(tmp_path):
     (4, False, "float32", "1GB", False), (2, False, "float32", "40KB", True), (1, True, "float32", "40KB", False),
     (4, True, "bfloat16", "1GB", True), (2, False, "bfloat16", "20KB", False)])
 def test_olmo2_of_transformers_in_and_out(tmp_path, kv_heads, tied, dtype, shard, older):
+  compare_with_transformers(tmp_path, 3, 4, kv_heads, 8, tied, dtype, shard, older)
+  assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard != "1GB")
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(layers=st.integers(1, 4), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3), (3, 3)]),
+       head_dim=st.sampled_from([4, 16]), tied=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]),
+       shard=st.sampled_from(["1GB", "15KB"]), older=st.booleans())
+def test_any_olmo2_of_transformers(tmp_path_factory, layers, heads, head_dim, tied, dtype, shard, older):
+  compare_with_transformers(tmp_path_factory.mktemp("olmo2"), layers, *heads, head_dim, tied, dtype, shard, older)
+
+
+def compare_with_transformers(folder, layers, heads, kv_heads, head_dim, tied, dtype, shard, older):
+  """A random model as `transformers` writes and runs it: the same logits by us, and by it of what we write."""
   transformers = pytest.importorskip("transformers", reason="make test-torch installs transformers")
   torch.manual_seed(kv_heads)
   theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
-      vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-      num_key_value_heads=kv_heads, rms_norm_eps=1e-5, rope_parameters={"rope_theta": 20000.0, "rope_type": "default"},
-      tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=None, eos_token_id=60, pad_token_id=2))
+      vocab_size=61, hidden_size=heads * head_dim, intermediate_size=48, num_hidden_layers=layers,
+      num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5,
+      rope_parameters={"rope_theta": 20000.0, "rope_type": "default"}, tie_word_embeddings=tied,
+      attn_implementation="eager", bos_token_id=None, eos_token_id=60, pad_token_id=2))
   with torch.no_grad():
     for name, parameter in theirs.named_parameters():  # as drawn, norms are ones and logits all alike
       parameter.copy_(torch.rand(parameter.shape) + 0.5 if "norm" in name else torch.randn(parameter.shape) * 0.15)
-  theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs", max_shard_size=shard)
-  assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard != "1GB")
+  theirs.to(getattr(torch, dtype)).save_pretrained(folder / "theirs", max_shard_size=shard)
   if older:  # as released: the base alone, under its older name
-    path = tmp_path / "theirs" / "config.json"
+    path = folder / "theirs" / "config.json"
     written = json.loads(path.read_text())
     del written["rope_parameters"]
     path.write_text(json.dumps(written | {"rope_theta": 20000.0, "torch_dtype": written.pop("dtype")}))
   tokens = np.random.default_rng(0).integers(0, 61, (2, 30))
 
-  def logits_of(folder):  # read again: .to(bfloat16) rounds the rotary frequencies too
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+  def logits_of(of):  # read again: .to(bfloat16) rounds the rotary frequencies too
+    model = transformers.AutoModelForCausalLM.from_pretrained(of, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
       return model(torch.from_numpy(tokens)).logits.numpy()
 
-  config, params = load_olmo2(tmp_path / "theirs", memory=False)
+  config, params = load_olmo2(folder / "theirs", memory=False)
   assert (config.param_dtype, config.rope_base, config.num_kv_heads) == (dtype, 20000.0, kv_heads)
   exact = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
   ours = dataclasses.replace(config, dtype="float32", param_dtype="float32")
   with jax.default_matmul_precision("highest"):
     logits = RATPlusLM(ours).apply({"params": exact}, tokens)
-  expected = logits_of(tmp_path / "theirs")
+  expected = logits_of(folder / "theirs")
   np.testing.assert_allclose(logits, expected, atol=1e-4)
-  export_olmo2(tmp_path / "ours", config, params, source=tmp_path / "theirs", max_file_bytes=20_000)
-  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+  export_olmo2(folder / "ours", config, params, source=folder / "theirs", max_file_bytes=20_000)
+  again = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours")
   assert again.dtype == getattr(torch, dtype)
   assert (again.config.eos_token_id, again.generation_config.eos_token_id, again.config.pad_token_id) == (60, 60, 2)
-  np.testing.assert_array_equal(logits_of(tmp_path / "ours"), expected)
+  np.testing.assert_array_equal(logits_of(folder / "ours"), expected)
