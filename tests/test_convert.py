@@ -28,6 +28,12 @@ def expected():
     return dict(file)
 
 
+@pytest.fixture(scope="module")
+def small():
+  config = RATPlusConfig(61, 1, 16, 2)
+  return config, RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+
+
 def logits_of(config, params, tokens):
   with jax.default_matmul_precision("highest"):
     return np.asarray(RATPlusLM(config).apply({"params": params}, tokens))
@@ -226,11 +232,10 @@ def test_a_model_of_our_own_goes_out_and_in(tmp_path, dtype):
     rat_jax.load_pretrained(folder)
 
 
-def test_configs_of_others_are_refused(tmp_path):
+def test_configs_of_others_are_refused(tmp_path, small):
   with pytest.raises(ValueError, match=r"config\.json is of the Hugging Face package; convert the folder first"):
     rat_jax.load_pretrained(OLMO2)
-  config = RATPlusConfig(61, 1, 16, 2)
-  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  config, params = small
   rat_jax.save_pretrained(tmp_path / "model", config, params)
   path = tmp_path / "model" / "config.json"
   for text, message in ((b"\xff\xfe", "is not JSON"), (b"[]", "holds a list; give a folder that save_pretrained wrote"),
@@ -276,9 +281,8 @@ compare(rat_jax.load_pretrained, {str(tmp_path / 'saved')!r})
   run_python("-c", code, devices=4)
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-  config = RATPlusConfig(61, 1, 16, 2)
-  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, small):
+  config, params = small
 
   def full(*_, **__):
     raise OSError("no space left")
@@ -289,9 +293,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_are_there_and_empty_are_written_into(tmp_path, monkeypatch):
-  config = RATPlusConfig(61, 1, 16, 2)
-  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+def test_folders_that_are_there_and_empty_are_written_into(tmp_path, monkeypatch, small):
+  config, params = small
   for name in ("empty", "current", "linked"):
     (tmp_path / name).mkdir()
   (tmp_path / "link").symlink_to("linked")
