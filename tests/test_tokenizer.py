@@ -69,6 +69,10 @@ def test_the_end_can_be_named_and_is_read_from_the_folder(folder):
   beside = folder / "hf" / "tokenizer_config.json"
   beside.write_text(json.dumps({"eos_token": {"content": "</s>"}}))
   assert load_tokenizer(folder / "hf").eod_id == by_name
+  for text, message in (("{", "is not JSON"), ('["</s>"]', "holds a list; give an object with eos_token")):
+    beside.write_text(text)
+    with pytest.raises(ValueError, match=f"tokenizer_config.json {message}"):
+      load_tokenizer(folder / "hf")
   beside.unlink()
   with pytest.raises(ValueError, match="no end-of-document token <end>"):
     load_tokenizer(folder / "hf", end="<end>")

@@ -94,7 +94,7 @@ def _leaf_of(piece: Piece, tensors: Tensors, config: RATPlusConfig) -> np.ndarra
     return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
 
   if not piece.leaf.startswith(_LAYERS):
-    return np.ascontiguousarray(read(0), dtype)
+    return np.require(read(0), dtype, ["C", "W"])  # a copy of what is a file's
   first = read(0)
   stacked = np.empty((config.num_layers, *first.shape), dtype)
   stacked[0] = first

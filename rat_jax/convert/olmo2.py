@@ -6,24 +6,32 @@ a gate is added that starts at sigmoid(gate_bias) everywhere, which at -12 chang
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.added_memory import memory_leaves
+from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.version import __version__
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = "model.layers.{i}."
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+           "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
 def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0, *,
@@ -46,23 +54,47 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
                ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
   """The same, the leaves one after another."""
   folder = pathlib.Path(folder)
-  config = _config(folder / "config.json", memory, gate_bias)
+  path = folder / "config.json"
+  config = _config(path, memory, gate_bias)
   tensors, pieces = SafetensorsFolder(folder), pieces_of(config)
-  ignored = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
+  ignored = frozenset({_HEAD} if config.tie_embeddings else ())
   mapping.check(pieces, tensors, config.num_layers, ignored)
+  specs = tensors.specs()
+  for name, spec in specs.items():
+    if not np.can_cast(jnp.dtype(spec.dtype), jnp.dtype(config.param_dtype)):
+      raise ValueError(f"{path} says {config.param_dtype}, but {name!r} is {spec.dtype}, which would be rounded; set"
+                       " its dtype to what the files hold.")
+  if config.tie_embeddings and _HEAD in specs and not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING)):
+    raise ValueError(f"{path} has tie_word_embeddings=True, but {_HEAD!r} differs from the embedding; set it to false"
+                     " to keep both.")
   added = ((f"layers/{name}", leaf) for name, leaf in memory_leaves(config)) if memory else ()
   return config, itertools.chain(mapping.leaves(pieces, tensors, config), added)
 
 
 def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,
-                 max_file_bytes: int = 5 * 10**9) -> None:
+                 source: str | os.PathLike | None = None, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes the model as OLMo 2, its memory left out: `transformers` and `load_olmo2` read it.
 
-  Raises ValueError for a config that is no OLMo 2, and for a folder that is not empty.
+  Args:
+    source: the folder of the released model that this one comes from, whose token ids, length, generation_config.json
+      and tokenizer go along. Without it no token ends an answer.
+    max_file_bytes: a new file begins where a tensor would take the last beyond this.
+
+  Raises:
+    FileNotFoundError: no config.json in `source`.
+    ValueError: a config that is no OLMo 2, parameters that do not fit it, a source of other sizes, a folder that is
+      not empty.
   """
   theirs = their_config(config)
+  check_params(params, config)
+  beside: list[pathlib.Path] = []
+  if source is not None:
+    theirs |= _of_source(pathlib.Path(source) / "config.json", config)
+    beside = [path for path in (pathlib.Path(source) / name for name in _BESIDE) if path.is_file()]
   pieces = pieces_of(config)
   with new_folder(folder) as made:
+    for path in beside:
+      shutil.copyfile(path, made / path.name)
     (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     write_safetensors(made, mapping.foreign(pieces, params, config.num_layers), count=len(pieces) * config.num_layers,
                       metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
@@ -72,9 +104,9 @@ def pieces_of(config: RATPlusConfig) -> list[Piece]:
   """Where `Olmo2ForCausalLM` keeps our leaves, but for a memory's."""
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   n, kv, attention, mlp = config.num_heads, config.num_kv_heads, _LAYER + "self_attn.", _LAYER + "mlp."
-  head = [] if config.tie_embeddings else [Piece("head", "lm_head.weight", (v, e))]
+  head = [] if config.tie_embeddings else [Piece("head", _HEAD, (v, e))]
   return [
-      Piece("embedding", "model.embed_tokens.weight", (v, e)),
+      Piece("embedding", _EMBEDDING, (v, e)),
       heads_of_rows("layers/query", attention + "q_proj.weight", n, h, e),
       heads_of_rows("layers/key", attention + "k_proj.weight", kv, h, e),
       heads_of_rows("layers/value", attention + "v_proj.weight", kv, h, e),
@@ -93,10 +125,12 @@ def pieces_of(config: RATPlusConfig) -> list[Piece]:
 
 def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig:
   theirs = read_json(path, "OLMo 2 comes as a folder with a config.json")
-  needs = {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
+  needs = {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
+           "architectures": ["Olmo2ForCausalLM"], "quantization_config": None}
   for name, value in needs.items():
-    if theirs.get(name, value if name != "model_type" else None) != value:
-      raise ValueError(f"{path}: {name}={theirs.get(name)!r} is not supported; OLMo 2 has {name}={value!r}.")
+    said = theirs.get(name)
+    if said != value and (said is not None or name == "model_type"):
+      raise ValueError(f"{path}: {name}={said!r} is not supported; OLMo 2 has {name}={value!r}.")
   names = {"vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "embed_dim": "hidden_size",
            "num_heads": "num_attention_heads", "mlp_dim": "intermediate_size", "norm_eps": "rms_norm_eps"}
   missing = sorted(set(names.values()) - theirs.keys())
@@ -107,22 +141,43 @@ def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig
   fields: dict[str, Any] = {ours: theirs[name] for ours, name in names.items()}
   fields |= {"num_kv_heads": theirs.get("num_key_value_heads"), "head_dim": theirs.get("head_dim"), "dtype": dtype,
              "param_dtype": dtype}
-  return RATPlusConfig(
-      **fields, mlp="swiglu", memory=memory, gate_bias=gate_bias if memory else None, output_gate=False,
-      norm_placement="post", qk_norm=True, rope_base=_rope_base(path, theirs),
-      tie_embeddings=theirs.get("tie_word_embeddings", False))
+  fields |= {"rope_base": _rope_base(path, theirs), "tie_embeddings": theirs.get("tie_word_embeddings", False)}
+  try:
+    return RATPlusConfig(**fields, mlp="swiglu", memory=memory, gate_bias=gate_bias if memory else None,
+                         output_gate=False, norm_placement="post", qk_norm=True)
+  except ValueError as error:
+    raise ValueError(f"{path} makes no model: {error}") from error
 
 
 def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
   """The rotary base, which older and newer files keep in different places."""
   newer = theirs.get("rope_parameters") or {}
-  if newer.get("rope_type", "default") != "default":
-    raise ValueError(f"{path}: rope_type={newer['rope_type']!r} is not supported; OLMo 2 has 'default'.")
-  found = {float(base) for base in (theirs.get("rope_theta"), newer.get("rope_theta")) if base is not None}
-  if len(found) != 1:
+  if not isinstance(newer, dict):
+    raise ValueError(f"{path}: rope_parameters={newer!r}; give {{\"rope_theta\": base}}.")
+  allowed: dict[str, Any] = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+  for where, found, names in (("", theirs, ["partial_rotary_factor"]), ("rope_parameters: ", newer, list(newer))):
+    for name in names:
+      value = found.get(name)
+      if name != "rope_theta" and value is not None and value != allowed.get(name):
+        raise ValueError(f"{path}: {where}{name}={value!r} is not supported; OLMo 2 turns all of a head, and has"
+                         " rope_theta alone.")
+  bases = [base for base in (theirs.get("rope_theta"), newer.get("rope_theta")) if base is not None]
+  if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases) or len(set(bases)) != 1:
     raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r} and rope_parameters={newer!r}; one rotary base"
-                     " is needed.")
-  return found.pop()
+                     " is needed, a number.")
+  return float(bases[0])
+
+
+def _of_source(path: pathlib.Path, config: RATPlusConfig) -> dict[str, Any]:
+  """What the released config.json says that no field of ours does. Raises ValueError where it is of another model."""
+  released = _config(path, memory=False, gate_bias=0.0)
+  kept = ("init_std", "dtype", "param_dtype")
+  ours = dataclasses.replace(config, memory=False, gate_bias=None, **{name: getattr(released, name) for name in kept})
+  if ours != released:
+    raise ValueError(f"{path} is of another model than the parameters: {released.difference(ours)}; give the folder"
+                     " that they come from.")
+  theirs = read_json(path, "OLMo 2 comes as a folder with a config.json")
+  return {name: theirs[name] for name in (*_TOKENS, "max_position_embeddings") if name in theirs}
 
 
 def their_config(config: RATPlusConfig) -> dict[str, Any]:
@@ -139,4 +194,5 @@ def their_config(config: RATPlusConfig) -> dict[str, Any]:
           "intermediate_size": config.mlp_dim, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base,
           "rope_parameters": {"rope_theta": config.rope_base, "rope_type": "default"}, "rope_scaling": None,
           "tie_word_embeddings": config.tie_embeddings, "dtype": config.param_dtype, "torch_dtype": config.param_dtype,
-          "max_position_embeddings": 4096}  # as released; no size of the model depends on it
+          "max_position_embeddings": 4096,  # as released; no size of the model depends on it
+          **dict.fromkeys(_TOKENS)}  # where they are absent, transformers takes those of another tokenizer

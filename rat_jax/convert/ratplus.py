@@ -1,7 +1,7 @@
 """The RAT+ authors' weights (github.com/wimh966/rat-plus): their files, names and layouts to our parameters and back.
 
 Their matrices are [out, in]. `in_proj` stacks output gate, query, key, value and, with memory, the recurrence gate;
-older files keep the gate apart as `fgate_proj`. A compiled model's names start with `_orig_mod.`.
+older files keep the gate apart as `fgate_proj`. Names of what was compiled have `_orig_mod.` in them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
+from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import InMemory, Tensors, TorchTensors
 
-_PREFIX = "_orig_mod."
+_COMPILED = "_orig_mod."
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"
 _LAYER = "backbone.layers.{i}."
+_NEEDED = object()
 
 
 def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlusConfig) -> Params:
@@ -32,8 +34,7 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
 
   Raises ValueError for a config that their layer cannot be, and for missing, unknown or misshapen entries.
   """
-  entries = InMemory({name.removeprefix(_PREFIX): value for name, value in state_dict.items()})
-  return mapping.tree(_leaves(entries, config), mapping.as_is)
+  return mapping.tree(_leaves(InMemory(_plain(state_dict)), config), mapping.as_is)
 
 
 def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *, place: Place = mapping.as_is
@@ -44,7 +45,8 @@ def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *
   applied: the mode is chosen per call, Dense by default. Needs torch.
 
   Args:
-    config: for a file that holds none, and instead of the file's own.
+    config: for a file that holds none, or an older one; one that says otherwise than the file's is refused, but for
+      dtype, param_dtype and init_std.
     place: (our leaf's name, the numpy leaf) -> what takes its place in the tree.
 
   Raises:
@@ -60,16 +62,28 @@ def read_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None
                  ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
   """The same, the leaves one after another."""
   found = _load_file(pathlib.Path(path))
-  if config is None:
-    config = _config(found.get("config"), path)
-  state_dict = found.get("task", found)
-  tensors = TorchTensors({str(name).removeprefix(_PREFIX): value for name, value in state_dict.items()}, str(path))
-  return config, _leaves(tensors, config)
+  config = _config(found.get("config"), config, path)
+  return config, _leaves(TorchTensors(_plain(found.get("task", found)), str(path)), config)
+
+
+def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """The entries as of a model that was not compiled. Raises ValueError where two have one name then."""
+  plain: dict[str, Any] = {}
+  for name, value in state_dict.items():
+    own = str(name).replace(_COMPILED, "")
+    if own in plain:
+      raise ValueError(f"the weights hold {own!r} twice, with {_COMPILED!r} in its name and without; keep one.")
+    plain[own] = value
+  return plain
 
 
 def _load_file(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give a .pth file of the RAT+ authors.")
+  with path.open("rb") as file:
+    if file.read(1) == b"\x80":  # of a pickle; torch.save writes a zip file
+      raise ValueError(f"{path} is a pickle, or in the old format of torch; load it with torch where you trust it, and"
+                       " save it again with torch.save.")
   try:
     import torch
   except ImportError as error:
@@ -99,17 +113,62 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _config(theirs: Any, path: str | os.PathLike) -> RATPlusConfig:
-  if theirs is None:
-    raise ValueError(f"{path} holds no config; give one, as config.")
+def _config(said: Any, given: RATPlusConfig | None, path: str | os.PathLike) -> RATPlusConfig:
+  """What the file says, or what is given for it. Raises ValueError where they differ, or say what we have no field for.
+
+  `trainer.dtype` is what they compute in; their parameters are float32.
+  """
+  if said is None:
+    if given is None:
+      raise ValueError(f"{path} holds no config; give one, as config.")
+    return given
+  of_layer = "model.backbone.seq_cell."
+  _check_said(said, given, path)
   try:
-    model = theirs["model"]
-    cell, ffn = model["backbone"]["seq_cell"], model["backbone"]["hidden_cell"]
-    return RATPlusConfig(model["head"]["vocab_size"], model["backbone"]["num_layers"], model["backbone"]["d_model"],
-                         cell["num_head"], head_dim=cell["d_head"], mlp_dim=ffn["d_ffn"], memory=cell["apply_re"],
-                         rope_base=model["embedding"]["pe"]["base"], tie_embeddings=theirs["task"]["tie_embedding"])
-  except (KeyError, TypeError) as error:
+    found = {name: _at(said, key) for name, key in {
+        "vocab_size": "model.head.vocab_size", "num_layers": "model.backbone.num_layers",
+        "embed_dim": "model.backbone.d_model", "num_heads": of_layer + "num_head", "head_dim": of_layer + "d_head",
+        "mlp_dim": "model.backbone.hidden_cell.d_ffn", "memory": of_layer + "apply_re",
+        "rope_base": "model.embedding.pe.base", "tie_embeddings": "task.tie_embedding"}.items()}
+  except KeyError as error:
+    if given is not None:
+      return given
     raise ValueError(f"the config in {path} lacks {error}; give one, as config.") from error
+  free = {"dtype": _at(said, "trainer.dtype", "float32")}
+  if given is not None:
+    free = {name: getattr(given, name) for name in ("dtype", "param_dtype", "init_std")}
+  try:
+    theirs = RATPlusConfig(**found, **free)
+  except ValueError as error:
+    raise ValueError(f"the config in {path} makes no model: {error}") from error
+  if given is not None and given != theirs:
+    raise ValueError(f"the config in {path} is not the one that is given: {theirs.difference(given)}; leave it out.")
+  return theirs
+
+
+def _check_said(said: Any, given: RATPlusConfig | None, path: str | os.PathLike) -> None:
+  """Raises ValueError for settings of other layers than theirs; those that are absent are theirs."""
+  layer, mlp, rope = "model.backbone.seq_cell.", "model.backbone.hidden_cell.", "model.embedding.pe."
+  needs = {layer + "_name_": "ratplus", layer + "ln": "rmsnorm", layer + "bias": False, mlp + "_name_": "ffn",
+           mlp + "act_fn": "gelu", mlp + "ln": "rmsnorm", mlp + "bias": False, rope + "_name_": "rope",
+           rope + "dim": _at(said, layer + "d_head", None)}
+  if given is not None and str(_at(said, layer + "_name_", "")).startswith("ratplus"):
+    del needs[layer + "_name_"]  # older names of the layer, of which the config says what it is
+  for key, value in needs.items():
+    has = _at(said, key, value)
+    if value is not None and has != value:
+      raise ValueError(f"the config in {path} has {key}={has!r}, which is not supported; RAT+ has {value!r}.")
+
+
+def _at(said: Any, key: str, default: Any = _NEEDED) -> Any:
+  """What is at "a.b.c". Raises KeyError where nothing is, unless a default is given."""
+  for part in key.split("."):
+    if not isinstance(said, Mapping) or part not in said:
+      if default is _NEEDED:
+        raise KeyError(key)
+      return default
+    said = said[part]
+  return said
 
 
 def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -125,8 +184,12 @@ def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.n
 
 
 def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np.ndarray]:
-  """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out."""
+  """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out.
+
+  Raises ValueError for a config that their layer cannot be, and for parameters that do not fit it.
+  """
   _check_config(config)
+  check_params(params, config, types=False)
   state_dict = dict(mapping.foreign(pieces_of(config, gate_apart=False), params, config.num_layers))
   state_dict.setdefault(_HEAD, state_dict[_EMBEDDING])
   return {name: np.ascontiguousarray(value, np.float32) for name, value in state_dict.items()}

@@ -16,6 +16,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = frozenset(_DTYPES.values())
 
 
 class Spec(NamedTuple):
@@ -49,15 +50,23 @@ class InMemory:
 
 
 class TorchTensors:
-  """The tensors of a torch state dict; those of a memory-mapped file stay on the disk."""
+  """The tensors of a torch state dict; those of a memory-mapped file stay on the disk.
+
+  Raises ValueError for what is no tensor, and for tensors that hold no weights or not where they can be read.
+  """
 
   def __init__(self, state_dict: Mapping[str, Any], where: str):
     import torch
 
-    others = {name: type(value).__name__ for name, value in state_dict.items() if not isinstance(value, torch.Tensor)}
-    if others:
-      raise ValueError(f"{where}: {next(iter(others.items()))} is no tensor; a state dict holds tensors alone.")
-    self._tensors = dict(state_dict)
+    for name, value in state_dict.items():
+      if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{where}: {name!r} is no tensor but a {type(value).__name__}; a state dict holds tensors"
+                         " alone.")
+      dtype, layout = (str(x).removeprefix("torch.") for x in (value.dtype, value.layout))
+      if dtype not in _WEIGHTS or layout != "strided" or value.device.type != "cpu":
+        raise ValueError(f"{where}: {name!r} is {dtype}, {layout}, on the device {value.device}; weights are of"
+                         f" {sorted(_WEIGHTS)}, strided and on the cpu, so save them as such.")
+    self._tensors = {name: value.detach() for name, value in state_dict.items()}
 
   def specs(self) -> Mapping[str, Spec]:
     return {name: Spec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in self._tensors.items()}
@@ -67,15 +76,18 @@ class TorchTensors:
 
     part = self._tensors[name][rows]
     if part.dtype == torch.bfloat16:  # which numpy has under another name
-      return part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
-    return part.numpy()
+      array = part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+    else:
+      array = part.numpy()
+    array.setflags(write=False)  # it may be the file itself
+    return array
 
 
 class SafetensorsFolder:
   """model.safetensors of a folder, or the files that its index names.
 
   Raises FileNotFoundError for a folder without either or a file that the index names and that is not there, ValueError
-  for a file that is no safetensors file, and for a tensor that is in another file than the index says.
+  for a file that is no safetensors file, and where the index and the files do not name the same tensors.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -84,10 +96,8 @@ class SafetensorsFolder:
     self._specs: dict[str, Spec] = {}
     index = folder / INDEX
     if index.exists():
-      named = read_json(index, "an index has a weight_map").get("weight_map")
-      if not isinstance(named, dict):
-        raise ValueError(f"{index} has weight_map={named!r}; give {{tensor: file}}.")
-    elif (folder / _SINGLE).exists():
+      named = _weight_map(index)
+    elif (folder / _SINGLE).is_file():
       named = None
     else:
       raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {INDEX}; give a folder with a model's weights.")
@@ -96,7 +106,9 @@ class SafetensorsFolder:
       if not path.is_file():
         raise FileNotFoundError(f"{index} names {file}, which is not there; the download is not complete.")
       for name, spec in _header(path).items():
-        if named is None or named.get(name) == file:
+        if named is not None and name not in named:
+          raise ValueError(f"{path} holds {name!r}, which {INDEX} does not name; are they of one download?")
+        if named is None or named[name] == file:
           self._files[name], self._specs[name] = path, spec
     lost = sorted(set(named or ()) - self._files.keys())
     if lost:
@@ -112,11 +124,22 @@ class SafetensorsFolder:
       return file.get_slice(name)[rows]
 
 
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """{tensor: file} of an index; its files are beside it."""
+  named = read_json(index, "an index has a weight_map").get("weight_map")
+  if not isinstance(named, dict):
+    raise ValueError(f"{index} has weight_map={named!r}; give {{tensor: file}}.")
+  for name, file in named.items():
+    if not isinstance(file, str) or os.path.basename(file.replace("\\", "/")) != file:
+      raise ValueError(f"{index} has {file!r} for {name!r}; give the name of a file beside it.")
+  return named
+
+
 def _open(path: pathlib.Path) -> Any:
   try:
     from safetensors import SafetensorError, safe_open
   except ImportError as error:
-    raise ImportError("reading weights needs safetensors; run `pip install 'rat_jax[convert]'`.") from error
+    raise ImportError("reading weights needs safetensors; run `pip install -e '.[convert]'`.") from error
   try:
     return safe_open(path, "numpy")
   except SafetensorError as error:
@@ -175,6 +198,8 @@ class _Files:
   def add(self, name: str, array: np.ndarray) -> None:
     array = np.asarray(array, order="C")
     kinds = {jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+    if array.dtype not in kinds:
+      raise ValueError(f"{name!r} is {array.dtype}; weights are of {sorted(_WEIGHTS)}.")
     self._headers[-1][name] = {"dtype": kinds[array.dtype], "shape": list(array.shape),
                                "data_offsets": [self.filled, self.filled + array.nbytes]}
     array.reshape(-1).view(np.uint8).tofile(self._file)
@@ -205,25 +230,49 @@ class _Files:
     return specs
 
 
+def check_new_folder(folder: str | os.PathLike) -> None:
+  """Raises ValueError where `new_folder` would: for what is there and is no empty folder."""
+  path = pathlib.Path(folder)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f"{folder} exists and is not empty; give a new folder.")
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder to write into, which takes its name only when all went well; an existing one must be empty."""
-  folder = pathlib.Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"{folder} exists and is not empty; give a new folder.")
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+  """A folder to write into, which takes its name only when all went well; an existing one must be empty.
+
+  An existing one is kept, for it may be a mount point or the current folder: files move into it, config.json last.
+  """
+  check_new_folder(folder)
+  path = pathlib.Path(os.path.realpath(folder))  # what a link names, and of "." the name
+  there = path.exists()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  beside = (path if there else path.parent) / f".{path.name}.{os.getpid()}"
   beside.mkdir()
   try:
     yield beside
-    if folder.exists():
-      folder.rmdir()
-    beside.rename(folder)
+    if there:
+      _move_files(beside, path)
+      beside.rmdir()
+    else:
+      beside.rename(path)
   finally:
     if beside.exists():
-      for path in beside.iterdir():
-        path.unlink()
+      for file in beside.iterdir():
+        file.unlink()
       beside.rmdir()
+
+
+def _move_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """All files of one folder to another of the same file system; none where one cannot be moved."""
+  moved: list[pathlib.Path] = []
+  try:
+    for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):
+      moved.append(file.rename(target / file.name))
+  except BaseException:
+    for file in moved:
+      file.unlink()
+    raise
 
 
 def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rat_jax.config import RATPlusConfig
 
@@ -97,7 +98,7 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   ids = made.get_vocab(with_added_tokens=True)
   beside = path.with_name("tokenizer_config.json")
   if end is None and beside.is_file():
-    said = json.loads(beside.read_text()).get("eos_token")
+    said = _settings(beside).get("eos_token")
     end = said.get("content") if isinstance(said, dict) else said
   ends = [end] if end is not None else [token for token in _ENDS if token in ids]
   if not ends or ends[0] not in ids:
@@ -106,6 +107,16 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
                    lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True))
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}; mend it, or name the token that ends a document.") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds a {type(found).__name__}; give an object with eos_token.")
+  return found
 
 
 def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:

@@ -1,0 +1,46 @@
+"""The leaves of a config by name, and whether parameters are those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from rat_jax import transformer
+from rat_jax.axes import Params
+from rat_jax.config import RATPlusConfig
+from rat_jax.convert.tensors import Spec
+
+
+def named_leaves(params: Params) -> dict[str, jax.Array | np.ndarray]:
+  """{"layers/query": the leaf}."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def shapes_of(config: RATPlusConfig) -> dict[str, tuple[int, ...]]:
+  """{name: shape} of the leaves that a config has."""
+  drawn = {name: jax.eval_shape(draw, jax.random.key(0)) for name, draw in transformer.initializers(config).items()}
+  return {name: leaf.shape for name, leaf in named_leaves(drawn).items()}
+
+
+def check_params(params: Params, config: RATPlusConfig, types: bool = True) -> None:
+  """Raises ValueError where parameters are not those of the config."""
+  specs = {name: Spec(np.shape(leaf), str(leaf.dtype)) for name, leaf in named_leaves(params).items()}
+  check_leaves(specs, config, "the parameters", types)
+
+
+def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, types: bool = True) -> None:
+  """Raises ValueError where leaves are not those of the config; `types`: and where they are not its `param_dtype`."""
+  shapes = shapes_of(config)
+  wrong = [name for name in sorted(shapes.keys() | found.keys())
+           if name not in found or name not in shapes or found[name].shape != shapes[name]]
+  if wrong:
+    name = wrong[0]
+    raise ValueError(f"{where}: {name} is {found[name].shape if name in found else 'missing'}, the config wants"
+                     f" {shapes.get(name, 'no such leaf')}; {len(wrong)} leaves differ in all.")
+  for name, spec in found.items():
+    if types and spec.dtype != config.param_dtype:
+      raise ValueError(f"{where}: {name} is {spec.dtype}, the config has param_dtype={config.param_dtype!r}; cast the"
+                       " leaves, or set param_dtype to what they are.")
