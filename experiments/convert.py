@@ -17,15 +17,16 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import common
 from rat_jax import RATPlusConfig
+from rat_jax.convert.leaves import named_leaves
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
+from rat_jax.convert.tensors import check_new_folder
 from rat_jax.pretrained import write_pretrained
 from rat_jax.train import Checkpoints
 
@@ -43,8 +44,7 @@ PARAM_DTYPE = common.define_dtype("param_dtype", "Type that parameters are round
 def main() -> None:
   source, output = pathlib.Path(SOURCE.value), pathlib.Path(OUTPUT.value)
   _check_flags()
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):  # asked now, for what follows takes long
-    raise ValueError(f"--output={output} exists and is not empty; give a new folder.")
+  check_new_folder(output)  # asked now, for what follows takes long
   about = {"source": str(source)}
   leaves: Iterable[tuple[str, np.ndarray]]
   if FROM.value == "ratplus":
@@ -55,8 +55,7 @@ def main() -> None:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:
     config, params, notes = Checkpoints(source).load_params()
-    leaves = sorted((jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+    leaves = sorted((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
     digest = hashlib.sha256()
     for _, leaf in leaves:
       digest.update(leaf.tobytes())

@@ -13,13 +13,13 @@ import dataclasses
 import fnmatch
 import pathlib
 
-import jax
 from absl import flags
 
 import rat_jax
 from experiments import common, training
 from rat_jax import Dense, RATPlusConfig
 from rat_jax.convert import add_memory
+from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.train import ARL
 
@@ -53,7 +53,7 @@ def main() -> None:
     config, params = add_memory(config, params, GATE_BIAS.value)
   elif config.memory and not MEMORY.value:
     raise ValueError(f"--nomemory: {CHECKPOINT.value} has a memory; give the attention model.")
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
+  names = list(named_leaves(params))
   for pattern in FREEZE.value:
     if not fnmatch.filter(names, pattern):
       raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
