@@ -37,7 +37,7 @@ TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of th
 flags.DEFINE_alias("torch-reference", "torch_reference")
 GRADIENT = flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
 CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
-SHORT = 2e-4  # seconds; to start a program takes much of it, so a program that repeats the work is timed
+SHORT, TOGETHER = 1e-3, 8  # work of so few seconds is timed as one of so many in a program, which takes time to start
 flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
 
 
@@ -88,16 +88,19 @@ def served(case: Case) -> list[str]:
   return ["xla", "mosaic_gpu"]
 
 
-def time_one(case: Case, implementation: str, *draws: dict[str, Any]) -> tuple[float, float]:
-  """(seconds, error) of a case by an implementation, of one of as many calls in one program as there are draws.
+def time_one(case: Case, implementation: str) -> tuple[float, float]:
+  """(seconds, error) of a case by an implementation; NotImplementedError where it does not serve the case."""
+  seconds, error = _time_together(case, implementation, 1)
+  return _time_together(case, implementation, TOGETHER) if seconds < SHORT else (seconds, error)
 
-  Raises NotImplementedError where the implementation does not serve the case.
-  """
-  f = bench_cases.build(case, implementation)
+
+def _time_together(case: Case, implementation: str, count: int) -> tuple[float, float]:
+  """`time_one` of one of so many calls in one program, each on its own inputs."""
+  f, draws = bench_cases.build(case, implementation), [draw(case, implementation) for _ in range(count)]
   compiled = jax.jit(lambda draws: [f(**made) for made in draws]).lower(draws).compile()
-  error = check(case, implementation, draws[0], compiled(draws)[0])
-  kernel_times.report(lambda: compiled(draws), len(draws))
-  return kernel_times.median_seconds(compiled, draws, rounds=ROUNDS.value) / len(draws), error
+  error = check(case, implementation, draws[-1], compiled(draws)[-1])
+  kernel_times.report(lambda: compiled(draws), count)
+  return kernel_times.median_seconds(compiled, draws, rounds=ROUNDS.value) / count, error
 
 
 def authors(directory: str, every: list[Case]) -> dict[Case, float]:
@@ -141,19 +144,13 @@ def crossovers() -> dict[str, dict[str, int]]:
 
 
 def times_of(case: Case, names: list[str]) -> dict[str, float]:
-  """The seconds of a case by every implementation that this device has; of short work, of one of eight in a program."""
-  of_op = {name: f"xla, {name}" if case.op == "prefill" else name for name in names}
+  """The seconds of a case by every implementation that this device has."""
   found: dict[str, float] = {}
-  draws = [draw(case)]
-  for count in (1, 8):
-    draws += [draw(case) for _ in range(count - len(draws))]
-    for name in names:
-      try:
-        found[name] = time_one(case, of_op[name], *draws)[0]
-      except NotImplementedError as reason:
-        print(f"{case} by {name}: not timed: {reason}", flush=True)
-    if min(found.values()) > SHORT:
-      break
+  for name in names:
+    try:
+      found[name] = time_one(case, f"xla, {name}" if case.op == "prefill" else name)[0]
+    except NotImplementedError as reason:
+      print(f"{case} by {name}: not timed: {reason}", flush=True)
   print(f"{case}: " + ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in found.items()), flush=True)
   return found
 
@@ -178,7 +175,7 @@ def main() -> None:
   for case in cases():
     for implementation in served(case):
       try:
-        add(case, implementation, *time_one(case, implementation, draw(case, implementation)))
+        add(case, implementation, *time_one(case, implementation))
       except NotImplementedError as reason:
         print(f"{case} by {implementation}: not timed: {reason}", flush=True)
       except jax.errors.JaxRuntimeError as error:

@@ -101,12 +101,13 @@ def check_dilated(implementation, dtype, length, pattern, heads, groups, width, 
   q, d = (jnp.asarray(rng.standard_normal((2, length, heads * groups, width)), dtype) for _ in range(2))
   k, v = (jnp.asarray(rng.standard_normal((2, length, heads, width)), dtype) for _ in range(2))
   pattern = Pattern(*pattern)
-  values, pull = jax.jit(lambda *a: jax.vjp(lambda *b: dilated_attention(
-      *b, **pattern._asdict(), implementation=implementation), *a))(q, k, v)
+  attend = functools.partial(dilated_attention, **pattern._asdict(), implementation=implementation)
+  values, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
   gradients = jax.jit(lambda pull, d: pull(d))(pull, d)
   expected = in_float64(lambda *a: test_folded.expected(*a, pattern), (q, k, v), d)
   of = ("dilated_attention", implementation, dtype)
-  compare(values, expected[0], VALUES[dtype], *of, "values")
+  for ours in (values, jax.jit(attend)(q, k, v)):  # under a gradient another kernel may run
+    compare(ours, expected[0], VALUES[dtype], *of, "values")
   for ours, theirs in zip(gradients, expected[1], strict=True):
     compare(ours, theirs, GRADIENTS[dtype], *of, "gradients")
 

@@ -57,10 +57,11 @@ class Pattern(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def dilated_attention(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
-  return _forward(q, k, v, pattern, causal)[0]
+  return forward(q, k, v, pattern, causal)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal):
+def forward(q: Array, k: Array, v: Array, pattern: Pattern, causal: Causal) -> tuple[Array, tuple[Array, ...]]:
+  """(output, what `backward` needs)."""
   parts = [_causal_forward(q, k, v, _reach(pattern, q), causal)]
   if pattern.sinks:
     parts += _sinks_forward(q, k, v, pattern)
@@ -83,7 +84,7 @@ def backward(pattern: Pattern, causal: Causal, residuals, d_out: Array) -> Gradi
   return tuple(d.astype(x.dtype) for d, x in zip(summed, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
-dilated_attention.defvjp(_forward, backward)
+dilated_attention.defvjp(forward, backward)
 
 
 # Causal attention, which the window is (the W keys before the query and its own) and the folded strided keys are.
