@@ -47,7 +47,8 @@ def main() -> None:
   about = {"source": str(source)}
   leaves: Iterable[tuple[str, np.ndarray]]
   if FROM.value == "ratplus":
-    config, leaves = read_ratplus(source, _config())
+    config, leaves, training = read_ratplus(source, _config())
+    about["trained by the authors"] = json.dumps(training) if training else "the file does not say how"
   elif FROM.value == "olmo2":
     config, leaves = read_olmo2(source, MEMORY.value, GATE_BIAS.value)
     if config.memory:
