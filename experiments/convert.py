@@ -82,7 +82,10 @@ def _config() -> RATPlusConfig | None:
   if CONFIG.value is None:
     return None
   path = pathlib.Path(CONFIG.value)
-  return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
+  try:
+    return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
+  except ValueError as error:
+    raise ValueError(f"--config={path}: {error}") from error
 
 
 def _as_type(leaves: Iterable[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -126,8 +126,12 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
   with pytest.raises(ValueError, match="unpickling that would run its code"):
     load_ratplus(tmp_path / "code.pth")
   assert not (tmp_path / "ran").exists()
-  with pytest.raises(FileNotFoundError, match=r"give a \.pth file"):
-    load_ratplus(tmp_path / "none.pth")
+  torch.save({"task": torch.ones(2)}, tmp_path / "task.pth")
+  with pytest.raises(ValueError, match="holds a Tensor as its task; a checkpoint is a dict with the weights"):
+    load_ratplus(tmp_path / "task.pth")
+  for path, message in ((tmp_path / "none.pth", r"does not exist; give a \.pth file"), (tmp_path, "is a folder; give")):
+    with pytest.raises(FileNotFoundError, match=message):
+      load_ratplus(path)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

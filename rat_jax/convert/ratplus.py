@@ -100,7 +100,8 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_file(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; give a .pth file of the RAT+ authors.")
+    raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .pth file of the"
+                            " RAT+ authors.")
   with path.open("rb") as file:
     if file.read(1) == b"\x80":  # of a pickle; torch.save writes a zip file
       raise ValueError(f"{path} is a pickle, or in the old format of torch; load it with torch where you trust it, and"
@@ -129,8 +130,11 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
   except (RuntimeError, EOFError, ValueError, OSError) as error:
     reason = str(error).strip().split("\n")[0][:120]
     raise ValueError(f"{path} cannot be read; is it truncated, or no file that torch.save wrote? {reason}") from error
-  if not isinstance(found, dict) or not isinstance(found.get("task", {}), dict):
-    raise ValueError(f"{path} holds a {type(found).__name__}; a checkpoint is a dict with the weights as \"task\".")
+  task = found.get("task", found) if isinstance(found, dict) else found
+  if not isinstance(task, dict):
+    where = "" if task is found else " as its task"
+    raise ValueError(f"{path} holds a {type(task).__name__}{where}; a checkpoint is a dict with the weights, by name,"
+                     " as \"task\".")
   return found
 
 
