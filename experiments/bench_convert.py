@@ -4,7 +4,7 @@ Claim: a conversion holds one stacked leaf and little else, whatever the size of
 model.
 Command: python -m experiments.bench_convert          (and --from=olmo2; 45 GB of disk for a few minutes)
 Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
-With --from=checkpoints it is one of our own, of random numbers, and of four layers, for to make it takes all its state.
+With --from=checkpoints it is one of our own, of random numbers, cut to four layers: making it holds the whole state.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Checkpoints:
     target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
     with self._manager() as manager:
       restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-    return {name: _checked(name, np.asarray(array), about) for name, array in restored.items()}
+    return {name: _checked(name, np.asarray(restored[name]), about) for name in about["manifest"]}
 
   def _params(self, step: int, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """("layers/query", leaf) of a checkpoint one after another, by name. Raises as `_arrays`."""
