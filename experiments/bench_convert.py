@@ -4,10 +4,12 @@ Claim: a conversion holds one stacked leaf and little else, whatever the size of
 model.
 Command: python -m experiments.bench_convert          (and --from=olmo2; 45 GB of disk for a few minutes)
 Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
+With --from=checkpoints it is one of our own, of random numbers, cut to four layers: making it holds the whole state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,32 +19,39 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 from absl import flags
 
+import rat_jax
 from experiments import common
-from rat_jax import RATPlusConfig
+from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.convert import mapping, olmo2, ratplus
 from rat_jax.convert.tensors import SafetensorsFolder
+from rat_jax.train import Checkpoints
 
 _LOAD = """
 import sys, jax, rat_jax
 rat_jax.load_pretrained(sys.argv[1], place=lambda name, leaf: jax.block_until_ready(jax.device_put(leaf)))
 """
 LOAD = flags.DEFINE_bool("load", False, "Load what was written too, to the CPU: it takes as much memory as the model.")
-FROM = flags.DEFINE_enum("from", "ratplus", ["ratplus", "olmo2"], "Whose form: float32 .pth, bfloat16 safetensors.")
-PRESET = flags.DEFINE_string("preset", None, "Default: ratplus-7b, olmo2-7b.")
+_DEFAULTS = {"ratplus": "ratplus-7b", "olmo2": "olmo2-7b", "checkpoints": "ratplus-1b"}
+FROM = flags.DEFINE_enum("from", "ratplus", list(_DEFAULTS), "Whose form: float32 .pth, bfloat16 safetensors, our own.")
+PRESET = flags.DEFINE_string("preset", None, f"Default: {', '.join(_DEFAULTS.values())}.")
 
 
 def main() -> None:
   folder = common.workdir("bench_convert")
-  preset = PRESET.value or f"{FROM.value}-7b"
+  preset = PRESET.value or _DEFAULTS[FROM.value]
   config = RATPlusConfig.preset(preset)
+  if FROM.value == "checkpoints":
+    config = dataclasses.replace(config, num_layers=4)
   source, output = folder / "source", folder / "output"
   for path in (source, output):
     shutil.rmtree(path, ignore_errors=True)
   source.mkdir()
-  given = empty_pth(config, source) if FROM.value == "ratplus" else empty_olmo2(config, source)
+  make = {"ratplus": empty_pth, "olmo2": empty_olmo2, "checkpoints": random_checkpoint}
+  given = make[FROM.value](config, source)
   command = [sys.executable, "-m", "experiments.convert", f"--from={FROM.value}", f"--source={given}",
              f"--output={output}", *([f"--config={preset}"] if FROM.value == "ratplus" else [])]
   seconds, peak = run(command)
@@ -104,6 +113,14 @@ def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(8 + len(text) + at)
   (folder / "config.json").write_text(json.dumps(olmo2.their_config(config) | {"dtype": "bfloat16"}))
+  return folder
+
+
+def random_checkpoint(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
+  """A checkpoint of parameters as they are drawn, with the moments of AdamW."""
+  model, optimizer = RATPlusLM(config), rat_jax.make_optimizer(1e-3, total_steps=1)
+  params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  Checkpoints(folder).save(rat_jax.init_train_state(model, params, optimizer), config, {})
   return folder
 
 

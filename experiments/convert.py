@@ -5,7 +5,7 @@ Commands: python -m experiments.convert --from=ratplus --source=model.pth --outp
           python -m experiments.convert --from=checkpoints --source=runs/pretrain/checkpoints --output=runs/mine
 Then: config, params = rat_jax.load_pretrained("runs/ratplus-7b"). --nomemory leaves OLMo 2 as it was released.
 Releases are in float32 for the most part; --dtype=bfloat16 --param_dtype=bfloat16 makes a folder to run models from.
-Our own checkpoints are loaded whole, with the moments of AdamW.
+Of our own checkpoints the parameters alone are read, twice: the first time to pass over a damaged one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from absl import flags
 
 from experiments import common
 from rat_jax import RATPlusConfig
-from rat_jax.convert.leaves import named_leaves
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import check_new_folder
@@ -48,18 +47,15 @@ def main() -> None:
   about = {"source": str(source)}
   leaves: Iterable[tuple[str, np.ndarray]]
   if FROM.value == "ratplus":
-    config, leaves = read_ratplus(source, _config())
+    config, leaves, training = read_ratplus(source, _config())
+    about["trained by the authors"] = json.dumps(training) if training else "the file does not say how"
   elif FROM.value == "olmo2":
     config, leaves = read_olmo2(source, MEMORY.value, GATE_BIAS.value)
     if config.memory:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:
-    config, params, notes = Checkpoints(source).load_params()
-    leaves = sorted((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
-    digest = hashlib.sha256()
-    for _, leaf in leaves:
-      digest.update(leaf.tobytes())
-    about |= {"trained": json.dumps(notes), "sha256 of the parameters by name": digest.hexdigest()}
+    config, leaves, notes, digest = Checkpoints(source).read_params()
+    about |= {"trained": json.dumps(notes), "sha256 of the parameters by name": digest}
   about |= _digests(source)
   if PARAM_DTYPE.value:
     about["parameters"] = f"{config.param_dtype} in the source, {PARAM_DTYPE.value} here"
@@ -86,7 +82,10 @@ def _config() -> RATPlusConfig | None:
   if CONFIG.value is None:
     return None
   path = pathlib.Path(CONFIG.value)
-  return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
+  try:
+    return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
+  except ValueError as error:
+    raise ValueError(f"--config={path}: {error}") from error
 
 
 def _as_type(leaves: Iterable[tuple[str, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

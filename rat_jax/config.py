@@ -76,10 +76,13 @@ class RATPlusConfig:
 
   def _settle_float(self, name: str, fix: str, positive: bool = False) -> None:
     value = getattr(self, name)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (positive and value <= 0):
+    try:
+      number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+      number = math.inf
+    if not math.isfinite(number) or (positive and number <= 0):
       raise ValueError(f"{name}={value!r}; {fix}.")
-    object.__setattr__(self, name, float(value))
+    object.__setattr__(self, name, number)
 
   @classmethod
   def preset(cls, name: str) -> RATPlusConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import rat_jax
 from conftest import FIXTURES, run_python
 from rat_jax import RATPlusConfig, RATPlusLM, layout as layouts, transformer
-from rat_jax.convert import export_olmo2, load_olmo2
+from rat_jax.convert import export_olmo2, load_olmo2, tensors
 
 OLMO2 = FIXTURES / "olmo2_tiny"
 
@@ -158,6 +159,9 @@ def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype,
     (lambda c: c.update(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),
     (lambda c: c.update(tie_word_embeddings=True), "tie_word_embeddings=True, but 'lm_head.weight' differs"),
     (lambda c: c.update(dtype="bfloat16"), r"says bfloat16, but '.*' is float32, which would be rounded"),
+    (lambda c: c.update(num_hidden_layers=10**30), r"the config has 10{30} layers, and the weights hold 25 tensors"),
+    (lambda c: c.update(rms_norm_eps=10**400), r"config\.json makes no model: norm_eps=10{400}; use a finite number"),
+    (lambda c: c.update(dtype=[1]), r"config\.json: dtype=\[1\] is not supported; use what the files hold"),
     (lambda c: c.update(hidden_size="64"), r"config\.json makes no model: embed_dim='64'"),
 ])
 def test_configs_that_contradict_the_weights_are_refused(tmp_path, change, message):
@@ -238,7 +242,9 @@ def test_configs_of_others_are_refused(tmp_path, small):
   config, params = small
   rat_jax.save_pretrained(tmp_path / "model", config, params)
   path = tmp_path / "model" / "config.json"
-  for text, message in ((b"\xff\xfe", "is not JSON"), (b"[]", "holds a list; give a folder that save_pretrained wrote"),
+  for text, message in ((b"\xff\xfe", "is not JSON"), (b"[" * 10**5, "is not JSON"),
+                        (b"[" + b"1" * 5000 + b"]", "is not JSON"),
+                        (b"[]", "holds a list; give a folder that save_pretrained wrote"),
                         (b'{"size": 3}', r"the configuration has unknown fields \['size'\]"),
                         (dataclasses.replace(config, param_dtype="bfloat16").to_json().encode(),
                          "embedding is float32, the config has param_dtype='bfloat16'")):
@@ -293,6 +299,18 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, small):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_is_told(tmp_path):
+  array = np.ones(10**6, np.float32)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # of the files that this process writes
+  try:
+    with pytest.raises(OSError, match="File too large"), tensors.new_folder(tmp_path / "model") as made:
+      tensors.write_safetensors(made, [("a", array)], count=1, metadata={}, max_file_bytes=10**9)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not list(tmp_path.iterdir())
+
+
 def test_folders_that_are_there_and_empty_are_written_into(tmp_path, monkeypatch, small):
   config, params = small
   for name in ("empty", "current", "linked"):
@@ -333,8 +351,7 @@ def test_our_files_are_the_packages(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=5).astype(jnp.bfloat16),
             "c": np.array(2.5, np.float32)}
-  rat_jax.convert.tensors.write_safetensors(tmp_path, arrays.items(), count=3, metadata={"x": "y"},
-                                            max_file_bytes=10**6)
+  tensors.write_safetensors(tmp_path, arrays.items(), count=3, metadata={"x": "y"}, max_file_bytes=10**6)
   save_file(arrays, tmp_path / "theirs.safetensors", metadata={"x": "y"})
   ours, theirs = (load_file(tmp_path / name) for name in ("model.safetensors", "theirs.safetensors"))
   assert ours.keys() == theirs.keys()

@@ -22,6 +22,7 @@ import rat_jax
 from conftest import FIXTURES
 from rat_jax import Dense, Dilated, RATPlusLM
 from rat_jax.convert import export_olmo2, load_olmo2, load_ratplus, to_ratplus_state_dict
+from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import TorchTensors
 
 torch = pytest.importorskip("torch", reason="torch reads .pth files; make test-torch installs it")
@@ -70,8 +71,15 @@ def test_converted_by_the_script_and_back(name, tmp_path):
     np.testing.assert_array_equal(ours[own], value)
   torch.save({"task": {own: torch.from_numpy(value) for own, value in ours.items()}}, tmp_path / "back.pth")
   jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "back.pth", config)[1], params)
-  digest = hashlib.sha256((FOLDER / f"{name}.pth").read_bytes()).hexdigest()
-  assert digest in (tmp_path / "model" / "README.md").read_text()
+  card = (tmp_path / "model" / "README.md").read_text()
+  assert hashlib.sha256((FOLDER / f"{name}.pth").read_bytes()).hexdigest() in card
+  trained = json.loads(card.split("* trained by the authors: ")[1].split("\n")[0])
+  sparse = 8 if config.memory else 1
+  assert trained.items() >= {
+      "batches": 4, "data.train.tokenized_file_path": "fineweb_edu_100B/llama-train.bin", "data.seq_len": 32,
+      "data.global_batch_size": 4, "optim.optimizer.lr": 0.002, "model.backbone.seq_cell.dilation_size": sparse,
+      "model.backbone.seq_cell.joint_train": config.memory}.items()
+  assert "trainer.pretrained_path" not in trained  # null in the file
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -118,8 +126,12 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
   with pytest.raises(ValueError, match="unpickling that would run its code"):
     load_ratplus(tmp_path / "code.pth")
   assert not (tmp_path / "ran").exists()
-  with pytest.raises(FileNotFoundError, match=r"give a \.pth file"):
-    load_ratplus(tmp_path / "none.pth")
+  torch.save({"task": torch.ones(2)}, tmp_path / "task.pth")
+  with pytest.raises(ValueError, match="holds a Tensor as its task; a checkpoint is a dict with the weights"):
+    load_ratplus(tmp_path / "task.pth")
+  for path, message in ((tmp_path / "none.pth", r"does not exist; give a \.pth file"), (tmp_path, "is a folder; give")):
+    with pytest.raises(FileNotFoundError, match=message):
+      load_ratplus(path)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -130,6 +142,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     to_ratplus_state_dict(params, dataclasses.replace(config, num_layers=1))
   with pytest.raises(ValueError, match="holds no config; give one"):
     load_ratplus(tmp_path / "bare.pth")
+  assert read_ratplus(tmp_path / "bare.pth", config)[2] == {}
   jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "bare.pth", config)[1], params)
   torch.save({name: value.bfloat16() for name, value in weights.items()}, tmp_path / "bare.pth")  # weights alone
   halves = load_ratplus(tmp_path / "bare.pth", dataclasses.replace(config, param_dtype="bfloat16"))[1]
@@ -194,11 +207,14 @@ def test_a_config_beside_the_files_own(tmp_path):
   found = contents_of(path)
   theirs, layer = found["config"], found["config"]["model"]["backbone"]["seq_cell"]
   theirs["trainer"]["dtype"] = "bfloat16"
+  theirs["data"] = {"seq_len": torch.ones(3)}
   task = {name.removeprefix("_orig_mod.").replace("layers.", "layers._orig_mod."): value
           for name, value in found["task"].items()}
   torch.save({"task": task, "config": theirs}, tmp_path / "model.pth")
   again, read = load_ratplus(tmp_path / "model.pth")
   assert again == dataclasses.replace(config, dtype="bfloat16")
+  trained = read_ratplus(tmp_path / "model.pth")[2]  # of what is there, and is a setting
+  assert {name.split(".")[0] for name in trained} == {"wandb", "trainer", "optim", "model"}
   jax.tree.map(np.testing.assert_array_equal, read, params)
   layer["_name_"] = "ratplus16local"  # an older file
   del layer["apply_re"]

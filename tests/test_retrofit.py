@@ -182,6 +182,9 @@ def test_a_release_in_float32_becomes_a_folder_in_bfloat16(tmp_path):
   for more, message in (("--config=tiny", "--config changes nothing under --from=olmo2; leave it out"),
                         ("--nomemory", "--gate_bias changes nothing under --from=olmo2 --nomemory")):
     assert message in run_python(*convert, "--gate_bias=-3", more, check=False)
+  said = run_python("-m", "experiments.convert", "--from=ratplus", "--source=none.pth", "--config=nope",
+                    f"--output={tmp_path}/none", check=False)
+  assert "error: --config=nope: preset 'nope' is unknown" in said
 
 
 @pytest.mark.slow

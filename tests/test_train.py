@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 import rat_jax
 from conftest import GRADIENT, assert_close
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import Checkpoints, cross_entropy, train
@@ -244,13 +247,17 @@ def test_a_checkpoint_of_another_config_or_optimizer_is_refused(tmp_path):
     checkpoints.restore(other, CONFIG)
 
 
+def largest_file(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
 def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   state = fresh_state()
   checkpoints.save(state, CONFIG, {"step": 0})
   later, _ = rat_jax.train_step(MODEL, OPTIMIZER, state, batch_at(0), modes=MODES)
   checkpoints.save(later, CONFIG, {"step": 1})
-  largest = max((p for p in (tmp_path / "1" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest = largest_file(tmp_path / "1" / "state")
   data = bytearray(largest.read_bytes())
   data[len(data) // 2] ^= 1
   largest.write_bytes(data)
@@ -263,6 +270,35 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
   checkpoints.save(later, CONFIG, {"step": 1})  # training goes on past the damaged step
   restored, _ = checkpoints.restore(fresh_state(), CONFIG)
   jax.tree.map(np.testing.assert_array_equal, restored, later)
+
+
+def test_parameters_are_read_a_leaf_at_a_time(tmp_path):
+  state = fresh_state()
+  Checkpoints(tmp_path).save(state, CONFIG, {"step": 0})
+  config, leaves, notes, digest = Checkpoints(tmp_path).read_params()
+  assert (config, notes) == (CONFIG, {"step": 0})
+  expected = {name: np.asarray(leaf) for name, leaf in sorted(named_leaves(state.params).items())}
+  held, names = (lambda: None), []
+  for name, leaf in leaves:
+    assert held() is None, "an earlier leaf is still held"
+    np.testing.assert_array_equal(leaf, expected[name])
+    held = weakref.ref(leaf)
+    names.append(name)
+    del leaf
+  assert names == list(expected)
+  assert digest == hashlib.sha256(b"".join(leaf.tobytes() for leaf in expected.values())).hexdigest()
+
+
+def test_damaged_parameters_are_passed_over_before_any_is_given(tmp_path):
+  checkpoints, state = Checkpoints(tmp_path), fresh_state()
+  for step in (0, 1):
+    checkpoints.save(dataclasses.replace(state, step=jnp.int32(step)), CONFIG, {"step": step})
+  data = largest_file(tmp_path / "1" / "state")
+  data.write_bytes(bytes(data.stat().st_size))
+  for read in (checkpoints.load_params, checkpoints.read_params):
+    with pytest.warns(UserWarning, match="CHECKPOINT 1 .* IS DAMAGED"):
+      assert read()[2] == {"step": 0}
+  assert checkpoints.steps() == [0, 1]  # what only reads moves nothing
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

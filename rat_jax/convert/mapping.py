@@ -58,7 +58,11 @@ def transposed(leaf: str, name: str, rows: int, columns: int) -> Piece:
 
 def check(pieces: Sequence[Piece], tensors: Tensors, num_layers: int, ignored: frozenset[str] = frozenset()) -> None:
   """Raises ValueError for missing, misshapen and unknown tensors, before anything is read."""
-  found, expected = tensors.specs(), foreign_shapes(pieces, num_layers)
+  found = tensors.specs()
+  if num_layers > len(found):  # before any number of names is made, for a config is not to be trusted
+    raise ValueError(f"the config has {num_layers} layers, and the weights hold {len(found)} tensors in all; are they"
+                     " of one model?")
+  expected = foreign_shapes(pieces, num_layers)
   for name, shape in expected.items():
     if name not in found:
       raise ValueError(f"the weights lack {name!r}; they hold {len(found)} tensors, for instance {sorted(found)[:3]}.")

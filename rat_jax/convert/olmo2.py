@@ -137,6 +137,9 @@ def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig
   if missing:
     raise ValueError(f"{path} lacks {missing}.")
   dtype = theirs.get("dtype") or theirs.get("torch_dtype") or "float32"
+  if dtype not in ("float32", "bfloat16", "float16"):
+    raise ValueError(f"{path}: dtype={dtype!r} is not supported; use what the files hold: float32, bfloat16 or"
+                     " float16.")
   dtype = "bfloat16" if dtype == "bfloat16" else "float32"
   fields: dict[str, Any] = {ours: theirs[name] for ours, name in names.items()}
   fields |= {"num_kv_heads": theirs.get("num_key_value_heads"), "head_dim": theirs.get("head_dim"), "dtype": dtype,
@@ -165,7 +168,7 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
   if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases) or len(set(bases)) != 1:
     raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r} and rope_parameters={newer!r}; one rotary base"
                      " is needed, a number.")
-  return float(bases[0])
+  return bases[0]
 
 
 def _of_source(path: pathlib.Path, config: RATPlusConfig) -> dict[str, Any]:

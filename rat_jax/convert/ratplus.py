@@ -27,6 +27,14 @@ _COMPILED = "_orig_mod."
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"
 _LAYER = "backbone.layers.{i}."
 _NEEDED = object()
+# Their settings that say how a model was trained.
+_TRAINING = (
+    "wandb.job_type", "trainer.pretrained_path", "trainer.dtype", "trainer.seed", "trainer.max_epoch",
+    "trainer.gradient_clipping", "data._name_", "data.seq_len", "data.global_batch_size", "data.ignore_input_index",
+    "data.train._name_", "data.train.tokenized_file_path", "data.train.limit_tokens", "optim.optimizer._name_",
+    "optim.optimizer.lr", "optim.optimizer.weight_decay", "optim.optimizer.betas", "optim.lr_scheduler._name_",
+    "optim.lr_scheduler.warmup_iter", "optim.lr_scheduler.T_max", "optim.lr_scheduler.eta_min",
+    *(f"model.backbone.seq_cell.{name}" for name in ("dilation_size", "local_size", "initial_size", "joint_train")))
 
 
 def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlusConfig) -> Params:
@@ -54,16 +62,29 @@ def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *
       config, tensors that do not fit it.
     ImportError: torch is missing.
   """
-  config, named = read_ratplus(path, config)
+  config, named, _ = read_ratplus(path, config)
   return config, mapping.tree(named, place)
 
 
 def read_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None
-                 ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
-  """The same, the leaves one after another."""
+                 ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any]]:
+  """The same, the leaves one after another; and how the model was trained, {} where the file does not say."""
   found = _load_file(pathlib.Path(path))
   config = _config(found.get("config"), config, path)
-  return config, _leaves(TorchTensors(_plain(found.get("task", found)), str(path)), config)
+  return config, _leaves(TorchTensors(_plain(found.get("task", found)), str(path)), config), _training(found)
+
+
+def _training(found: Mapping[str, Any]) -> dict[str, Any]:
+  """What a file says of its model's training: the batches that it took, and settings under the authors' names."""
+  step = found.get("step")  # the index of the last batch
+  said = {"batches": step + 1 if type(step) is int else None} | {
+      key: _at(found.get("config"), key, None) for key in _TRAINING}
+  return {key: value for key, value in said.items() if _is_setting(value)}
+
+
+def _is_setting(value: Any) -> bool:
+  """Whether it is text, a number, or several; files may hold tensors in their place."""
+  return all(isinstance(one, str | int | float) for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +100,8 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_file(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; give a .pth file of the RAT+ authors.")
+    raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .pth file of the"
+                            " RAT+ authors.")
   with path.open("rb") as file:
     if file.read(1) == b"\x80":  # of a pickle; torch.save writes a zip file
       raise ValueError(f"{path} is a pickle, or in the old format of torch; load it with torch where you trust it, and"
@@ -108,8 +130,11 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
   except (RuntimeError, EOFError, ValueError, OSError) as error:
     reason = str(error).strip().split("\n")[0][:120]
     raise ValueError(f"{path} cannot be read; is it truncated, or no file that torch.save wrote? {reason}") from error
-  if not isinstance(found, dict) or not isinstance(found.get("task", {}), dict):
-    raise ValueError(f"{path} holds a {type(found).__name__}; a checkpoint is a dict with the weights as \"task\".")
+  task = found.get("task", found) if isinstance(found, dict) else found
+  if not isinstance(task, dict):
+    where = "" if task is found else " as its task"
+    raise ValueError(f"{path} holds a {type(task).__name__}{where}; a checkpoint is a dict with the weights, by name,"
+                     " as \"task\".")
   return found
 
 

@@ -202,7 +202,7 @@ class _Files:
       raise ValueError(f"{name!r} is {array.dtype}; weights are of {sorted(_WEIGHTS)}.")
     self._headers[-1][name] = {"dtype": kinds[array.dtype], "shape": list(array.shape),
                                "data_offsets": [self.filled, self.filled + array.nbytes]}
-    array.reshape(-1).view(np.uint8).tofile(self._file)
+    self._file.write(array.reshape(-1).view(np.uint8).data)  # its errors say what is wrong, those of `tofile` do not
     self.filled += array.nbytes
 
   def _finish(self) -> None:
@@ -281,7 +281,7 @@ def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
     raise FileNotFoundError(f"{path} does not exist; {what}.")
   try:
     found = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:  # also of text, of a number's length and of depth
     raise ValueError(f"{path} is not JSON: {error}.") from error
   if not isinstance(found, dict):
     raise ValueError(f"{path} holds a {type(found).__name__}; {what}.")

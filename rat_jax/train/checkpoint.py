@@ -12,7 +12,8 @@ import itertools
 import os
 import pathlib
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,12 @@ import orbax.checkpoint as ocp
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
+from rat_jax.convert import mapping
 from rat_jax.train.step import TrainState
+
+_PARAMS = ".params"
+_CHUNK_BYTES = 64 * 2**20  # of an array's pieces in a file: an array of one piece is read with a second one beside it
+_Found = TypeVar("_Found")
 
 
 class Checkpoints:
@@ -49,11 +55,12 @@ class Checkpoints:
       raise FloatingPointError(f"step {int(state.step)} is not saved: {bad[0]} is not finite ({len(bad)} such arrays).")
     manifest = {name: _entry(array) for name, array in arrays.items()}
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
+    pieces = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     with self._manager() as manager:
       if int(state.step) in manager.all_steps():
         manager.delete(int(state.step))  # of a run begun anew
       manager.save(int(state.step), args=ocp.args.Composite(
-          state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)), force=True)
+          state=ocp.args.StandardSave(arrays, save_args=pieces), about=ocp.args.JsonSave(about)), force=True)
       manager.wait_until_finished()
 
   def restore(self, template: TrainState, config: RATPlusConfig) -> tuple[TrainState, dict[str, Any]]:
@@ -66,7 +73,7 @@ class Checkpoints:
       FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), or
       none intact.
     """
-    arrays, about = self._read_newest(config, set_aside=True)
+    arrays, about = self._read_newest(self._arrays, config, set_aside=True)
     leaves, structure = jax.tree.flatten_with_path(template)
     missing = [jax.tree_util.keystr(path) for path, _ in leaves if jax.tree_util.keystr(path) not in arrays]
     if missing or len(leaves) != len(arrays):
@@ -76,27 +83,42 @@ class Checkpoints:
     return state, about["notes"]
 
   def load_params(self) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
-    """(config, params, notes) of the newest intact checkpoint, to run a model. Raises as `restore`."""
-    arrays, about = self._read_newest(None)
-    params: Params = {}
-    for name, array in arrays.items():
-      if name.startswith(".params"):
-        keys = [key.strip("'\"") for key in name.removeprefix(".params[").removesuffix("]").split("][")]
-        node = params
-        for key in keys[:-1]:
-          node = node.setdefault(key, {})
-        node[keys[-1]] = jnp.asarray(array)
+    """(config, params, notes) of the newest checkpoint whose parameters are intact, to run a model.
+
+    Reads nothing of the optimizer, and a leaf at a time. Raises as `restore`.
+    """
+    def read(step, about):
+      return mapping.tree(self._params(step, about), lambda name, leaf: jnp.asarray(leaf))
+
+    params, about = self._read_newest(read)
     return RATPlusConfig.from_json(about["config"]), params, about["notes"]
 
-  def _read_newest(self, config: RATPlusConfig | None, set_aside: bool = False
-                   ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  def read_params(self) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any], str]:
+    """(config, parameters, notes, SHA-256 of the parameters): the same, (name, leaf) one after another, by name.
+
+    All are read once before that, so that a damaged checkpoint is passed over before anything is made of it.
+    """
+    def read(step, about):
+      digest = hashlib.sha256()
+      for _, leaf in self._params(step, about):
+        digest.update(_bytes(leaf))
+        del leaf  # before the next is read
+      return step, digest.hexdigest()
+
+    (step, digest), about = self._read_newest(read)
+    return RATPlusConfig.from_json(about["config"]), self._params(step, about), about["notes"], digest
+
+  def _read_newest(self, read: Callable[[int, dict[str, Any]], _Found], config: RATPlusConfig | None = None,
+                   set_aside: bool = False) -> tuple[_Found, dict[str, Any]]:
+    """(what `read` makes of the newest checkpoint that it can read, what is written about that one)."""
     steps = self.steps()
     if not steps:
       raise FileNotFoundError(f"{self.folder} holds no checkpoint.")
     damaged = []
     for step in reversed(steps):
       try:
-        arrays, about = self._read(step)
+        about = self._about(step)
+        found = read(step, about)
       except Exception as error:  # whatever Orbax meets in a damaged file
         warnings.warn(f"CHECKPOINT {step} in {self.folder} IS DAMAGED and passed over: {error}", stacklevel=3)
         damaged.append(step)
@@ -108,19 +130,32 @@ class Checkpoints:
       if set_aside:
         for later in damaged:
           (self.folder / str(later)).rename(_unused(self.folder / f"damaged-{later}"))
-      return arrays, about
+      return found, about
     raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
 
-  def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  def _about(self, step: int) -> dict[str, Any]:
     with self._manager() as manager:
-      about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-      target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
+      return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+  def _arrays(self, step: int, about: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds. Raises ValueError for what is not as it was written."""
+    target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
+    with self._manager() as manager:
       restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-    arrays = {name: np.asarray(array) for name, array in restored.items()}
-    for name, entry in about["manifest"].items():
-      if _entry(arrays[name]) != entry:
-        raise ValueError(f"{name} is not what was written")
-    return arrays, about
+    return {name: _checked(name, np.asarray(restored[name]), about) for name in about["manifest"]}
+
+  def _params(self, step: int, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """("layers/query", leaf) of a checkpoint one after another, by name. Raises as `_arrays`."""
+    names = {_plain(name): name for name in about["manifest"] if name.startswith(_PARAMS)}
+    with self._manager() as manager:
+      for plain, name in sorted(names.items()):
+        yield plain, self._leaf(manager, step, name, about)  # no name is bound to it: it goes when the caller drops it
+
+  def _leaf(self, manager: ocp.CheckpointManager, step: int, name: str, about: dict[str, Any]) -> np.ndarray:
+    entry = about["manifest"][name]
+    args = ocp.args.PyTreeRestore({name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])}, partial_restore=True,
+                                  restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)})
+    return _checked(name, manager.restore(step, args=ocp.args.Composite(state=args))["state"][name], about)
 
   def _manager(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
@@ -131,6 +166,17 @@ def _arrays(state: TrainState) -> dict[str, np.ndarray]:
   """The state's leaves by their path."""
   leaves = jax.tree.flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _plain(name: str) -> str:
+  """".params['layers']['query']" as "layers/query"."""
+  return "/".join(key.strip("'\"") for key in name.removeprefix(f"{_PARAMS}[").removesuffix("]").split("]["))
+
+
+def _checked(name: str, array: np.ndarray, about: dict[str, Any]) -> np.ndarray:
+  if _entry(array) != about["manifest"][name]:
+    raise ValueError(f"{name} is not what was written")
+  return array
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
@@ -144,5 +190,9 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _entry(array: np.ndarray) -> dict[str, Any]:
-  digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-  return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
+  return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashlib.sha256(_bytes(array)).hexdigest()}
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+  """Its bytes, not copied."""
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
