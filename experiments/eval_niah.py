@@ -56,17 +56,16 @@ WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. De
                                lower_bound=1)
 
 
-def sequences(length: int, count: int) -> dict[str, dict[str, jax.Array]]:
-  """The sequences of every task, the same for all rows of the table and all checkpoints."""
-  return _sequences(length, count, SPACING.value, NEAR_MISS.value)
+def sequences(name: str) -> dict[str, jax.Array]:
+  """The sequences of a task, the same for all rows of the table and all checkpoints."""
+  return _sequences(name, LENGTH.value, COUNT.value, SPACING.value, NEAR_MISS.value)
 
 
 @functools.cache
-def _sequences(length: int, count: int, spacing: int, near_miss: float) -> dict[str, dict[str, jax.Array]]:
-  rows = tuple(kind for task in TASKS.values()
-               for kind in evaluation_rows(task, count, spacing=spacing, near_miss=near_miss))
-  made = jax.jit(lambda: mini_niah.batch(rows, length, niah.DATA_SEED, 0))()
-  return {name: jax.tree.map(lambda x, i=i: x[i * count:(i + 1) * count], made) for i, name in enumerate(TASKS)}
+def _sequences(name: str, length: int, count: int, spacing: int, near_miss: float) -> dict[str, jax.Array]:
+  rows = evaluation_rows(TASKS[name], count, spacing=spacing, near_miss=near_miss)
+  first_row = list(TASKS).index(name) * count  # as in a batch of all tasks, whichever are asked for
+  return jax.jit(lambda: mini_niah.batch(rows, length, niah.DATA_SEED, 0, first_row))()
 
 
 def prompt_length(row: Row, task: Task) -> int:
@@ -78,9 +77,9 @@ def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], 
                 ) -> dict[str, np.ndarray]:
   """Which sequences of tasks that share a mode every seed answers: {task: bool [seeds, count]}."""
   mode, prefill_mode = row.build(tasks[0])
-  made = sequences(LENGTH.value, COUNT.value)
-  right = niah.which_right(model, params, [made[task.name] for task in tasks], [prompt_length(row, t) for t in tasks],
-                           batch_size=BATCH_SIZE.value, draw=draw, mode=mode, prefill_mode=prefill_mode)
+  right = niah.which_right(model, params, [sequences(task.name) for task in tasks],
+                           [prompt_length(row, task) for task in tasks], batch_size=BATCH_SIZE.value, draw=draw,
+                           mode=mode, prefill_mode=prefill_mode)
   return {task.name: one for task, one in zip(tasks, right, strict=True)}
 
 
@@ -114,7 +113,7 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict
   The scores are those of text: of an answer as its values' numbers, between commas.
   """
   (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
-  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(LENGTH.value, COUNT.value)[task.name])
+  made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(task.name))
   start, answer = prompt_length(row, task), LENGTH.value - task.answer_length
   ids, answers = jnp.arange(len(made["tokens"]), dtype=jnp.int32), list[np.ndarray]()
   logits, cache = rat_jax.prefill(model, one, made["tokens"][:, :start], mode=mode, prefill_mode=prefill_mode,

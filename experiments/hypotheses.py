@@ -40,7 +40,7 @@ def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """
   size, found, row = BATCH_SIZE.value, {}, methods(16)[method]
   for name, task in TASKS.items():
-    made, (mode, _) = eval_niah.sequences(LENGTH.value, COUNT.value)[name], row.build(task)
+    made, (mode, _) = eval_niah.sequences(name), row.build(task)
     batches = [jax.tree.map(lambda x, i=i: x[i:i + size], made) for i in range(0, COUNT.value, size)]
     seeds = [np.concatenate([_hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
              for one in _seeds(params)]
@@ -90,8 +90,7 @@ def random_choice(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
 
 def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   """Choosing by keys with or without the memory, and attending with or without it: {setting: {task: [seeds]}}."""
-  every, found = eval_niah.sequences(LENGTH.value, COUNT.value), {}
-  made = [every[name] for name in TASKS]
+  made, found = [eval_niah.sequences(name) for name in TASKS], {}
   prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
   mode = Dense() if budget == "dense" else Quest(_tokens(budget), block=16, keep_first=False)
   for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
@@ -140,8 +139,7 @@ def reach(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
 
   Of a state sum_s w_s x_s the age is sum_s w_s (t - s) over sum_s w_s; the mean is over tokens.
   """
-  made = eval_niah.sequences(LENGTH.value, COUNT.value)
-  tokens = jnp.concatenate([made[name]["tokens"][:8] for name in TASKS])
+  tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in TASKS])
   return {"age": [np.asarray(_ages(model, one, tokens)).tolist() for one in _seeds(params)]}
 
 
@@ -170,8 +168,7 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
     mode = Dilated(dilation)
     row = Row("", functools.partial(lambda mode, task: (mode, None), mode))
     right = eval_niah.which_right(model, params, row, tasks)
-    made = eval_niah.sequences(LENGTH.value, COUNT.value)
-    last = {task.name: np.asarray(made[task.name]["golden"]).max(axis=1) for task in tasks}
+    last = {task.name: np.asarray(eval_niah.sequences(task.name)["golden"]).max(axis=1) for task in tasks}
     away = np.concatenate([(dilation - 1 - last[task.name]) % dilation for task in tasks])
     rights = np.concatenate([right[task.name] for task in tasks], axis=1)
     count = np.bincount(away, minlength=dilation)

@@ -45,7 +45,7 @@ def of_all(part, model, params):
 def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
-  made = eval_niah.sequences(LENGTH, COUNT)["single_2"]
+  made = eval_niah.sequences("single_2")
   hits = lambda mode: hypotheses._hits(model, one, made, task, mode, isinstance(mode, SnapKV))
   assert hits(Quest(LENGTH, block=16)).all()
   assert hits(SnapKV(LENGTH, obs_window=3)).all()
@@ -117,8 +117,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
 
 def test_the_age_of_the_memory_is_that_of_its_weights():
   model, params = trained()
-  made = eval_niah.sequences(LENGTH, COUNT)
-  tokens = jnp.concatenate([made[name]["tokens"][:8] for name in hypotheses.TASKS])
+  tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in hypotheses.TASKS])
   p = jax.tree.map(lambda x: np.asarray(x[0, 0], np.float64), params["layers"])
   x = np.asarray(params["embedding"][0], np.float64)[np.asarray(tokens)]
   x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + model.config.norm_eps) * p["attention_norm"]
@@ -144,7 +143,7 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
       np.mean([cell["accuracy"][0] for cell in cells.values()]))
   rights = [[] for _ in range(8)]  # by the steps from a value's last symbol to a token that is kept
   for name, cell in cells.items():
-    golden = np.asarray(eval_niah.sequences(LENGTH, COUNT)[name]["golden"])
+    golden = np.asarray(eval_niah.sequences(name)["golden"])
     for last, right in zip(golden.max(axis=1), niah.from_hex(cell)[0], strict=True):
       rights[next(d for d in range(8) if (last + d + 1) % 8 == 0)].append(right)
   assert by_distance["count"] == [len(x) for x in rights]
