@@ -105,7 +105,7 @@ def table(cells: Cells) -> str:
         seeds = accuracies(rows[label]).mean(axis=0)
         mean, of_seeds = f"{seeds.mean():.1f}", " ".join(f"{x:.0f}" for x in seeds)
         of_examples = np.linalg.norm([error_over_examples(cell) for cell in rows[label].values()]) / len(tasks)
-        errors = _both_errors(seeds, of_examples)
+        errors = _both_errors(seeds, float(of_examples))
       lines.append([label, niah.name(checkpoint), mean, errors, *of_tasks, of_seeds])
   return markdown_table(["mode", "checkpoint", "mean", "s.e. seeds, examples", *tasks, "seeds"], lines)
 
@@ -146,12 +146,17 @@ def _seeds(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> int:
   return max((len(cell.get("accuracy", [])) for by_task in rows.values() for cell in by_task.values()), default=0)
 
 
+def left_out(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[int]:
+  """The seeds of a checkpoint that are too low under Dense; none where none is high enough."""
+  low = _too_low(rows)
+  return list(low) if len(low) < _seeds(rows) else []
+
+
 def matched(cells: Cells) -> Cells:
-  """The cells without seeds that are too low under Dense; with all seeds of a checkpoint where none is high enough."""
+  """The cells without the seeds that are `left_out`."""
   kept = {}
   for checkpoint, rows in cells.items():
-    low = _too_low(rows)
-    out = low if len(low) < _seeds(rows) else {}
+    out = left_out(rows)
     kept[checkpoint] = {label: {task: {
         name: [one for i, one in enumerate(value) if i not in out] if name in _BY_SEED else value
         for name, value in cell.items()} for task, cell in by_task.items()} for label, by_task in rows.items()}
@@ -162,10 +167,9 @@ def unmatched(cells: Cells) -> str:
   """A line for every seed that is too low under Dense."""
   lines = []
   for checkpoint, rows in cells.items():
-    low = _too_low(rows)
-    fate = "left out" if len(low) < _seeds(rows) else "kept, for want of others"
+    fate = "left out" if left_out(rows) else "kept, for want of others"
     lines += [f"{niah.name(checkpoint)}, seed {seed}, {fate}: dense accuracy below {MATCHED:g} in {tasks}"
-              for seed, tasks in low.items()]
+              for seed, tasks in _too_low(rows).items()]
   return "\n".join(lines)
 
 

@@ -236,8 +236,8 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   errors = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.errors_by_task(full).splitlines()]
   assert errors[2:] == [["dense", "one", f"5.0, {error:.1f}"], ["dense", "two", "0.0, 15.8"],
                         ["Quest, 1/4", "one", ""], ["Quest, 1/4", "two", ""]]
-  kept = niah_report.compact(full)
-  assert kept["one"] == {"dense": {"t": {"accuracy": [80, 70], "count": 10, "error_over_seeds": 5}}, "Quest, 1/4": blank}
+  dense = {"accuracy": [80, 70], "count": 10, "error_over_seeds": 5}
+  assert niah_report.compact(full)["one"] == {"dense": {"t": dense}, "Quest, 1/4": blank}
   assert niah_report.side_by_side(full).splitlines()[2].split("|")[2].strip() == "50.0 / 75.0"
   assert niah_report.unmatched(full).splitlines()[1] == (
       "one, seed 1, kept, for want of others: dense accuracy below 95 in t 70.0")
