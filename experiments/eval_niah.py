@@ -173,8 +173,9 @@ def options(row: Row | None = None) -> str:
 
 def text_cells(checkpoint: str) -> tuple[str, Compute]:
   """`opened` for tasks in words."""
-  model, params = text_needles.load_model(checkpoint)
+  model, params, notes = text_needles.load_model(checkpoint)
   examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, niah.DATA_SEED)
+  text_needles.check_unseen(TASK_NAMES.value, checkpoint, notes)
   return f"{checkpoint} {niah.fingerprint(params)}", lambda row, names: text_needles.cells(
       model, params, row, {name: examples[name] for name in names}, LENGTH.value, BATCH_SIZE.value)
 

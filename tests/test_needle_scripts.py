@@ -15,7 +15,7 @@ import rat_jax
 from conftest import run_python
 from experiments import eval_niah, niah, niah_report, niah_table, text_needles
 from needle_model import trained
-from rat_jax import Quest, RATPlusConfig, RATPlusLM
+from rat_jax import Dense, Quest, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
@@ -286,6 +286,33 @@ def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   before = (tmp_path / "asked" / "results.json").read_text()
   assert run_python(*ask).endswith(told[told.index("string_match_all"):])  # from the kept cells
   assert (tmp_path / "asked" / "results.json").read_text() == before
+
+
+def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  for folder, answer in (("seen", 1), ("copy", 1), ("new", 2)):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "single_1.jsonl").write_text(json.dumps({"input": "What is it?", "outputs": [answer]}))
+  model = RATPlusLM(RATPlusConfig(256, 1, 16, 2))
+  params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  monkeypatch.setattr(text_needles, "train", lambda *_, notes, **__: kept.update(notes))
+  load, kept = lambda _: (model, params, dict(kept)), {}
+  monkeypatch.setattr(text_needles, "load_model", load)
+  tune = lambda: text_needles.fine_tune("start", ["single_1"], 1, 512, 1, [Dense()], 1e-5)
+  with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), length=512, count=1, tasks=["single_1"]):
+    with flagsaver.flagsaver(ruler=str(tmp_path / "seen")):
+      tune()
+    tune()  # then on tasks of our own, which does not undo it
+    for folder in ("seen", "copy"):
+      with flagsaver.flagsaver(ruler=str(tmp_path / folder)), \
+          pytest.raises(ValueError, match=rf"{folder}: --checkpoint=tuned was fine-tuned on \['.*single_1.jsonl'\]"):
+        eval_niah.text_cells("tuned")
+    with flagsaver.flagsaver(ruler=str(tmp_path / "new")):
+      eval_niah.text_cells("tuned")
+    eval_niah.text_cells("tuned")
+    with flagsaver.flagsaver(seed=niah.DATA_SEED), pytest.raises(ValueError, match="with it would be trained on what"):
+      tune()
 
 
 def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatch):
