@@ -50,7 +50,7 @@ FREE_RUNNING = flags.DEFINE_integer("free_running", 32, "Sequences that are also
 SPACING = flags.DEFINE_integer("spacing", 0, "Tokens that a needle and the filler after it take at least: 2 D leaves"
                                " half a needle per window of D at most.", lower_bound=0)
 NEAR_MISS = flags.DEFINE_float("near_miss", 0.0, "Share of needles whose key differs from the asked one in its last"
-                               " symbol alone; of the 96 such keys a row takes 48.", 0.0, 1.0)
+                               " symbol alone; of the 96 such keys a row takes about 48 at most.", 0.0, 1.0)
 MATCH = flags.DEFINE_bool("match", True, "Leave seeds out that are below 95 in a task under Dense.")
 WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. Default: 8 on a GPU, else 1.",
                                lower_bound=1)

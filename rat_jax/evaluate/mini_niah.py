@@ -137,7 +137,7 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
           ) -> dict[str, Array]:
   """The batch of a step; `rows` and `length` are static under `jit`.
 
-  A row's random numbers are those of its place. With `first_row` the batch is that part of a larger one, from there on.
+  With `first_row` it is the part of a larger batch that begins with that row.
 
   Returns:
     "tokens", "targets" int32 [B, T]: the targets are the next tokens, -100 after a row's end;
