@@ -294,11 +294,9 @@ def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
   for folder, answer in (("seen", 1), ("copy", 1), ("new", 2)):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "single_1.jsonl").write_text(json.dumps({"input": "What is it?", "outputs": [answer]}))
-  model = RATPlusLM(RATPlusConfig(256, 1, 16, 2))
-  params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  kept = {}  # the notes of a model that is not in fact trained
   monkeypatch.setattr(text_needles, "train", lambda *_, notes, **__: kept.update(notes))
-  load, kept = lambda _: (model, params, dict(kept)), {}
-  monkeypatch.setattr(text_needles, "load_model", load)
+  monkeypatch.setattr(text_needles, "load_model", lambda _: (*trained(), dict(kept)))
   tune = lambda: text_needles.fine_tune("start", ["single_1"], 1, 512, 1, [Dense()], 1e-5)
   with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), length=512, count=1, tasks=["single_1"]):
     with flagsaver.flagsaver(ruler=str(tmp_path / "seen")):
