@@ -4,7 +4,8 @@ Claims (arXiv 2605.28640): H1, heads choose the right keys more often; H2, what 
 random choice keeps the answer.  Expected: RAT+ above attention in both.
 Cost of three seeds of both: 15 minutes on one H100.
 Command: python -m experiments.hypotheses --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
-Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept.
+Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept. Seeds below
+95 in a task under Dense are named and left out (--nomatch keeps them), as in the tables of experiments.eval_niah.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 import rat_jax
-from experiments import common, eval_niah, hypotheses_plots, niah
+from experiments import common, eval_niah, hypotheses_plots, niah, niah_report
 from experiments.eval_niah import BATCH_SIZE, COUNT, LENGTH
 from experiments.niah_table import Row
 from pallas_kernels.gated_scan.xla import linear_scan
@@ -33,6 +34,11 @@ DRAWS = flags.DEFINE_integer("draws", 5, "Draws of the random selector.", lower_
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 
 
+def dense(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
+  """{"dense": {task: cell}}: by these seeds are left out."""
+  return {"dense": eval_niah.cells(model, params, Row("dense", lambda task: (Dense(), None)), list(TASKS.values()))}
+
+
 def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """H1: the share of sequences in which a head has chosen every symbol of the answer at the step that needs it.
 
@@ -40,7 +46,7 @@ def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """
   size, found, row = BATCH_SIZE.value, {}, methods(16)[method]
   for name, task in TASKS.items():
-    made, (mode, _) = eval_niah.sequences(LENGTH.value, COUNT.value)[name], row.build(task)
+    made, (mode, _) = eval_niah.sequences(name), row.build(task)
     batches = [jax.tree.map(lambda x, i=i: x[i:i + size], made) for i in range(0, COUNT.value, size)]
     seeds = [np.concatenate([_hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
              for one in _seeds(params)]
@@ -90,8 +96,7 @@ def random_choice(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
 
 def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   """Choosing by keys with or without the memory, and attending with or without it: {setting: {task: [seeds]}}."""
-  every, found = eval_niah.sequences(LENGTH.value, COUNT.value), {}
-  made = [every[name] for name in TASKS]
+  made, found = [eval_niah.sequences(name) for name in TASKS], {}
   prompts = [LENGTH.value - task.answer_length - task.query_length for task in TASKS.values()]
   mode = Dense() if budget == "dense" else Quest(_tokens(budget), block=16, keep_first=False)
   for select_from in ("memory",) if mode == Dense() else ("memory", "plain"):
@@ -140,8 +145,7 @@ def reach(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
 
   Of a state sum_s w_s x_s the age is sum_s w_s (t - s) over sum_s w_s; the mean is over tokens.
   """
-  made = eval_niah.sequences(LENGTH.value, COUNT.value)
-  tokens = jnp.concatenate([made[name]["tokens"][:8] for name in TASKS])
+  tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in TASKS])
   return {"age": [np.asarray(_ages(model, one, tokens)).tolist() for one in _seeds(params)]}
 
 
@@ -160,9 +164,10 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
-  """Accuracy by the distance from the value's last symbol to the next kept token, under dilation alone.
+  """Accuracy by the tokens from the needle's END to the next kept one, under dilation alone; 0 where END is kept.
 
-  {mode: {"right": [seeds][D], "count": [D]}}, over all tasks that ask for one value, in percent.
+  A kept token before END holds the needle in part; only at D - 1, where the value's last symbol is kept, it holds all
+  that is asked. {mode: {"right": [seeds][D], "count": [D]}}, over all tasks that ask for one value, in percent.
   """
   found = {}
   for dilation in (8, 16, 32):
@@ -170,9 +175,8 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
     mode = Dilated(dilation)
     row = Row("", functools.partial(lambda mode, task: (mode, None), mode))
     right = eval_niah.which_right(model, params, row, tasks)
-    made = eval_niah.sequences(LENGTH.value, COUNT.value)
-    last = {task.name: np.asarray(made[task.name]["golden"]).max(axis=1) for task in tasks}
-    away = np.concatenate([(dilation - 1 - last[task.name]) % dilation for task in tasks])
+    ends = [1 + np.asarray(eval_niah.sequences(task.name)["golden"]).max(axis=1) for task in tasks]  # after the value
+    away = (dilation - 1 - np.concatenate(ends)) % dilation
     rights = np.concatenate([right[task.name] for task in tasks], axis=1)
     count = np.bincount(away, minlength=dilation)
     found[str(mode)] = {"count": count.tolist(), "right": [
@@ -181,11 +185,13 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
 
 
 # A question, and its pieces: a process takes one at a time.
-PARTS: dict[str, tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]] = {
+Part = tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]
+PARTS: dict[str, Part] = {
     "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware", "SnapKV blind")),
     "random": (random_choice, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
     "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
-    "reach": (reach, ("",)), "distance": (distance, ("",))}
+    "reach": (reach, ("",)), "distance": (distance, ("from END",))}
+_EVERY = PARTS | {"dense": (dense, ("",))}
 OF_MEMORY = ("two_by_two", "reach")  # what attention has no answer to
 ONLY_PARTS = flags.DEFINE_list("parts", list(PARTS), "Questions to answer.")
 
@@ -194,7 +200,7 @@ def compute(job: tuple[str, str, str]) -> dict[str, Any]:
   """The numbers of (part, piece, checkpoint)."""
   part, piece, checkpoint = job
   config, params = _load(checkpoint)
-  return PARTS[part][0](RATPlusLM(config), params, piece)
+  return _EVERY[part][0](RATPlusLM(config), params, piece)
 
 
 _load = functools.cache(niah.load)
@@ -220,10 +226,10 @@ def main() -> None:
   for checkpoint in checkpoints:
     config, params = _load(checkpoint)
     of_run = f"{checkpoint} {niah.fingerprint(params)}, {eval_niah.options()}|{LENGTH.value}|{COUNT.value}"
-    for part in ONLY_PARTS.value:
+    for part in ("dense", *ONLY_PARTS.value):
       if config.memory or part not in OF_MEMORY:
         draws = f"|{DRAWS.value}" if part == "random" else ""
-        keys |= {(part, piece, checkpoint): f"{part}, {piece}|{of_run}{draws}" for piece in PARTS[part][1]}
+        keys |= {(part, piece, checkpoint): f"{part}, {piece}|{of_run}{draws}" for piece in _EVERY[part][1]}
   jobs = [job for job, key in keys.items() if key not in results]
   done = niah.side_by_side(compute, jobs, eval_niah.WORKERS.value)
   with tqdm(done, total=len(jobs), unit="piece", disable=None) as bar:
@@ -233,13 +239,30 @@ def main() -> None:
       if bar.disable:
         part, piece, checkpoint = jobs[i]
         print(f"{names[checkpoint]}: {part} {piece}", flush=True)
-  shown: dict[str, dict[str, Any]] = {part: {} for part in ONLY_PARTS.value}
+  shown: dict[str, dict[str, Any]] = {part: {} for part in ("dense", *ONLY_PARTS.value)}
   for (part, _, checkpoint), key in keys.items():
     shown[part].setdefault(names[checkpoint], {}).update(results[key])
+  of_dense, low = shown.pop("dense"), ""
+  if eval_niah.MATCH.value:
+    shown, low = matched(shown, of_dense), niah_report.unmatched(of_dense)
   for part in ONLY_PARTS.value:
     hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
-  print(report(shown))
-  (folder / "table.md").write_text(report(shown) + "\n")
+  text = report(shown) + (f"\n\nnot matched\n\n{low}" if low else "")
+  print(text)
+  (folder / "table.md").write_text(text + "\n")
+
+
+def matched(results: dict[str, dict[str, Any]], of_dense: niah_report.Cells) -> dict[str, dict[str, Any]]:
+  """{part: {name: numbers}} without the seeds that are left out of tables for their cells `of_dense`."""
+  return {part: {name: _without(numbers, niah_report.left_out(of_dense[name]), 1 if part == "random" else 0)
+                 for name, numbers in by_name.items()} for part, by_name in results.items()}
+
+
+def _without(numbers: Any, seeds: list[int], axis: int) -> Any:
+  """Numbers without some seeds, which are this axis of every list but a "count"."""
+  if isinstance(numbers, dict):
+    return {name: one if name == "count" else _without(one, seeds, axis) for name, one in numbers.items()}
+  return np.delete(np.array(numbers), seeds, axis).tolist()
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:

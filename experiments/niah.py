@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments import common
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.needles import answered
@@ -26,6 +27,12 @@ from rat_jax.train import Checkpoints
 
 MATCHED = 95.0  # percent that every task needs under Dense for a comparison
 ACCURACY_SEED, DATA_SEED = 1_000_003, 20_000_003  # of the questions of `sft_niah` itself, and of tables
+
+
+def check_seeds(seeds: range) -> None:
+  """Raises ValueError where --seed would train on what is asked later."""
+  if ACCURACY_SEED in seeds or DATA_SEED in seeds:
+    raise ValueError(f"--seed={common.SEED.value}: with it would be trained on what is asked later; use another.")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import niah
@@ -43,7 +44,8 @@ def report(every: Cells, match: bool = True) -> str:
   cells = matched(every) if match else every
   compared = {"differences": differences, "first above second checkpoint, where that is below 95": claim,
               "as in the paper: second / first checkpoint": side_by_side} if len(cells) > 1 else {}
-  parts = {"": table(cells), "comma_recall": table(_scored(cells, "comma_recall")),
+  parts = {"": table(cells), "s.e. over seeds, examples": errors_by_task(cells),
+           "comma_recall": table(_scored(cells, "comma_recall")),
            **{title: of(cells) for title, of in compared.items()},
            "not matched": unmatched(every) if match else "", "greedy decoding, first seed": checks(cells),
            "blank": blanks(cells)}
@@ -59,16 +61,30 @@ def _scored(cells: Cells, score: str) -> Cells:
                        for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
 
 
-def accuracies_by_name(cells: Cells) -> dict[str, dict[str, dict[str, Any]]]:
-  """{checkpoint's name: {row: {task: the seeds' accuracies, or why it is blank}}}: what is kept of large tables."""
-  return {niah.name(checkpoint): {label: {
-      task: [round(x, 2) for x in cell["accuracy"]] if "accuracy" in cell else cell["blank"]
-      for task, cell in by_task.items()} for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
+def compact(cells: Cells) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+  """{checkpoint's name: {row: {task: cell}}}, what is kept of large tables: cells without what each sequence scored.
+
+  Those of several seeds also have the "error_over_seeds".
+  """
+  return {niah.name(checkpoint): {label: {task: _compact(cell) for task, cell in by_task.items()}
+                                  for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
+
+
+def _compact(cell: dict[str, Any]) -> dict[str, Any]:
+  kept = {name: value for name, value in cell.items() if name not in ("right", "by_example")}
+  if len(cell.get("accuracy", [])) > 1:
+    kept["error_over_seeds"] = standard_error(np.array(cell["accuracy"]))
+  return jax.tree.map(lambda x: round(x, 3) if isinstance(x, float) else x, kept)
 
 
 def by_example(cell: dict[str, Any]) -> np.ndarray:
   """What every example scored, as shares, means over seeds."""
   return np.array(cell["by_example"]) / 100 if "by_example" in cell else niah.from_hex(cell).mean(axis=0)
+
+
+def error_over_examples(cell: dict[str, Any]) -> float:
+  """The standard error over examples, in percent, of a cell's mean over seeds."""
+  return float(100 * np.sqrt(by_example(cell).var() / cell["count"]))
 
 
 def table(cells: Cells) -> str:
@@ -88,11 +104,23 @@ def table(cells: Cells) -> str:
       if is_whole(rows[label]):
         seeds = accuracies(rows[label]).mean(axis=0)
         mean, of_seeds = f"{seeds.mean():.1f}", " ".join(f"{x:.0f}" for x in seeds)
-        of_examples = 100 * np.sqrt(sum(by_example(cell).var() / cell["count"] for cell in rows[label].values()))
-        errors = f"{standard_error(seeds):.1f}, " if len(seeds) > 1 else ""
-        errors += f"{of_examples / len(tasks):.1f}"
+        of_examples = np.linalg.norm([error_over_examples(cell) for cell in rows[label].values()]) / len(tasks)
+        errors = _both_errors(seeds, float(of_examples))
       lines.append([label, niah.name(checkpoint), mean, errors, *of_tasks, of_seeds])
   return markdown_table(["mode", "checkpoint", "mean", "s.e. seeds, examples", *tasks, "seeds"], lines)
+
+
+def errors_by_task(cells: Cells) -> str:
+  """The standard errors of the cells of `table`, over seeds, if there are several, and over examples."""
+  tasks = list(next(iter(next(iter(cells.values())).values())))
+  lines = [[label, niah.name(checkpoint), *(
+      "" if "blank" in cell else _both_errors(np.array(cell["accuracy"]), error_over_examples(cell))
+      for cell in rows[label].values())] for label in next(iter(cells.values())) for checkpoint, rows in cells.items()]
+  return markdown_table(["mode", "checkpoint", *tasks], lines)
+
+
+def _both_errors(seeds: np.ndarray, of_examples: float) -> str:
+  return f"{standard_error(seeds):.1f}, {of_examples:.1f}" if len(seeds) > 1 else f"{of_examples:.1f}"
 
 
 def side_by_side(cells: Cells) -> str:
@@ -118,12 +146,17 @@ def _seeds(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> int:
   return max((len(cell.get("accuracy", [])) for by_task in rows.values() for cell in by_task.values()), default=0)
 
 
+def left_out(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[int]:
+  """The seeds of a checkpoint that are too low under Dense; none where none is high enough."""
+  low = _too_low(rows)
+  return list(low) if len(low) < _seeds(rows) else []
+
+
 def matched(cells: Cells) -> Cells:
-  """The cells without seeds that are too low under Dense; with all seeds of a checkpoint where none is high enough."""
+  """The cells without the seeds that are `left_out`."""
   kept = {}
   for checkpoint, rows in cells.items():
-    low = _too_low(rows)
-    out = low if len(low) < _seeds(rows) else {}
+    out = left_out(rows)
     kept[checkpoint] = {label: {task: {
         name: [one for i, one in enumerate(value) if i not in out] if name in _BY_SEED else value
         for name, value in cell.items()} for task, cell in by_task.items()} for label, by_task in rows.items()}
@@ -134,10 +167,9 @@ def unmatched(cells: Cells) -> str:
   """A line for every seed that is too low under Dense."""
   lines = []
   for checkpoint, rows in cells.items():
-    low = _too_low(rows)
-    fate = "left out" if len(low) < _seeds(rows) else "kept, for want of others"
+    fate = "left out" if left_out(rows) else "kept, for want of others"
     lines += [f"{niah.name(checkpoint)}, seed {seed}, {fate}: dense accuracy below {MATCHED:g} in {tasks}"
-              for seed, tasks in low.items()]
+              for seed, tasks in _too_low(rows).items()]
   return "\n".join(lines)
 
 

@@ -256,8 +256,7 @@ def train() -> None:
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
                      " devices (CUDA_VISIBLE_DEVICES).")
   first = 1000 * common.SEED.value
-  if any(first <= one < first + SEEDS.value for one in (niah.ACCURACY_SEED, niah.DATA_SEED)):
-    raise ValueError(f"--seed={common.SEED.value}: with it would be trained on what is asked later; use another.")
+  niah.check_seeds(range(first, first + SEEDS.value))
   if STRAGGLERS.value >= SEEDS.value:
     raise ValueError(f"--stragglers={STRAGGLERS.value} of --seeds={SEEDS.value}; leave one seed at least.")
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)

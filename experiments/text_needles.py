@@ -1,12 +1,14 @@
 """Needle tasks in words, for `sft_niah --text` and `eval_niah --text`: a model's fine-tuning and its answers.
 
 The RAT+ authors' protocol: all tasks together, a loss on the answer alone, lr 1e-5, 4 epochs, batches of 32, prompts of
-up to T - 128 tokens. Examples are RULER's files or our own, which give no RULER score.
+up to T - 128 tokens. Examples are RULER's files or our own, which give no RULER score. A fine-tuned model's notes know
+the files that it was trained on; it is not asked what is in them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments import common, niah
 from experiments.niah_table import Row
 from rat_jax import RATPlusLM, evaluate
 from rat_jax.evaluate import Example, text_niah
@@ -72,11 +74,24 @@ def source() -> str:
   return RULER.value or f"our own tasks, essay: {ESSAY.value or 'made-up sentences'}; no RULER score"
 
 
-def load_model(folder: str) -> tuple[RATPlusLM, Any]:
-  """(model, parameters). Raises ValueError for a model that --tokenizer does not fit."""
+def digests(names: Sequence[str]) -> dict[str, str]:
+  """What tells RULER's file of a task from others, wherever it lies; {} for tasks of our own, which have seeds."""
+  return {name: hashlib.sha256(_file_of(name).read_bytes()).hexdigest()[:16] for name in names} if RULER.value else {}
+
+
+def check_unseen(names: Sequence[str], folder: str, notes: dict[str, Any]) -> None:
+  """Raises ValueError where --ruler has a file that the model of `folder` was fine-tuned on."""
+  seen = [str(_file_of(name)) for name, digest in digests(names).items() if digest in notes.get("files", [])]
+  if seen:
+    raise ValueError(f"--ruler={RULER.value}: --checkpoint={folder} was fine-tuned on {seen}; give files with other"
+                     " examples, made with another seed.")
+
+
+def load_model(folder: str) -> tuple[RATPlusLM, Any, dict[str, Any]]:
+  """(model, parameters, notes of its training). Raises ValueError for a model that --tokenizer does not fit."""
   config, params, notes = common.load_model(folder)
   common.check_tokenizer(TOKENIZER.value, config, notes)
-  return RATPlusLM(config), params
+  return RATPlusLM(config), params, notes
 
 
 def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, rows: int, modes: Sequence[Mode],
@@ -84,7 +99,8 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
   """Fine-tunes the checkpoint `start` on `count` examples of every task; resumes from the newest in --workdir."""
   if start is None:
     raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
-  model, params = load_model(start)
+  niah.check_seeds(range(common.SEED.value, common.SEED.value + 1))
+  model, params, before = load_model(start)
   examples = [one for of_task in load(names, count, length, common.SEED.value).values() for one in of_task]
   steps = max(1, round(EPOCHS.value * len(examples) / rows))
   draw = np.random.default_rng(common.SEED.value)
@@ -96,7 +112,7 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
   notes = {"init": str(pathlib.Path(start).absolute()), "tasks": list(names), "examples": len(examples),
            "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
            "epochs": EPOCHS.value, "seed": common.SEED.value, "answer_room": ANSWER_ROOM.value, "source": source(),
-           "tokenizer": TOKENIZER.value.name}
+           "files": [*before.get("files", []), *digests(names).values()], "tokenizer": TOKENIZER.value.name}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, model.config)
     common.check_same_run(checkpoints.folder, saved, notes)

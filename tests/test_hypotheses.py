@@ -45,7 +45,7 @@ def of_all(part, model, params):
 def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
-  made = eval_niah.sequences(LENGTH, COUNT)["single_2"]
+  made = eval_niah.sequences("single_2")
   hits = lambda mode: hypotheses._hits(model, one, made, task, mode, isinstance(mode, SnapKV))
   assert hits(Quest(LENGTH, block=16)).all()
   assert hits(SnapKV(LENGTH, obs_window=3)).all()
@@ -117,8 +117,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
 
 def test_the_age_of_the_memory_is_that_of_its_weights():
   model, params = trained()
-  made = eval_niah.sequences(LENGTH, COUNT)
-  tokens = jnp.concatenate([made[name]["tokens"][:8] for name in hypotheses.TASKS])
+  tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in hypotheses.TASKS])
   p = jax.tree.map(lambda x: np.asarray(x[0, 0], np.float64), params["layers"])
   x = np.asarray(params["embedding"][0], np.float64)[np.asarray(tokens)]
   x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + model.config.norm_eps) * p["attention_norm"]
@@ -142,13 +141,33 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
   assert sum(by_distance["count"]) == COUNT * len(tasks)
   assert np.average(by_distance["right"][0], weights=by_distance["count"]) == pytest.approx(
       np.mean([cell["accuracy"][0] for cell in cells.values()]))
-  rights = [[] for _ in range(8)]  # by the steps from a value's last symbol to a token that is kept
+  rights = [[] for _ in range(8)]  # by the steps from a needle's END to a token that is kept
   for name, cell in cells.items():
-    golden = np.asarray(eval_niah.sequences(LENGTH, COUNT)[name]["golden"])
-    for last, right in zip(golden.max(axis=1), niah.from_hex(cell)[0], strict=True):
-      rights[next(d for d in range(8) if (last + d + 1) % 8 == 0)].append(right)
+    made = jax.tree.map(np.asarray, eval_niah.sequences(name))
+    for tokens, golden, right in zip(made["tokens"], made["golden"], niah.from_hex(cell)[0], strict=True):
+      end = golden.max() + tokens[golden.max():].tolist().index(mini_niah.END)
+      rights[next(d for d in range(8) if (end + d + 1) % 8 == 0)].append(right)
   assert by_distance["count"] == [len(x) for x in rights]
   assert by_distance["right"][0] == pytest.approx([100 * np.mean(x) if x else 0.0 for x in rights])
+
+
+def test_seeds_that_are_too_low_under_dense_are_in_no_figure():
+  draw = np.random.default_rng(0)
+  numbers = {"heads": {"Quest 16": {"single_2": (3, 2, 2)}}, "random": {"Quest 16": {"single_2": (4, 3)}},
+             "two_by_two": {"dense": {"single_2": (3,)}}, "future": {"1/4": {"multikey_1": {"A": (3,), "B": (3,)}}},
+             "reach": {"age": (3, 2, 2, 5)}, "distance": {"dilated:8": {"right": (3, 8)}}}
+  made = jax.tree.map(lambda shape: draw.uniform(0, 100, shape), numbers, is_leaf=lambda x: isinstance(x, tuple))
+  every = {part: {"a": jax.tree.map(np.ndarray.tolist, one)} for part, one in made.items()}
+  every["distance"]["a"]["dilated:8"]["count"] = [3] * 8
+  of_dense = lambda *seeds: {"a": {"dense": {"single_2": {"accuracy": list(seeds)}}}}
+  left = hypotheses.matched(every, of_dense(95, 94.9, 99))
+  for part, one in made.items():
+    expected = jax.tree.map(lambda x, axis=int(part == "random"): np.delete(x, 1, axis).tolist(), one)
+    found = left[part]["a"]
+    if part == "distance":
+      assert found["dilated:8"].pop("count") == [3] * 8
+    assert found == expected
+  assert hypotheses.matched(every, of_dense(94, 94.9, 0)) == every
 
 
 @pytest.mark.slow
@@ -162,6 +181,7 @@ def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_
   told = run_python(*ask, "--parts=reach,distance")
   assert "reach, a" in told
   assert "distance, a" in told
+  assert "a, seed 0, kept, for want of others: dense accuracy below 95 in single_1 " in told
   told = run_python(*ask, "--parts=reach,heads,distance")
   assert "a: heads SnapKV aware" in told
   assert "a: reach" not in told

@@ -15,7 +15,7 @@ import rat_jax
 from conftest import run_python
 from experiments import eval_niah, niah, niah_report, niah_table, text_needles
 from needle_model import trained
-from rat_jax import Quest, RATPlusConfig, RATPlusLM
+from rat_jax import Dense, Quest, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
@@ -118,8 +118,20 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
     eval_niah.main()
     assert json.loads((folder / "results.json").read_text()) == whole
     assert (folder / "table.md").read_text() == table
+    (cell,) = [cell for key, cell in whole.items() if key.endswith("|dense|single_2")]
     kept = json.loads((folder / "accuracies.json").read_text())["a"]["dense"]["single_2"]
-    assert kept == [round(cell["accuracy"][0], 2) for key, cell in whole.items() if key.endswith("|dense|single_2")]
+    assert kept.keys() == cell.keys() - {"right"}
+    assert kept["error_over_examples"] == [pytest.approx(cell["error_over_examples"][0], abs=1e-3)]
+    assert (kept["accuracy"], kept["tokens_read"]) == (cell["accuracy"], LENGTH)
+    monkeypatch.setattr(eval_niah, "free_running", lambda *_: {"agrees": 1.0} | dict.fromkeys(
+        ("exact_match", "string_match_all", "comma_recall"), 50.0))
+    for count in (4, 4, 5):  # a cell is known by how many sequences are decoded greedily
+      with flagsaver.flagsaver(free_running=count):
+        eval_niah.main()
+    decoded = {key: cell for key, cell in json.loads((folder / "results.json").read_text()).items() if key not in whole}
+    assert [key.split("|", 3)[3] for key in decoded] == [f"dense|single_2|{count} decoded" for count in (4, 5)]
+    assert all(cell.pop("free_running")["agrees"] == 1.0 for cell in decoded.values())
+    assert list(decoded.values()) == [cell, cell]
     with flagsaver.flagsaver(skip=["first"]):
       assert [row.label for row in eval_niah.rows_to_compute()] == ["dense", "Quest 8, 1/4"]
     with flagsaver.flagsaver(only=["Dense"]), pytest.raises(ValueError, match="is the start of no row"):
@@ -131,6 +143,17 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
       dataclasses.replace(state, step=np.int32(1)), model.config, {"seeds": 2})
   with pytest.raises(ValueError, match="holds 1 of 2 seeds"):
     niah.load(str(tmp_path / "b"))
+
+
+def test_a_task_alone_has_the_sequences_of_a_batch_of_all(small):
+  rows = (Rows(TASKS["single_1"], 32), Rows(TASKS["single_2"], 32))  # its start
+  every = jax.jit(lambda: mini_niah.batch(rows, LENGTH, niah.DATA_SEED, 0))()
+  for name, one in eval_niah.sequences("single_2").items():
+    np.testing.assert_array_equal(one, every[name][32:])
+  with flagsaver.flagsaver(length=32):
+    assert eval_niah.sequences("single_1")["tokens"].shape == (32, 32)
+    with pytest.raises(ValueError, match="length=32 leaves 10 tokens of context to multiquery"):
+      eval_niah.sequences("multiquery")
 
 
 @pytest.mark.slow
@@ -210,6 +233,11 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   error = 100 * ((np.array(a) + b) / 2).std() / 10**0.5
   assert table[2] == ["dense", "one", "75.0", f"5.0, {error:.1f}", "75.0", "80 70"]
   assert table[-1][2:] == ["", "", "", ""]
+  errors = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.errors_by_task(full).splitlines()]
+  assert errors[2:] == [["dense", "one", f"5.0, {error:.1f}"], ["dense", "two", "0.0, 15.8"],
+                        ["Quest, 1/4", "one", ""], ["Quest, 1/4", "two", ""]]
+  dense = {"accuracy": [80, 70], "count": 10, "error_over_seeds": 5}
+  assert niah_report.compact(full)["one"] == {"dense": {"t": dense}, "Quest, 1/4": blank}
   assert niah_report.side_by_side(full).splitlines()[2].split("|")[2].strip() == "50.0 / 75.0"
   assert niah_report.unmatched(full).splitlines()[1] == (
       "one, seed 1, kept, for want of others: dense accuracy below 95 in t 70.0")
@@ -258,6 +286,31 @@ def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   before = (tmp_path / "asked" / "results.json").read_text()
   assert run_python(*ask).endswith(told[told.index("string_match_all"):])  # from the kept cells
   assert (tmp_path / "asked" / "results.json").read_text() == before
+
+
+def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  for folder, answer in (("seen", 1), ("copy", 1), ("new", 2)):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "single_1.jsonl").write_text(json.dumps({"input": "What is it?", "outputs": [answer]}))
+  kept = {}  # the notes of a model that is not in fact trained
+  monkeypatch.setattr(text_needles, "train", lambda *_, notes, **__: kept.update(notes))
+  monkeypatch.setattr(text_needles, "load_model", lambda _: (*trained(), dict(kept)))
+  tune = lambda: text_needles.fine_tune("start", ["single_1"], 1, 512, 1, [Dense()], 1e-5)
+  with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), length=512, count=1, tasks=["single_1"]):
+    with flagsaver.flagsaver(ruler=str(tmp_path / "seen")):
+      tune()
+    tune()  # then on tasks of our own, which does not undo it
+    for folder in ("seen", "copy"):
+      with flagsaver.flagsaver(ruler=str(tmp_path / folder)), \
+          pytest.raises(ValueError, match=rf"{folder}: --checkpoint=tuned was fine-tuned on \['.*single_1.jsonl'\]"):
+        eval_niah.text_cells("tuned")
+    with flagsaver.flagsaver(ruler=str(tmp_path / "new")):
+      eval_niah.text_cells("tuned")
+    eval_niah.text_cells("tuned")
+    with flagsaver.flagsaver(seed=niah.DATA_SEED), pytest.raises(ValueError, match="with it would be trained on what"):
+      tune()
 
 
 def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatch):

@@ -1,4 +1,4 @@
-"""`sft_niah`: resumed runs, stragglers, what a short training learns, text beside needles."""
+"""`sft_niah`: equal arms, resumed runs, stragglers, what a short training learns, text beside needles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,48 @@ import jax
 import numpy as np
 import pytest
 
+import rat_jax
 from conftest import run_python
 from experiments import niah
+from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.evaluate import mini_niah
+from rat_jax.evaluate.mini_niah import TASKS, evaluation_rows
 
 TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--width=16", "--heads=2", "--dtype=float32",
        "--tasks=single_1,multikey_1", "--warmup=2", "--log_every=2", "--save_every=2", "--steps=8"]
+
+
+def test_all_arms_have_as_many_parameters():
+  code = """
+import sys, jax, numpy as np
+from absl import flags
+from experiments import sft_niah
+from rat_jax import RATPlusLM
+flags.FLAGS(sys.argv)
+for arm in sft_niah.STEPS_OF:
+  model = RATPlusLM(sft_niah.configuration(arm))
+  print(sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32)))))
+"""
+  assert run_python("-c", code).split() == 5 * ["3737856"]
+
+
+def test_a_tiny_model_learns_the_easiest_task_in_seconds():
+  batches, rows, length = 100, 32, 16
+  model = RATPlusLM(RATPlusConfig(mini_niah.VOCAB_SIZE, 1, 32, 2, init_std=None))
+  optimizer = rat_jax.make_optimizer(1e-2, total_steps=batches, warmup_steps=10, min_learning_rate=1e-2)
+  made = jax.jit(lambda: mini_niah.batch(evaluation_rows(TASKS["single_1"], batches * rows), length, 0, 0))()
+  made = {"tokens": made["tokens"], "targets": np.where(made["answers"], made["targets"], -100)}
+  made = {name: np.asarray(x).reshape(batches, rows, length) for name, x in made.items()}
+  params = jax.jit(model.init)(jax.random.key(0), made["tokens"][0])["params"]
+  state, losses = rat_jax.init_train_state(model, params, optimizer), []
+  for i in range(batches):
+    state, metrics = rat_jax.train_step(model, optimizer, state, {name: x[i] for name, x in made.items()},
+                                        modes=(Dilated(4), Dense()))
+    losses.append(metrics["loss"])
+  assert np.min(losses[0]) > 5
+  sparse, dense = np.mean(losses[-10:], axis=0)  # two symbols of 96 and EOS: chance is 3.0
+  assert dense < 0.5, (sparse, dense)
+  assert sparse < 1.8, (sparse, dense)
 
 
 @pytest.mark.slow

@@ -133,8 +133,11 @@ def training_rows(counts: Mapping[str, int], length: int) -> tuple[Rows, ...]:
   return tuple(rows)
 
 
-def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | int) -> dict[str, Array]:
+def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | int, first_row: int = 0
+          ) -> dict[str, Array]:
   """The batch of a step; `rows` and `length` are static under `jit`.
+
+  With `first_row` it is the part of a larger batch that begins with that row.
 
   Returns:
     "tokens", "targets" int32 [B, T]: the targets are the next tokens, -100 after a row's end;
@@ -149,7 +152,8 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   if not rows:
     raise ValueError("rows is empty; give at least one Rows.")
   key = jax.random.fold_in(jax.random.key(seed), step)
-  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(sum(kind.count for kind in rows)))
+  places = first_row + jnp.arange(sum(kind.count for kind in rows))
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(places)
   uniform = jax.vmap(lambda k: jax.random.uniform(k, (2 * length + KEYS[1] + 3,)))(keys)  # enough for every task
   repeated = np.repeat([kind.task.filler == "repeated" for kind in rows], [kind.count for kind in rows])
   filler = jnp.where(repeated[:, None], _repeated(uniform[:, :length]), _markov(uniform[:, :length]))
