@@ -44,6 +44,8 @@ def report(every: Cells, match: bool = True) -> str:
   cells = matched(every) if match else every
   compared = {"differences": differences, "first above second checkpoint, where that is below 95": claim,
               "as in the paper: second / first checkpoint": side_by_side} if len(cells) > 1 else {}
+  if len(cells) > 2:
+    compared["means over tasks (seeds)"] = means
   parts = {"": table(cells), "s.e. over seeds, examples": errors_by_task(cells),
            "comma_recall": table(_scored(cells, "comma_recall")),
            **{title: of(cells) for title, of in compared.items()},
@@ -124,12 +126,29 @@ def _both_errors(seeds: np.ndarray, of_examples: float) -> str:
 
 
 def side_by_side(cells: Cells) -> str:
-  """The paper's layout: a line per row, "second / first checkpoint" in every cell."""
+  """The paper's layout: a line per row, "second / first checkpoint" in every cell; the last has the seeds' means."""
   first, second = list(cells.values())[:2]
   tasks = list(next(iter(first.values())))
-  lines = [[label, *("" if "blank" in first[label][task] or "blank" in second[label][task] else " / ".join(
-      f"{np.mean(one[label][task]['accuracy']):.1f}" for one in (second, first)) for task in tasks)] for label in first]
-  return markdown_table(["mode", *tasks], lines)
+  lines = []
+  for label in first:
+    both = second[label], first[label]
+    pairs = [[one[task] for one in both] for task in tasks]
+    of_tasks = ["" if any("blank" in cell for cell in pair) else " / ".join(
+        f"{np.mean(cell['accuracy']):.1f}" for cell in pair) for pair in pairs]
+    lines.append([label, *of_tasks, " / ".join(map(_mean_of_seeds, both)) if all(map(is_whole, both)) else ""])
+  return markdown_table(["mode", *tasks, "mean (seeds)"], lines)
+
+
+def means(cells: Cells) -> str:
+  """A line per row, a column per checkpoint: the mean over tasks, and every seed's."""
+  lines = [[label, *(_mean_of_seeds(rows[label]) if is_whole(rows[label]) else "" for rows in cells.values())]
+           for label in next(iter(cells.values()))]
+  return markdown_table(["mode", *map(niah.name, cells)], lines)
+
+
+def _mean_of_seeds(by_task: Mapping[str, dict[str, Any]]) -> str:
+  seeds = accuracies(by_task).mean(axis=0)
+  return f"{seeds.mean():.1f} ({' '.join(f'{x:.0f}' for x in seeds)})"
 
 
 def _too_low(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[int, str]:

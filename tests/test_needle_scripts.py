@@ -217,6 +217,10 @@ def cell_of(*seeds):
           "right": niah.to_hex(right)}
 
 
+def parts_of(table):
+  return [[part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
 def test_differences_are_paired_and_blanks_say_why(tmp_path):
   a, b = [1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1, 1, 1, 0, 1]
   c = [0, 1, 0, 0, 1, 1, 0, 1, 0, 1]
@@ -225,25 +229,25 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
           "x/two": {"dense": {"t": cell_of(c, c)}, "Quest, 1/4": blank}}
   difference = (np.array(a) + b) / 2 - c
   error = 100 * difference.std(ddof=1) / 10**0.5
-  (line,) = niah_report.differences(full).splitlines()[2:]
-  assert [part.strip() for part in line.strip("| ").split("|")] == [
-      "dense", "one", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]
+  assert parts_of(niah_report.differences(full))[2:] == [
+      ["dense", "one", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]]
   assert niah_report.blanks(full) == "Quest, 1/4: no room"
-  table = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.table(full).splitlines()]
+  table = parts_of(niah_report.table(full))
   error = 100 * ((np.array(a) + b) / 2).std() / 10**0.5
   assert table[2] == ["dense", "one", "75.0", f"5.0, {error:.1f}", "75.0", "80 70"]
   assert table[-1][2:] == ["", "", "", ""]
-  errors = [[part.strip() for part in line.split("|")[1:-1]] for line in niah_report.errors_by_task(full).splitlines()]
-  assert errors[2:] == [["dense", "one", f"5.0, {error:.1f}"], ["dense", "two", "0.0, 15.8"],
-                        ["Quest, 1/4", "one", ""], ["Quest, 1/4", "two", ""]]
+  assert parts_of(niah_report.errors_by_task(full))[2:] == [
+      ["dense", "one", f"5.0, {error:.1f}"], ["dense", "two", "0.0, 15.8"],
+      ["Quest, 1/4", "one", ""], ["Quest, 1/4", "two", ""]]
   dense = {"accuracy": [80, 70], "count": 10, "error_over_seeds": 5}
   assert niah_report.compact(full)["one"] == {"dense": {"t": dense}, "Quest, 1/4": blank}
-  assert niah_report.side_by_side(full).splitlines()[2].split("|")[2].strip() == "50.0 / 75.0"
+  assert parts_of(niah_report.side_by_side(full))[2:] == [
+      ["dense", "50.0 / 75.0", "50.0 (50 50) / 75.0 (80 70)"], ["Quest, 1/4", "", ""]]
+  assert parts_of(niah_report.means(full))[::2] == [["mode", "one", "two"], ["dense", "75.0 (80 70)", "50.0 (50 50)"]]
   assert niah_report.unmatched(full).splitlines()[1] == (
       "one, seed 1, kept, for want of others: dense accuracy below 95 in t 70.0")
   partly = {"x/one": {"dense": {"t": cell_of(a, b), "u": {"blank": "no room"}}}}
-  line = niah_report.table(partly).splitlines()[2]
-  assert [part.strip() for part in line.split("|")[3:-1]] == ["", "", "75.0", "", ""]
+  assert parts_of(niah_report.table(partly))[2][2:] == ["", "", "75.0", "", ""]
   assert niah_report.blanks(partly) == "dense (u): no room"
   niah_report.draw_budgets(full, tmp_path / "none.png")  # nothing to draw
   assert not (tmp_path / "none.png").exists()
