@@ -1,4 +1,4 @@
-"""Checkpoints to a folder of our own: other people's a leaf at a time, so that no more than one is held in memory.
+"""Checkpoints to a folder of our own, a leaf at a time, so that no more than one is held in memory.
 
 Commands: python -m experiments.convert --from=ratplus --source=model.pth --output=runs/ratplus-7b
           python -m experiments.convert --from=olmo2 --source=OLMo-2-1124-7B --output=runs/olmo2-7b-memory

@@ -31,7 +31,6 @@ from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
 from rat_jax.modes import Mode
 
 DRAWS = flags.DEFINE_integer("draws", 5, "Draws of the random selector.", lower_bound=1)
-HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 
 
 def dense(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
   of the same context.
   """
   found: dict[str, Any] = {}
-  for name in ("multikey_1", *HARD):
+  for name in ("multikey_1", *niah_report.HARD):
     task = TASKS[name]
     keys = None if task.filler == "needles" else (4, 4)
     made = jax.jit(lambda task=task, keys=keys: mini_niah.batch(

@@ -23,7 +23,7 @@ LENGTH, COUNT = 160, 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   monkeypatch.setattr(hypotheses, "TASKS", {name: TASKS[name] for name in ("single_2", "multikey_1", "multiquery")})
-  monkeypatch.setattr(hypotheses, "HARD", ())  # multikey_1 is asked anyway
+  monkeypatch.setattr(hypotheses.niah_report, "HARD", ())  # multikey_1 is asked anyway
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(["test", "--checkpoint=none"])
   with flagsaver.flagsaver(length=LENGTH, count=COUNT, batch_size=128, draws=2, workers=2):

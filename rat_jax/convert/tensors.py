@@ -282,7 +282,7 @@ def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
   try:
     found = json.loads(path.read_text())
   except (ValueError, RecursionError) as error:  # also of text, of a number's length and of depth
-    raise ValueError(f"{path} is not JSON: {error}.") from error
+    raise ValueError(f"{path} is not JSON: {error}; {what}.") from error
   if not isinstance(found, dict):
     raise ValueError(f"{path} holds a {type(found).__name__}; {what}.")
   return found

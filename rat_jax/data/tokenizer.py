@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rat_jax.config import RATPlusConfig
+from rat_jax.convert.tensors import read_json
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _HUB = "hub:"
@@ -98,7 +97,7 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   ids = made.get_vocab(with_added_tokens=True)
   beside = path.with_name("tokenizer_config.json")
   if end is None and beside.is_file():
-    said = _settings(beside).get("eos_token")
+    said = read_json(beside, "give an object with eos_token, or name the token that ends a document").get("eos_token")
     end = said.get("content") if isinstance(said, dict) else said
   ends = [end] if end is not None else [token for token in _ENDS if token in ids]
   if not ends or ends[0] not in ids:
@@ -107,16 +106,6 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
                    lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True))
-
-
-def _settings(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}; mend it, or name the token that ends a document.") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"{path} holds a {type(found).__name__}; give an object with eos_token.")
-  return found
 
 
 def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
