@@ -173,12 +173,9 @@ def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
   os.replace(beside, path)
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """What `write_json` wrote; {} where there is nothing yet. Raises ValueError that names a file that is not JSON."""
-  try:
-    return json.loads(path.read_text()) if path.exists() else {}
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: {error}; move it away to start anew.") from error
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object that `write_json` wrote; {} where there is nothing yet. Raises ValueError that names any other file."""
+  return read_object(path, "move it away to start anew") if path.exists() else {}
 
 
 def check_same_run(folder: pathlib.Path, saved: dict[str, Any], notes: dict[str, Any]) -> None:

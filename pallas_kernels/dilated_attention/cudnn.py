@@ -34,6 +34,7 @@ def forward(q: Array, k: Array, v: Array, window: int | None, seen: Seen | None 
 
 def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array,
              seen: Seen | None = None) -> tuple[Array, Array, Array]:
+  """As `folded.Causal.backward`, of the keys that are `seen`."""
   def pull(q, k, v, lse, out, d_out):
     return fused._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, *_others(q, seen), lse, out, d_out, **_settings(q, window, seen))
