@@ -37,7 +37,8 @@ TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of th
 flags.DEFINE_alias("torch-reference", "torch_reference")
 GRADIENT = flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
 CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
-SHORT, TOGETHER = 1e-3, 8  # work of so few seconds is timed as one of so many in a program, which takes time to start
+# Work of so few seconds is timed as one of so many in a program, which takes time to start; of fewer where memory ends.
+SHORT, TOGETHER = 1e-3, 8
 flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
 
 
@@ -90,13 +91,19 @@ def served(case: Case) -> list[str]:
 
 def time_one(case: Case, implementation: str) -> tuple[float, float]:
   """(seconds, error) of a case by an implementation; NotImplementedError where it does not serve the case."""
-  seconds, error = _time_together(case, implementation, 1)
-  return _time_together(case, implementation, TOGETHER) if seconds < SHORT else (seconds, error)
+  draws = [draw(case, implementation)]
+  seconds, error = _time_together(case, implementation, draws)
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  room = 3 / 4 * limit / sum(x.nbytes for x in jax.tree.leaves(draws))
+  if seconds >= SHORT or room < 2:
+    return seconds, error
+  draws += [draw(case, implementation) for _ in range(int(min(room, TOGETHER)) - 1)]
+  return _time_together(case, implementation, draws)
 
 
-def _time_together(case: Case, implementation: str, count: int) -> tuple[float, float]:
-  """`time_one` of one of so many calls in one program, each on its own inputs."""
-  f, draws = bench_cases.build(case, implementation), [draw(case, implementation) for _ in range(count)]
+def _time_together(case: Case, implementation: str, draws: list[dict[str, Any]]) -> tuple[float, float]:
+  """`time_one` of one of as many calls in one program as there are inputs."""
+  f, count = bench_cases.build(case, implementation), len(draws)
   compiled = jax.jit(lambda draws: [f(**made) for made in draws]).lower(draws).compile()
   error = check(case, implementation, draws[-1], compiled(draws)[-1])
   kernel_times.report(lambda: compiled(draws), count)
