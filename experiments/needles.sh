@@ -22,7 +22,7 @@ begin_with() {  # table, and that whose cells it shares
 
 main() {  # five seeds of both, and the table
   train ratplus ratplus --seeds=5
-  train attention attention --seeds=8 --stragglers=3
+  train attention attention --seeds=12 --stragglers=7  # some seeds never learn to match a key
   table main "${pair[@]}"
 }
 
@@ -64,8 +64,8 @@ adapted() {  # 1000 updates under one dilated mode
 
 long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024; as many updates of both
   local models=(--checkpoint=$runs/ratplus-4096 --checkpoint=$runs/attention-4096) how=(--length=4096 --batch_size=8)
-  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x32 --steps=400 "${short[@]}"
-  train attention attention-4096 --init=$runs/attention --stages=4096x32 --steps=800 "${short[@]}"
+  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x32 --steps=1000 "${short[@]}"
+  train attention attention-4096 --init=$runs/attention --stages=4096x32 --steps=2000 "${short[@]}"
   table long "${models[@]}" --table=paper --count=128 "${how[@]}"
   table long-answer "${models[@]}" --table=paper --count=128 "${how[@]}" --prompt_end=answer --only=dense \
     --only=Quest

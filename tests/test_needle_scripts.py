@@ -44,13 +44,13 @@ QUICK = ("dense", "Quest 8, 1/4", "MoBA 16 prompt, 1/4", "SnapKV aware, 1/4", "d
 def test_a_small_trained_model_under_the_modes(small, quick):
   model, params = trained()
   expected = {  # of single_2 and of multikey_1, in which copying any needle gives 25
-      "dense": ((97, 100), (70, 95)), "Quest 8, 1/4": ((97, 100), (70, 95)),
-      "MoBA 16 decode, 1/4": ((95, 100), (40, 75)), "MoBA 16 prompt, 1/4": ((95, 100), (40, 75)),
-      "MoBA 16 everywhere, 1/4": ((95, 100), (40, 75)), "SnapKV aware, 1/4": ((80, 100), (55, 90)),
+      "dense": ((97, 100), (75, 97)), "Quest 8, 1/4": ((97, 100), (75, 97)),
+      "MoBA 16 decode, 1/4": ((75, 98), (45, 80)), "MoBA 16 prompt, 1/4": ((95, 100), (55, 90)),
+      "MoBA 16 everywhere, 1/4": ((75, 98), (45, 80)), "SnapKV aware, 1/4": ((80, 100), (65, 95)),
       "SnapKV blind, 1/4": ((3, 40), (3, 40)), "Quest 16, 1/4, random": ((3, 40), (3, 40)),
-      "Quest 16, 1/4, oracle": ((97, 100), (70, 95)), "DilatedTopK 16, 4 blocks": ((40, 80), (30, 70)),
-      "dilated:8 everywhere": ((90, 100), (60, 95)), "dilated:16 everywhere": ((50, 90), (20, 60)),
-      "dilated:16,window=32 everywhere": ((50, 90), (20, 60)), "streaming_llm:60 everywhere": ((30, 70), (30, 70))}
+      "Quest 16, 1/4, oracle": ((97, 100), (70, 95)), "DilatedTopK 16, 4 blocks": ((50, 85), (35, 70)),
+      "dilated:8 everywhere": ((97, 100), (80, 100)), "dilated:16 everywhere": ((45, 80), (35, 70)),
+      "dilated:16,window=32 everywhere": ((25, 60), (20, 55)), "streaming_llm:60 everywhere": ((30, 65), (40, 75))}
   tasks = [TASKS["single_2"], TASKS["multikey_1"]]
   for row in rows_named(*(label for label in expected if (label in QUICK) == quick), "Quest 16, 1/4, first"):
     with flagsaver.flagsaver(count=64):
