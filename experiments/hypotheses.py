@@ -10,6 +10,7 @@ Writes results.json, a figure for each question, and prints the figures' numbers
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from experiments import common, eval_niah, hypotheses_plots, niah, niah_report
 from experiments.eval_niah import BATCH_SIZE, COUNT, LENGTH
 from experiments.niah_table import Row
 from pallas_kernels.gated_scan.xla import linear_scan
-from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusLM, Selection, SnapKV, layout as layouts, transformer
+from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusLM, Selection, SnapKV, layout as layouts, transformer
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
 from rat_jax.modes import Mode
@@ -91,6 +92,27 @@ def random_choice(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   row, tasks = methods(4, selector="random")[method], list(TASKS.values())
   draws = [eval_niah.cells(model, params, row, tasks, draw=draw) for draw in range(DRAWS.value)]
   return {method: {name: [cells[name]["accuracy"] for cells in draws] for name in TASKS}}
+
+
+def layers(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
+  """Which layer it is that sparsity harms: accuracy where one alone runs under the method, at 1/8 of the tokens.
+
+  {method: {"layer 0": {task: [seeds]}}} in percent.
+  """
+  row, count, found = methods(8)[method], model.config.num_layers, {}
+  for layer in range(count):
+    alone = dataclasses.replace(row, build=functools.partial(_in_layer, row, layer, count))
+    cells = eval_niah.cells(model, params, alone, list(TASKS.values()))
+    found[f"layer {layer}"] = {name: cells[name]["accuracy"] for name in TASKS}
+  return {method: found}
+
+
+def _in_layer(row: Row, layer: int, count: int, task: Task) -> tuple[Mode, Mode | None]:
+  """The modes of the row in one layer, dense attention in the others."""
+  def alone(mode):
+    return mode if mode in (None, Dense()) else PerLayer(tuple(mode if i == layer else Dense() for i in range(count)))
+  mode, prefill_mode = row.build(task)
+  return alone(mode), alone(prefill_mode)
 
 
 def two_by_two(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
@@ -188,6 +210,7 @@ Part = tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]
 PARTS: dict[str, Part] = {
     "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware", "SnapKV blind")),
     "random": (random_choice, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
+    "layers": (layers, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
     "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
     "reach": (reach, ("",)), "distance": (distance, ("from END",))}
 _EVERY = PARTS | {"dense": (dense, ("",))}

@@ -51,6 +51,11 @@ def _heads_table(found: dict[str, Any]) -> str:
   return _table_of_tasks(rows, tuple(label for label in rows if label.endswith("best head")))
 
 
+def _layers_table(found: dict[str, Any]) -> str:
+  rows = {f"{method}, {layer}": cells for method, by_layer in found.items() for layer, cells in by_layer.items()}
+  return _table_of_tasks(rows, tuple(rows))
+
+
 def _by_question(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
   """{budget: {task: {question: numbers}}} as {budget and question: {task: numbers}}."""
   return {f"{budget}, {label}": {task: cell[label] for task, cell in by_task.items()}
@@ -136,6 +141,24 @@ def _random_figure(by_name: dict[str, Any]) -> plt.Figure:
   return _bars(by_name, "A quarter of the tokens, chosen at random (dots: draws and seeds)")
 
 
+def _layers_figure(by_name: dict[str, Any]) -> plt.Figure:
+  methods = list(next(iter(by_name.values())))
+  figure, axes = plt.subplots(1, len(methods), figsize=(3 * len(methods), 3), layout="constrained", sharey=True,
+                              squeeze=False)
+  for axis, method in zip(axes[0], methods, strict=True):
+    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
+      means = np.array([np.mean(list(cells.values()), axis=0) for cells in found[method].values()])  # [layers, seeds]
+      for j, seed in enumerate(means.T):
+        axis.plot(seed, marker=".", color=colour, linewidth=0.9, label=name if j == 0 else None)
+    axis.set_title(method, fontsize=9)
+    axis.set_xticks(range(len(means)))
+    axis.set_xlabel("the layer that is sparse", fontsize=8)
+  axes[0, 0].set_ylabel("exact match, mean over tasks, %", fontsize=8)
+  axes[0, 0].legend(fontsize=7)
+  figure.suptitle("One layer alone under the method, at 1/8 (line: seed)", fontsize=9)
+  return figure
+
+
 def _two_by_two_figure(by_name: dict[str, Any]) -> plt.Figure:
   settings: dict[str, dict[str, Any]] = {}
   for name, found in by_name.items():
@@ -183,8 +206,8 @@ def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "heads": _heads_table, "random": _table_of_tasks, "two_by_two": _table_of_tasks, "future": _future_table,
-    "reach": _reach_table, "distance": _distance_table}
+    "heads": _heads_table, "random": _table_of_tasks, "layers": _layers_table, "two_by_two": _table_of_tasks,
+    "future": _future_table, "reach": _reach_table, "distance": _distance_table}
 _FIGURES: dict[str, Callable[[dict[str, Any]], plt.Figure]] = {
-    "heads": _heads_figure, "random": _random_figure, "two_by_two": _two_by_two_figure, "future": _future_figure,
-    "reach": _reach_figure, "distance": _distance_figure}
+    "heads": _heads_figure, "random": _random_figure, "layers": _layers_figure, "two_by_two": _two_by_two_figure,
+    "future": _future_figure, "reach": _reach_figure, "distance": _distance_figure}

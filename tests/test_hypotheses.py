@@ -13,7 +13,7 @@ import rat_jax
 from conftest import run_python
 from experiments import eval_niah, hypotheses, niah, niah_table
 from needle_model import trained
-from rat_jax import Dilated, Quest, RATPlusConfig, RATPlusLM, SnapKV
+from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusConfig, RATPlusLM, SnapKV
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 
@@ -72,6 +72,19 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
   assert len(found["SnapKV aware"]["single_2"]) == 2
   first, second = ([cells[name][draw] for cells in found.values() for name in hypotheses.TASKS] for draw in range(2))
   assert first != second
+
+
+@pytest.mark.slow
+def test_a_layer_alone_is_the_mode_with_the_others_dense():
+  model, params = trained()
+  with flagsaver.flagsaver(length=320):
+    found = hypotheses.layers(model, params, "MoBA 16 decode")["MoBA 16 decode"]
+    for layer in (0, 3):
+      mode = MoBA(2, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
+      row = niah_table.Row("", lambda task, mode=mode: (mode, Dense()))
+      cells = eval_niah.cells(model, params, row, list(hypotheses.TASKS.values()))
+      assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
+  assert found["layer 0"] != found["layer 3"]
 
 
 @pytest.mark.slow
@@ -154,6 +167,7 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
 def test_seeds_that_are_too_low_under_dense_are_in_no_figure():
   draw = np.random.default_rng(0)
   numbers = {"heads": {"Quest 16": {"single_2": (3, 2, 2)}}, "random": {"Quest 16": {"single_2": (4, 3)}},
+             "layers": {"Quest 16": {"layer 0": {"single_2": (3,)}}},
              "two_by_two": {"dense": {"single_2": (3,)}}, "future": {"1/4": {"multikey_1": {"A": (3,), "B": (3,)}}},
              "reach": {"age": (3, 2, 2, 5)}, "distance": {"dilated:8": {"right": (3, 8)}}}
   made = jax.tree.map(lambda shape: draw.uniform(0, 100, shape), numbers, is_leaf=lambda x: isinstance(x, tuple))
@@ -182,7 +196,8 @@ def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_
   assert "reach, a" in told
   assert "distance, a" in told
   assert "a, seed 0, kept, for want of others: dense accuracy below 95 in single_1 " in told
-  told = run_python(*ask, "--parts=reach,heads,distance")
+  told = run_python(*ask, "--parts=reach,heads,distance,layers")
   assert "a: heads SnapKV aware" in told
+  assert "MoBA 16 prompt, layer 0" in told
   assert "a: reach" not in told
-  assert {path.stem for path in (tmp_path / "answers").glob("*.png")} == {"reach", "heads", "distance"}
+  assert {path.stem for path in (tmp_path / "answers").glob("*.png")} == {"reach", "heads", "distance", "layers"}
