@@ -205,12 +205,12 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
   return found
 
 
+_METHODS = ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")  # of which accuracy is asked
 # A question, and its pieces: a process takes one at a time.
 Part = tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]
 PARTS: dict[str, Part] = {
     "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware", "SnapKV blind")),
-    "random": (random_choice, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
-    "layers": (layers, ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")),
+    "random": (random_choice, _METHODS), "layers": (layers, _METHODS),
     "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
     "reach": (reach, ("",)), "distance": (distance, ("from END",))}
 _EVERY = PARTS | {"dense": (dense, ("",))}

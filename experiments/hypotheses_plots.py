@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,25 @@ def _bars(by_name: dict[str, dict[str, dict[str, Any]]], title: str, columns: in
   return figure
 
 
+def _panels(titles: list[str], width: float, height: float, xlabel: str, ylabel: str) -> tuple[plt.Figure, np.ndarray]:
+  """A row of panels, with the axes [len(titles)]."""
+  figure, axes = plt.subplots(1, len(titles), figsize=(width * len(titles), height), layout="constrained", sharey=True,
+                              squeeze=False)
+  for axis, title in zip(axes[0], titles, strict=True):
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(xlabel, fontsize=8)
+  axes[0, 0].set_ylabel(ylabel, fontsize=8)
+  return figure, axes[0]
+
+
+def _draw_lines(axis: plt.Axes, by_name: Mapping[str, Iterable[np.ndarray]], x: np.ndarray | None = None, **style: Any
+                ) -> None:
+  """The lines of every series in its colour; `x` for all of them, or their index."""
+  for colour, (name, lines) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
+    for i, line in enumerate(lines):
+      axis.plot(np.arange(len(line)) if x is None else x, line, color=colour, label=name if i == 0 else None, **style)
+
+
 def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
   methods = list(next(iter(by_name.values())))
   tasks = list(next(iter(by_name.values()))[methods[0]])
@@ -124,9 +143,8 @@ def _heads_figure(by_name: dict[str, Any]) -> plt.Figure:
                               layout="constrained", squeeze=False)
   for row, method in zip(axes, methods, strict=True):
     for axis, task in zip(row, tasks, strict=True):
-      for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
-        for j, seed in enumerate(found[method][task]):
-          axis.plot(-np.sort(-np.ravel(seed)), color=colour, linewidth=0.9, label=name if j == 0 else None)
+      _draw_lines(axis, {name: [-np.sort(-np.ravel(seed)) for seed in found[method][task]]
+                         for name, found in by_name.items()}, linewidth=0.9)
       axis.set_title(task, fontsize=8)
       axis.tick_params(labelsize=7)
     row[0].set_ylabel(f"{method}\nhit rate, %", fontsize=8)
@@ -143,18 +161,13 @@ def _random_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 def _layers_figure(by_name: dict[str, Any]) -> plt.Figure:
   methods = list(next(iter(by_name.values())))
-  figure, axes = plt.subplots(1, len(methods), figsize=(3 * len(methods), 3), layout="constrained", sharey=True,
-                              squeeze=False)
-  for axis, method in zip(axes[0], methods, strict=True):
-    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
-      means = np.array([np.mean(list(cells.values()), axis=0) for cells in found[method].values()])  # [layers, seeds]
-      for j, seed in enumerate(means.T):
-        axis.plot(seed, marker=".", color=colour, linewidth=0.9, label=name if j == 0 else None)
-    axis.set_title(method, fontsize=9)
-    axis.set_xticks(range(len(means)))
-    axis.set_xlabel("the layer that is sparse", fontsize=8)
-  axes[0, 0].set_ylabel("exact match, mean over tasks, %", fontsize=8)
-  axes[0, 0].legend(fontsize=7)
+  figure, axes = _panels(methods, 3, 3, "the layer that is sparse", "exact match, mean over tasks, %")
+  for axis, method in zip(axes, methods, strict=True):
+    means = {name: np.array([np.mean(list(cells.values()), axis=0) for cells in found[method].values()]).T
+             for name, found in by_name.items()}  # [seeds, layers]
+    _draw_lines(axis, means, marker=".", linewidth=0.9)
+    axis.set_xticks(range(len(next(iter(by_name.values()))[method])))
+  axes[0].legend(fontsize=7)
   figure.suptitle("One layer alone under the method, at 1/8 (line: seed)", fontsize=9)
   return figure
 
@@ -174,34 +187,24 @@ def _future_figure(by_name: dict[str, Any]) -> plt.Figure:
 
 
 def _reach_figure(by_name: dict[str, Any]) -> plt.Figure:
-  layers = np.array(next(iter(by_name.values()))["age"]).shape[1]
-  figure, axes = plt.subplots(1, layers, figsize=(2.6 * layers, 2.8), layout="constrained", sharey=True, squeeze=False)
-  for layer, axis in enumerate(axes[0]):
-    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
-      for j, seed in enumerate(np.array(found["age"])[:, layer]):
-        for k, head in enumerate(seed):
-          axis.plot(np.linspace(0, 100, len(head)), head, color=colour, linewidth=0.7,
-                    label=name if j == k == 0 else None)
-    axis.set_title(f"layer {layer}", fontsize=9)
-    axis.set_xlabel("channels of a head, sorted, %", fontsize=8)
+  ages = {name: np.array(found["age"]) for name, found in by_name.items()}  # [seeds, layers, heads, H]
+  _, layers, _, channels = next(iter(ages.values())).shape
+  figure, axes = _panels([f"layer {i}" for i in range(layers)], 2.6, 2.8, "channels of a head, sorted, %",
+                         "mean age of what is held, tokens")
+  for layer, axis in enumerate(axes):
+    heads = {name: one[:, layer].reshape(-1, channels) for name, one in ages.items()}
+    _draw_lines(axis, heads, np.linspace(0, 100, channels), linewidth=0.7)
     axis.set_yscale("log")
-  axes[0, 0].set_ylabel("mean age of what is held, tokens", fontsize=8)
-  axes[0, 0].legend(fontsize=7)
+  axes[0].legend(fontsize=7)
   return figure
 
 
 def _distance_figure(by_name: dict[str, Any]) -> plt.Figure:
   modes = list(next(iter(by_name.values())))
-  figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes), 3), layout="constrained", sharey=True,
-                              squeeze=False)
-  for axis, mode in zip(axes[0], modes, strict=True):
-    for colour, (name, found) in zip(itertools.cycle(COLOURS), by_name.items(), strict=False):
-      for j, seed in enumerate(found[mode]["right"]):
-        axis.plot(seed, color=colour, linewidth=0.9, label=name if j == 0 else None)
-    axis.set_title(mode, fontsize=9)
-    axis.set_xlabel("tokens from the needle's end to the next kept one", fontsize=8)
-  axes[0, 0].set_ylabel("exact match, %", fontsize=8)
-  axes[0, -1].legend(fontsize=7)
+  figure, axes = _panels(modes, 3.6, 3, "tokens from the needle's end to the next kept one", "exact match, %")
+  for axis, mode in zip(axes, modes, strict=True):
+    _draw_lines(axis, {name: found[mode]["right"] for name, found in by_name.items()}, linewidth=0.9)
+  axes[-1].legend(fontsize=7)
   return figure
 
 
