@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/niah
 pair=(--checkpoint=$runs/ratplus --checkpoint=$runs/attention)
 short=(--seeds=3 --warmup=100 --save_every=500)
-spare=(--seeds=5 --stragglers=2)  # three of five: without a memory some seeds never learn to match a key
+spare=(--seeds=5 --stragglers=2)  # three of five: without a memory some seeds never learn to match a key, as in `main`
 
 train() { "$python" -m experiments.sft_niah --arm="$1" --workdir="$runs/$2" "${@:3}"; }
 table() { "$python" -m experiments.eval_niah --workdir="runs/tables/$1" ${WORKERS:+--workers=$WORKERS} "${@:2}"; }
@@ -22,7 +22,7 @@ begin_with() {  # table, and that whose cells it shares
 
 main() {  # five seeds of both, and the table
   train ratplus ratplus --seeds=5
-  train attention attention --seeds=12 --stragglers=7  # some seeds never learn to match a key
+  train attention attention --seeds=12 --stragglers=7
   table main "${pair[@]}"
 }
 

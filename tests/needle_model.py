@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -48,7 +49,7 @@ def make() -> None:
     *_, last = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
   best = int(np.argmax(json.loads(last)["accuracy"]["multikey_1"]))
   shutil.rmtree(FOLDER)
-  rat_jax.save_pretrained(FOLDER.relative_to(pathlib.Path.cwd()), dataclasses.replace(config, param_dtype="bfloat16"),
+  rat_jax.save_pretrained(os.path.relpath(FOLDER), dataclasses.replace(config, param_dtype="bfloat16"),
                           jax.tree.map(lambda leaf: np.asarray(leaf[best], jnp.bfloat16), params),
                           about={"made by": "tests/needle_model.py"})
 
