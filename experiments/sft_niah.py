@@ -2,7 +2,7 @@
 
 Claim: attention and RAT+ both learn to find needles; what differs is what sparse inference leaves of it
 (experiments.eval_niah).  Expected: every task above 95% under Dense on every seed.
-Cost of three seeds on one H100, compilation included: RAT+ 464 seconds, attention 309.
+Cost on one H200, compilation included: RAT+'s five seeds 453 seconds, attention's twelve 824.
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
 Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32
 Text beside the needles:  --lm_data=runs/data --lm_rows=16
