@@ -4,7 +4,7 @@
 #   bash experiments/needles.sh controls   one of: main controls answer adapted long hypotheses
 #                                        spaced near retrofit
 # Stopped, a part goes on where it was; runs/times.jsonl has the seconds. PYTHON is the interpreter, WORKERS the
-# processes of an evaluation.
+# processes of an evaluation, SEEDS the seeds of both main arms (5).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=runs/niah
@@ -20,9 +20,10 @@ begin_with() {  # table, and that whose cells it shares
   [ -f "runs/tables/$1/results.json" ] || cp "runs/tables/$2/results.json" "runs/tables/$1/"
 }
 
-main() {  # five seeds of both, and the table
-  train ratplus ratplus --seeds=5
-  train attention attention --seeds=12 --stragglers=7
+main() {  # both arms, some of attention's seeds to spare, and the table
+  local seeds=${SEEDS:-5}
+  train ratplus ratplus --seeds="$seeds"
+  train attention attention --seeds=$((2 * seeds + 2)) --stragglers=$((seeds + 2))
   table main "${pair[@]}"
 }
 
