@@ -22,7 +22,7 @@ from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, p
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints
 
-SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written. Default: runs/<script>.")
 
 
@@ -89,6 +89,13 @@ def run(main) -> None:
       sys.exit(1)
 
   app.run(guarded)
+
+
+def refuse(names: Sequence[str], why: str) -> None:
+  """Raises ValueError for flags that were given and would change nothing."""
+  given = [f"--{name}" for name in names if flags.FLAGS[name].present]
+  if given:
+    raise ValueError(f"{', '.join(given)}: {why}")
 
 
 def workdir(script: str) -> pathlib.Path:

@@ -58,14 +58,28 @@ WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. De
 
 def sequences(name: str) -> dict[str, jax.Array]:
   """The sequences of a task, the same for all rows of the table and all checkpoints."""
-  return _sequences(name, LENGTH.value, COUNT.value, SPACING.value, NEAR_MISS.value)
+  return _sequences(name, LENGTH.value, COUNT.value, SPACING.value, NEAR_MISS.value, data_seed())
+
+
+def data_seed() -> int:
+  """The seed of all sequences that are asked."""
+  return niah.DATA_SEED + common.SEED.value
 
 
 @functools.cache
-def _sequences(name: str, length: int, count: int, spacing: int, near_miss: float) -> dict[str, jax.Array]:
+def _sequences(name: str, length: int, count: int, spacing: int, near_miss: float, seed: int) -> dict[str, jax.Array]:
   rows = evaluation_rows(TASKS[name], count, spacing=spacing, near_miss=near_miss)
   first_row = list(TASKS).index(name) * count  # as in a batch of all tasks, whichever are asked for
-  return jax.jit(lambda: mini_niah.batch(rows, length, niah.DATA_SEED, 0, first_row))()
+  return jax.jit(lambda: mini_niah.batch(rows, length, seed, 0, first_row))()
+
+
+def check_room(names: Sequence[str]) -> None:
+  """Raises ValueError for a task that --length has no room for, before anything is computed."""
+  for name in names:
+    try:
+      jax.eval_shape(functools.partial(sequences, name))
+    except ValueError as error:
+      raise ValueError(f"--length={LENGTH.value} --spacing={SPACING.value}: {name} has no room; {error}") from error
 
 
 def prompt_length(row: Row, task: Task) -> int:
@@ -76,7 +90,7 @@ def prompt_length(row: Row, task: Task) -> int:
 def which_right(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], draw: int = 0
                 ) -> dict[str, np.ndarray]:
   """Which sequences of tasks that share a mode every seed answers: {task: bool [seeds, count]}."""
-  mode, prefill_mode = row.build(tasks[0])
+  mode, prefill_mode = row.build(tasks[0].query_length)
   right = niah.which_right(model, params, [sequences(task.name) for task in tasks],
                            [prompt_length(row, task) for task in tasks], batch_size=BATCH_SIZE.value, draw=draw,
                            mode=mode, prefill_mode=prefill_mode)
@@ -90,9 +104,9 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
   found: dict[str, dict[str, Any]] = {}
   for task in tasks:
     try:
-      groups.setdefault(row.build(task), []).append(task)
+      groups.setdefault(row.build(task.query_length), []).append(task)
     except ValueError as error:
-      found[task.name] = {"blank": str(error)}
+      found[task.name] = {"blank": f"at T={LENGTH.value}: {error}"}
   for (mode, prefill_mode), of_mode in groups.items():
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     for name, right in which_right(model, params, row, of_mode, draw).items():
@@ -112,7 +126,7 @@ def free_running(model: RATPlusLM, params: Any, row: Row, task: Task, cell: dict
 
   The scores are those of text: of an answer as its values' numbers, between commas.
   """
-  (mode, prefill_mode), one = row.build(task), jax.tree.map(lambda x: x[0], params)
+  (mode, prefill_mode), one = row.build(task.query_length), jax.tree.map(lambda x: x[0], params)
   made = jax.tree.map(lambda x: x[:FREE_RUNNING.value], sequences(task.name))
   start, answer = prompt_length(row, task), LENGTH.value - task.answer_length
   ids, answers = jnp.arange(len(made["tokens"]), dtype=jnp.int32), list[np.ndarray]()
@@ -163,18 +177,19 @@ def decoded(label: str, name: str) -> int:
   return FREE_RUNNING.value if name in (one, "multikey_3") else 0  # multikey_3 is missed most
 
 
-def options(row: Row | None = None) -> str:
-  """What flags besides length and count decide about the sequences of mini-NIAH and their prompts."""
+def options(row: Row | None = None, name: str = "") -> str:
+  """What besides length and count decides about the sequences of a task and their prompts."""
+  seed = f", seed {common.SEED.value}" if common.SEED.value else ""
   if text_needles.TEXT.value:
-    return text_needles.source()
+    return text_needles.origin(name) + seed
   end = "answer" if row is not None and row.at_answer else PROMPT_END.value
-  return f"{end}, spacing {SPACING.value}, near misses {NEAR_MISS.value}"
+  return f"{end}, spacing {SPACING.value}, near misses {NEAR_MISS.value}{seed}"
 
 
 def text_cells(checkpoint: str) -> tuple[str, Compute]:
   """`opened` for tasks in words."""
   model, params, notes = text_needles.load_model(checkpoint)
-  examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, niah.DATA_SEED)
+  examples = text_needles.load(TASK_NAMES.value, COUNT.value, LENGTH.value, data_seed())
   text_needles.check_unseen(TASK_NAMES.value, checkpoint, notes)
   return f"{checkpoint} {niah.fingerprint(params)}", lambda row, names: text_needles.cells(
       model, params, row, {name: examples[name] for name in names}, LENGTH.value, BATCH_SIZE.value)
@@ -222,16 +237,20 @@ def main() -> None:
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
   results = common.read_json(path)
-  unknown = set(TASK_NAMES.value) - TASKS.keys()
-  if unknown:
-    raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
+  for one, cell in results.items():
+    if not isinstance(cell, dict) or not {"accuracy", "blank"} & cell.keys():
+      raise ValueError(f"{path} has no accuracy of {one!r}; move it away to start anew.")
+  niah.check_tasks(TASK_NAMES.value)
   niah.check_names(CHECKPOINTS.value)
   rows, names = rows_to_compute(), TASK_NAMES.value
+  if not text_needles.TEXT.value:
+    check_room(names)
   by_label = {row.label: row for row in rows}
 
   def key(checkpoint, label, name):
     greedy = f"|{decoded(label, name)} decoded" if decoded(label, name) else ""
-    return f"{opened(checkpoint)[0]}, {options(by_label[label])}|{LENGTH.value}|{COUNT.value}|{label}|{name}{greedy}"
+    about = f"{opened(checkpoint)[0]}, {options(by_label[label], name)}"
+    return f"{about}|{LENGTH.value}|{COUNT.value}|{label}|{name}{greedy}"
 
   every = [(checkpoint, row.label, [name for name in names if key(checkpoint, row.label, name) not in results])
            for checkpoint in CHECKPOINTS.value for row in rows]

@@ -36,7 +36,7 @@ DRAWS = flags.DEFINE_integer("draws", 5, "Draws of the random selector.", lower_
 
 def dense(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
   """{"dense": {task: cell}}: by these seeds are left out."""
-  return {"dense": eval_niah.cells(model, params, Row("dense", lambda task: (Dense(), None)), list(TASKS.values()))}
+  return {"dense": eval_niah.cells(model, params, Row("dense", lambda question: (Dense(), None)), list(TASKS.values()))}
 
 
 def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   """
   size, found, row = BATCH_SIZE.value, {}, methods(16)[method]
   for name, task in TASKS.items():
-    made, (mode, _) = eval_niah.sequences(name), row.build(task)
+    made, (mode, _) = eval_niah.sequences(name), row.build(task.query_length)
     batches = [jax.tree.map(lambda x, i=i: x[i:i + size], made) for i in range(0, COUNT.value, size)]
     seeds = [np.concatenate([_hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
              for one in _seeds(params)]
@@ -58,12 +58,12 @@ def methods(part: int, **options: Any) -> dict[str, Row]:
   """The methods, at a part of the tokens."""
   budget = LENGTH.value // part
   moba = lambda: MoBA(budget // 16, block=16, keep_first=False, **options)
-  return {"Quest 16": Row("", lambda task: (Quest(budget, block=16, keep_first=False, **options), None)),
-          "MoBA 16 decode": Row("", lambda task: (moba(), Dense())),
-          "MoBA 16 prompt": Row("", lambda task: (Dense(), moba()), at_answer=True),
-          "SnapKV aware": Row("", lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None),
+  return {"Quest 16": Row("", lambda question: (Quest(budget, block=16, keep_first=False, **options), None)),
+          "MoBA 16 decode": Row("", lambda question: (moba(), Dense())),
+          "MoBA 16 prompt": Row("", lambda question: (Dense(), moba()), at_answer=True),
+          "SnapKV aware": Row("", lambda question: (SnapKV(budget, obs_window=question, **options), None),
                               at_answer=True),
-          "SnapKV blind": Row("", lambda task: (SnapKV(budget, obs_window=8, **options), None), at_question=True)}
+          "SnapKV blind": Row("", lambda question: (SnapKV(budget, obs_window=8, **options), None), at_question=True)}
 
 
 def _seeds(params: Any) -> list[Any]:
@@ -107,11 +107,11 @@ def layers(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   return {method: found}
 
 
-def _in_layer(row: Row, layer: int, count: int, task: Task) -> tuple[Mode, Mode | None]:
+def _in_layer(row: Row, layer: int, count: int, question: int) -> tuple[Mode, Mode | None]:
   """The modes of the row in one layer, dense attention in the others."""
   def alone(mode):
     return mode if mode in (None, Dense()) else PerLayer(tuple(mode if i == layer else Dense() for i in range(count)))
-  mode, prefill_mode = row.build(task)
+  mode, prefill_mode = row.build(question)
   return alone(mode), alone(prefill_mode)
 
 
@@ -144,7 +144,7 @@ def future(model: RATPlusLM, params: Any, budget: str) -> dict[str, Any]:
     task = TASKS[name]
     keys = None if task.filler == "needles" else (4, 4)
     made = jax.jit(lambda task=task, keys=keys: mini_niah.batch(
-        (Rows(task, COUNT.value, 2, keys),), LENGTH.value, niah.DATA_SEED, 1))()
+        (Rows(task, COUNT.value, 2, keys),), LENGTH.value, eval_niah.data_seed(), 1))()
     size = task.query_length + task.answer_length
     is_b = np.arange(LENGTH.value) >= LENGTH.value - size
     a, b = (made | {"answers": made["answers"] & counted} for counted in (~is_b, is_b))
@@ -194,7 +194,7 @@ def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
   for dilation in (8, 16, 32):
     tasks = [task for task in TASKS.values() if task.queries * task.values == 1]
     mode = Dilated(dilation)
-    row = Row("", functools.partial(lambda mode, task: (mode, None), mode))
+    row = Row("", functools.partial(lambda mode, question: (mode, None), mode))
     right = eval_niah.which_right(model, params, row, tasks)
     ends = [1 + np.asarray(eval_niah.sequences(task.name)["golden"]).max(axis=1) for task in tasks]  # after the value
     away = (dilation - 1 - np.concatenate(ends)) % dilation
@@ -230,6 +230,8 @@ _load = functools.cache(niah.load)
 
 def main() -> None:
   niah.share_device()
+  common.refuse(("tasks", "only", "skip", "table", "text", "prompt_end", "spacing", "near_miss", "free_running"),
+                "hypotheses asks all tasks of mini-NIAH, as the main table of eval_niah does; leave it out.")
   folder = common.workdir("hypotheses")
   path = folder / "results.json"
   results: dict[str, Any] = common.read_json(path)

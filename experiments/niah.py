@@ -22,11 +22,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from experiments import common
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
+from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
 from rat_jax.train import Checkpoints
 
 MATCHED = 95.0  # percent that every task needs under Dense for a comparison
 ACCURACY_SEED, DATA_SEED = 1_000_003, 20_000_003  # of the questions of `sft_niah` itself, and of tables
+
+
+def check_tasks(names: Sequence[str]) -> None:
+  """Raises ValueError for --tasks that are none of mini-NIAH's."""
+  unknown = sorted(set(names) - TASKS.keys())
+  if unknown or not names:
+    raise ValueError(f"--tasks={unknown} are unknown; use some of {list(TASKS)}.")
 
 
 def check_seeds(seeds: range) -> None:
@@ -50,19 +58,23 @@ def load(folders: str) -> tuple[RATPlusConfig, Any]:
   """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between."""
   configs, params = [], []
   for folder in folders.split(","):
-    paths = sorted(pathlib.Path(folder).glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-    if not paths:
-      raise FileNotFoundError(f"{folder} holds no seed-* checkpoints; experiments.sft_niah makes them.")
+    found = [path for path in pathlib.Path(folder).glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
+    paths = sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
+    if not folder or not paths:
+      raise FileNotFoundError(f"{folder or 'no folder'} holds no seed-* checkpoints; give the folder around them, which"
+                              " experiments.sft_niah makes.")
     for path in paths:
       config, of_seed, notes = Checkpoints(path).load_params()
       if notes.get("seeds", len(paths)) != len(paths):
-        raise ValueError(f"{folder} holds {len(paths)} of {notes['seeds']} seeds; run experiments.sft_niah to its end.")
+        raise ValueError(f"{folder} holds {len(paths)} seeds of a run of {notes['seeds']}; run experiments.sft_niah to"
+                         " its end, or move what is not of that run away.")
       configs.append(config)
       params.append(of_seed)
   if len(set(configs)) > 1:
     raise ValueError(f"{folders} hold models of different configurations; one arm has one.")
   if configs[0].vocab_size != mini_niah.VOCAB_SIZE:
-    raise ValueError(f"{folders} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}.")
+    raise ValueError(f"{folders} has vocab_size={configs[0].vocab_size}; mini-NIAH's is {mini_niah.VOCAB_SIZE}:"
+                     " give models of experiments.sft_niah, or --text for language models.")
   return configs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
 
@@ -72,7 +84,10 @@ def name(folders: str) -> str:
 
 
 def check_names(checkpoints: Sequence[str]) -> None:
-  """Raises ValueError where tables could not tell checkpoints apart."""
+  """Raises ValueError where tables could not tell checkpoints apart, or would count one twice."""
+  folders = [pathlib.Path(folder).resolve() for folders in checkpoints for folder in folders.split(",")]
+  if len(set(folders)) < len(folders):
+    raise ValueError(f"--checkpoint={list(checkpoints)}: one folder is given twice; give each once.")
   if len({name(checkpoint) for checkpoint in checkpoints}) < len(checkpoints):
     raise ValueError(f"--checkpoint={list(checkpoints)}: two have one name; give folders of different names.")
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rat_jax import Dense, Dilated, DilatedTopK, MoBA, Quest, SnapKV, StreamingLLM
-from rat_jax.evaluate.mini_niah import Task
 from rat_jax.modes import BlockMode, Mode
 
 
@@ -18,13 +17,14 @@ class Row:
 
   Attributes:
     label: family, budget and what is special, such as "Quest 16, 1/8, first".
-    build: (mode, prefill_mode) for a task, None for the mode's own form; ValueError where no such mode can be built.
+    build: (mode, prefill_mode) for a question of so many tokens, None for the mode's own form; ValueError where no such
+      mode can be built.
     at_answer: the prompt ends at the answer (p = index of ANS + 1) rather than at the question (p = index of QRY).
     at_question: it must end at the question: what it shows is not there otherwise.
   """
 
   label: str
-  build: Callable[[Task], tuple[Mode, Mode | None]]
+  build: Callable[[int], tuple[Mode, Mode | None]]
   at_answer: bool = False
   at_question: bool = False
 
@@ -94,17 +94,17 @@ def paper_rows(length: int) -> list[Row]:
 
 def _decoded(length: int, label: str, build: Callable[..., Mode], *arguments: Any, prefill_mode: Mode | None = None,
              **options: Any) -> Row:
-  return Row(label, lambda task: (_choosing(build(*arguments, **options), length), prefill_mode))
+  return Row(label, lambda question: (_choosing(build(*arguments, **options), length), prefill_mode))
 
 
 def _prompt(length: int, label: str, build: Callable[[], Mode]) -> Row:
   """The mode in the prompt, and dense steps after it."""
-  return Row(label, lambda task: (Dense(), _choosing(build(), length)), at_answer=True)
+  return Row(label, lambda question: (Dense(), _choosing(build(), length)), at_answer=True)
 
 
 def _aware(label: str, budget: int, **options: Any) -> Row:
   """SnapKV with the question as its window."""
-  return Row(label, lambda task: (SnapKV(budget, obs_window=task.query_length, **options), None), at_answer=True)
+  return Row(label, lambda question: (SnapKV(budget, obs_window=question, **options), None), at_answer=True)
 
 
 def _choosing(mode: Mode, length: int) -> Mode:

@@ -61,20 +61,21 @@ STAGES = flags.DEFINE_list("stages", [], "Length x rows of every stage. Default:
 SHARES = flags.DEFINE_list("shares", None, "The share of the steps by which each stage but the last ends. Default:"
                            " 0.6,0.7,0.75 for the default stages.")
 LEAVE_AT = flags.DEFINE_float("leave_at", 0.9, "A stage ends when every task but multivalue passes this on every seed,"
-                              " or on all but --stragglers.")
+                              " or on all but --stragglers.", 0.0, 1.0)
 STRAGGLERS = flags.DEFINE_integer("stragglers", 0, "How many of the seeds are spare: no stage waits for them, and in"
                                   " the end the first that have 95% in every task become seed-0, seed-1, ..., then the"
                                   " best of the others; the rest are spare-*. seeds.json has the accuracies of all.",
                                   lower_bound=0)
 STOP_AT = flags.DEFINE_float("stop_at", None, "The last stage ends when every task passes this on every seed, or on all"
-                             " but --stragglers.")
+                             " but --stragglers.", 0.0, 1.0)
 INIT = flags.DEFINE_string("init", None, "Folder of seed-* to start from, its first --seeds, instead of fresh"
                            " parameters.")
 MODES = common.define_modes([], "One update of every batch, repeat it for several. Default: the arm's own.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. Default: 5e-4; 1e-5 for --text.",
                                    lower_bound=1e-9)
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
-LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.")
+LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.",
+                               lower_bound=0.0)
 LM_DATA = flags.DEFINE_string("lm_data", None, "Folder of prepare_data, as bytes: text that is learned too.")
 LM_ROWS = flags.DEFINE_integer("lm_rows", 0, "Rows of text in every batch, beside those of the stage.", lower_bound=0)
 GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates start of a memory that is added to --init.")
@@ -132,10 +133,14 @@ class Stage:
 
 def sizes(default: str) -> list[tuple[int, int]]:
   """(length, rows) of every stage."""
+  wrong = ValueError(f"--stages={','.join(STAGES.value)}; write each as length x rows, such as 256x64.")
   try:
-    return [(int(length), int(rows)) for length, rows in (x.split("x") for x in STAGES.value or default.split(","))]
+    found = [(int(length), int(rows)) for length, rows in (x.split("x") for x in STAGES.value or default.split(","))]
   except ValueError as error:
-    raise ValueError(f"--stages={','.join(STAGES.value)}; write each as length x rows, such as 256x64.") from error
+    raise wrong from error
+  if min(map(min, found)) < 1:
+    raise wrong
+  return found
 
 
 def stages(steps: int) -> list[Stage]:
@@ -145,10 +150,10 @@ def stages(steps: int) -> list[Stage]:
     raise ValueError(f"--shares={','.join(shares)} for {len(of_stage)} stages; give one share less than stages.")
   try:
     ends = [round(float(share) * steps) for share in shares] + [steps]
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise ValueError(f"--shares={','.join(shares)}; write each as a number, such as 0.6.") from error
-  if ends != sorted(ends):
-    raise ValueError(f"--shares={','.join(shares)}; they must rise, and end below 1.")
+  if ends != sorted(ends) or not all(0 < float(share) < 1 for share in shares):
+    raise ValueError(f"--shares={','.join(shares)}; they must rise from above 0 to below 1.")
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
@@ -201,6 +206,7 @@ class Programs:
 def text() -> tuple[np.ndarray, ...]:
   """The tokens of --lm_data, for `_batch`; empty without. Raises ValueError for text that is not bytes."""
   if not LM_ROWS.value:
+    common.refuse(("lm_data",), "without --lm_rows none of it is read; give some.")
     return ()
   if LM_DATA.value is None:
     raise ValueError(f"--lm_rows={LM_ROWS.value} without --lm_data; give a folder of prepare_data.")
@@ -237,10 +243,11 @@ def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.
 
 
 def main() -> None:
-  unknown = set(TASK_NAMES.value) - TASKS.keys()
-  if unknown:
-    raise ValueError(f"--tasks={sorted(unknown)} are unknown; use some of {list(TASKS)}.")
+  niah.check_tasks(TASK_NAMES.value)
   if text_needles.TEXT.value:
+    common.refuse(("arm", "seeds", "steps", "shares", "leave_at", "stragglers", "stop_at", "warmup", "lm_weight",
+                   "lm_data", "lm_rows", "gate_bias", "memory_rate", "dilation", "layers", "width", "heads", "dtype",
+                   "log_every", "save_every"), "--text fine-tunes one model as it is; leave it out.")
     if len(STAGES.value) > 1:
       raise ValueError(f"--stages={','.join(STAGES.value)}; --text has a single one.")
     text_needles.fine_tune(INIT.value, TASK_NAMES.value, EXAMPLES.value, *sizes("4096x32")[0],
@@ -251,6 +258,8 @@ def main() -> None:
 
 def train() -> None:
   """From scratch, or from --init, through the stages."""
+  common.refuse(("examples", "epochs", "answer_room", "ruler", "essay", "tokenizer"),
+                "without --text there are no words; give that too, or leave it out.")
   folder, arm, steps = common.workdir(f"niah/{ARM.value}"), ARM.value, STEPS.value or STEPS_OF[ARM.value]
   if SEEDS.value % jax.device_count():
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
@@ -260,6 +269,10 @@ def train() -> None:
   if STRAGGLERS.value >= SEEDS.value:
     raise ValueError(f"--stragglers={STRAGGLERS.value} of --seeds={SEEDS.value}; leave one seed at least.")
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
+  for flag, has in ((LAYERS, config.num_layers), (WIDTH, config.embed_dim), (HEADS, config.num_heads),
+                    (DTYPE, config.dtype)):
+    if flag.present and flag.value != has:
+      raise ValueError(f"--{flag.name}={flag.value} and --init={INIT.value}, which has {has}; leave the flag out.")
   if INIT.value and arm.startswith("ratplus") and not config.memory:
     params = jax.vmap(lambda p: add_memory(config, p, GATE_BIAS.value)[1])(params)
     config = dataclasses.replace(config, memory=True, gate_bias=GATE_BIAS.value)
@@ -281,7 +294,7 @@ def train() -> None:
                            "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "stragglers": STRAGGLERS.value,
                            "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
                            "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value, "log_every": LOG_EVERY.value,
-                           "stage": 0, "done": False}
+                           "stop_at": STOP_AT.value, "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, run, notes)
   step, at, done = int(state.step[0]), notes["stage"], notes["done"]
   size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value

@@ -23,26 +23,28 @@ from experiments import common, niah
 from experiments.niah_table import Row
 from rat_jax import RATPlusLM, evaluate
 from rat_jax.evaluate import Example, text_niah
-from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.loss import IGNORED
 
 TEXT = flags.DEFINE_bool("text", False, "Tasks in words, for a language model (experiments.pretrain), not mini-NIAH.")
 TOKENIZER = common.define_tokenizer()
-RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, <task>.jsonl or <task>/validation.jsonl."
-                           " Default: tasks of our own.")
+RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, such as niah_single_1/validation.jsonl or"
+                           " single_1.jsonl. Default: tasks of our own.")
 ESSAY = flags.DEFINE_string("essay", None, "Text file that surrounds needles of our own. Default: made-up sentences.")
-EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.0)
+EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.01)
 ANSWER_ROOM = flags.DEFINE_integer("answer_room", 128, "Tokens kept for an answer.", lower_bound=2)
 
 
 def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, list[Example]]:
   """{task: examples}, at most `count` of a file, as many of our own; ValueError for a prompt or an answer too long."""
+  if ANSWER_ROOM.value >= length:
+    raise ValueError(f"--answer_room={ANSWER_ROOM.value} leaves nothing of length={length}; use less, or a larger"
+                     " length.")
   if RULER.value:
     found = {name: evaluate.load_ruler(_file_of(name))[:count] for name in names}
   else:
-    essay = pathlib.Path(ESSAY.value).read_text() if ESSAY.value else text_niah.pseudo_essay(0, length)
+    essay = _essay() or text_niah.pseudo_essay(0, length)
     draw = functools.partial(text_niah.examples, count=count, length=length, tokenizer=TOKENIZER.value, essay=essay,
                              seed=seed, answer_room=ANSWER_ROOM.value)
     found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
@@ -51,16 +53,27 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
     for i, example in enumerate(examples):
       prompt, answer = _encoded(example)
       if len(prompt) > length - ANSWER_ROOM.value or len(answer) > ANSWER_ROOM.value:
-        raise ValueError(f"{name}, example {i}: a prompt of {len(prompt)} tokens and an answer of {len(answer)}; there"
-                         f" is room for {length - ANSWER_ROOM.value} and {ANSWER_ROOM.value} of length={length}.")
+        raise ValueError(f"{_file_of(name) if RULER.value else name}, example {i + 1}: a prompt of {len(prompt)} tokens"
+                         f" and an answer of {len(answer)}; there is room for {length - ANSWER_ROOM.value} and"
+                         f" {ANSWER_ROOM.value} of length={length}; use a larger length or another --answer_room.")
   return found
 
 
+def _essay() -> str:
+  """The text of --essay; "" without."""
+  if ESSAY.value is None:
+    return ""
+  try:
+    return pathlib.Path(ESSAY.value).read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"--essay={ESSAY.value}: {error}; give a file of UTF-8 text.") from error
+
+
 def _file_of(name: str) -> pathlib.Path:
-  """RULER's file of a task: <task>.jsonl, or <task>/validation.jsonl as RULER's own scripts leave it."""
+  """RULER's file of a task, niah_<task>/validation.jsonl where its own scripts leave it, or <task>.jsonl."""
   folder = pathlib.Path(RULER.value or "")
-  one = folder / f"{name}.jsonl"
-  return one if one.exists() or not (folder / name).is_dir() else folder / name / "validation.jsonl"
+  every = [folder / path for full in (f"niah_{name}", name) for path in (f"{full}/validation.jsonl", f"{full}.jsonl")]
+  return next((path for path in every if path.exists()), every[-1])
 
 
 def _encoded(example: Example) -> tuple[list[int], list[int]]:
@@ -72,6 +85,12 @@ def _encoded(example: Example) -> tuple[list[int], list[int]]:
 def source() -> str:
   """Where examples come from, for the results."""
   return RULER.value or f"our own tasks, essay: {ESSAY.value or 'made-up sentences'}; no RULER score"
+
+
+def origin(name: str) -> str:
+  """What tells the examples of a task from others, for the cells that are kept."""
+  text = digests([name])[name] if RULER.value else hashlib.sha256(_essay().encode()).hexdigest()[:16]
+  return f"{source()}, {text}, answer room {ANSWER_ROOM.value}"
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
@@ -139,7 +158,7 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
   found: dict[str, dict[str, Any]] = {}
   for name, of_task in examples.items():
     try:
-      mode, prefill_mode = row.build(TASKS[name])
+      mode, prefill_mode = row.build(max(map(_question_length, of_task)))
     except ValueError as error:
       found[name] = {"blank": str(error)}
       continue
@@ -151,6 +170,12 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
                    "error_over_examples": [float(np.std(by_example) / len(said)**0.5)], "by_example": by_example,
                    "comma_recall": evaluate.comma_recall(said, asked), "exact_match": evaluate.exact_match(said, asked)}
   return found
+
+
+def _question_length(example: Example) -> int:
+  """The tokens of the prompt's last line, which is the question and the start of its answer."""
+  line = example.prompt[example.prompt.rstrip("\n").rfind("\n") + 1:]
+  return len(TOKENIZER.value.encode(line))
 
 
 def _answers(model: RATPlusLM, params: Any, examples: Sequence[Example], mode: Mode, prefill_mode: Mode | None,

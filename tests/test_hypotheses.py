@@ -81,7 +81,7 @@ def test_a_layer_alone_is_the_mode_with_the_others_dense():
     found = hypotheses.layers(model, params, "MoBA 16 decode")["MoBA 16 decode"]
     for layer in (0, 3):
       mode = MoBA(2, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
-      row = niah_table.Row("", lambda task, mode=mode: (mode, Dense()))
+      row = niah_table.Row("", lambda question, mode=mode: (mode, Dense()))
       cells = eval_niah.cells(model, params, row, list(hypotheses.TASKS.values()))
       assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
   assert found["layer 0"] != found["layer 3"]

@@ -63,8 +63,8 @@ def test_a_small_trained_model_under_the_modes(small, quick):
         assert least <= cells[task.name]["accuracy"][0] <= most, (row.label, cells)
 
 
-RANDOM = niah_table.Row("Quest 8, 1/2, random", lambda task: (Quest(64, block=8, keep_first=False, selector="random"),
-                                                              None))
+RANDOM = niah_table.Row("Quest 8, 1/2, random", lambda question: (
+    Quest(64, block=8, keep_first=False, selector="random"), None))
 
 
 @pytest.mark.parametrize("row", [*rows_named("Quest 8, 1/4"), *(pytest.param(row, marks=pytest.mark.slow) for row in (
@@ -141,8 +141,40 @@ def test_cells_are_kept_and_a_table_half_done_is_finished(small, tmp_path, monke
       eval_niah.main()
   rat_jax.train.Checkpoints(tmp_path / "b" / "seed-0").save(
       dataclasses.replace(state, step=np.int32(1)), model.config, {"seeds": 2})
-  with pytest.raises(ValueError, match="holds 1 of 2 seeds"):
+  with pytest.raises(ValueError, match="holds 1 seeds of a run of 2"):
     niah.load(str(tmp_path / "b"))
+
+
+def test_a_cell_is_known_by_what_was_asked_and_of_whom(small):
+  quest, aware, blind = rows_named("Quest 8, 1/4", "SnapKV aware, 1/4", "SnapKV blind, 1/4")
+  task = TASKS["multikey_1"]
+  answer = LENGTH - task.answer_length
+  assert [eval_niah.prompt_length(row, task) for row in (quest, aware)] == [answer - task.query_length, answer]
+  assert [row.build(5)[0].obs_window for row in (aware, blind)] == [5, 8]
+  settings = [{}, {"spacing": 16}, {"near_miss": 0.5}, {"prompt_end": "answer"}, {"seed": 1}]
+  known, seen = set(), set()
+  for one in settings:
+    with flagsaver.flagsaver(**one):
+      known.add(eval_niah.options(quest))
+      tokens = np.asarray(eval_niah.sequences("multikey_1")["tokens"])
+      seen.add((eval_niah.prompt_length(quest, task), tokens.tobytes()))
+      assert eval_niah.prompt_length(aware, task) == answer
+  assert len(known) == len(settings)
+  assert len(seen) == len(settings) - 1  # keys of one symbol differ in it alone anyway
+  _, params = trained()
+  other = params | {"embedding": params["embedding"].at[0, 0, 0].add(1e-3)}
+  assert niah.fingerprint(params) == niah.fingerprint(jax.tree.map(np.array, params)) != niah.fingerprint(other)
+  for twice in (["a", "a"], ["a,b", "b"], ["a,a"], ["x/a", "y/a"]):
+    with pytest.raises(ValueError, match=r"given twice|have one name"):
+      niah.check_names(twice)
+
+
+def test_the_papers_moba_is_in_the_prompt_alone():
+  rows = {row.label: row for row in niah_table.paper_rows(4096)}
+  mode, prefill_mode = rows["MoBA 64 prompt, 1/8, first"].build(3)
+  assert (mode, str(prefill_mode)) == (Dense(), "moba:8")
+  assert rows["MoBA 64 prompt, 1/8, first"].at_answer
+  assert str(rows["Quest 64, 1/8, first"].build(3)[0]) == "quest:512"
 
 
 def test_a_task_alone_has_the_sequences_of_a_batch_of_all(small):
@@ -317,6 +349,36 @@ def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
       tune()
 
 
+def test_examples_of_words_are_known_by_what_is_in_them(tmp_path):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
+  file, essay = tmp_path / "niah_single_1" / "validation.jsonl", tmp_path / "essay.txt"
+  file.parent.mkdir()
+  known = set()
+  for answer in (1, 2):
+    file.write_text(json.dumps({"input": "Long ago.\nWhat is it?", "outputs": [answer], "answer_prefix": " It is"}))
+    essay.write_text(f"It was {answer}.")
+    with flagsaver.flagsaver(ruler=str(tmp_path)):  # as RULER's own scripts leave it
+      (example,) = text_needles.load(["single_1"], 1, 512, 0)["single_1"]
+      assert example.answers == (str(answer),)
+      known.add(text_needles.origin("single_1"))
+    for room in (64, 128):
+      with flagsaver.flagsaver(essay=str(essay), answer_room=room):
+        known.add(text_needles.origin("single_1"))
+  assert len(known) == 6
+  windows = []
+  row = niah_table.Row("", lambda question: windows.append(question) or (Dense(), None))
+  model = RATPlusLM(RATPlusConfig(256, 1, 16, 2))
+  params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  with flagsaver.flagsaver(answer_room=2):
+    text_needles.cells(model, params, row, {"single_1": [example]}, 64, 1)
+  assert windows == [len(b"What is it? It is")]
+  for one, told in (({"answer_room": 512}, "answer_room=512 leaves nothing"),
+                    ({"essay": str(tmp_path)}, "essay=.*give a file of UTF-8 text")):
+    with flagsaver.flagsaver(**one), pytest.raises(ValueError, match=told):
+      text_needles.load(["single_2"], 1, 512, 0)
+
+
 def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatch):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(["test", "--checkpoint=none"])
@@ -349,6 +411,6 @@ def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatc
   assert [cells["multiquery"][score] for score in ("comma_recall", "exact_match")] == [100, 100]
   assert "use at least 65" in text_needles.cells(None, None, rows["Quest 64, 1/16, first"], examples, length,
                                                  batch_size=2)["single_1"]["blank"]
-  with pytest.raises(ValueError, match=r"single_1, example 0: a prompt of \d+ tokens"), \
+  with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"), \
       flagsaver.flagsaver(answer_room=8):
     text_needles.load(names[:1], 1, length, 0)

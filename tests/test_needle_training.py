@@ -21,7 +21,7 @@ TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--widt
        "--tasks=single_1,multikey_1", "--warmup=2", "--log_every=2", "--save_every=2", "--steps=8"]
 
 
-def test_all_arms_have_as_many_parameters():
+def test_all_arms_have_as_many_parameters_and_updates():
   code = """
 import sys, jax, numpy as np
 from absl import flags
@@ -30,9 +30,15 @@ from rat_jax import RATPlusLM
 flags.FLAGS(sys.argv)
 for arm in sft_niah.STEPS_OF:
   model = RATPlusLM(sft_niah.configuration(arm))
-  print(sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32)))))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
+  size = sum(x.size for x in jax.tree.leaves(shapes))
+  sets = sft_niah.mode_sets(arm)
+  updates = sft_niah.STEPS_OF[arm] * len(sets[0])
+  print(size, updates, model.config.memory, *("+".join(map(str, modes)) for modes in sets))
 """
-  assert run_python("-c", code).split() == 5 * ["3737856"]
+  assert run_python("-c", code).splitlines() == [
+      "3737856 16000 True dilated:16+dense", "3737856 16000 False dense", "3737856 16000 False dilated:16+dense",
+      "3737856 16000 True dense", "3737856 16000 True dilated:8+dense dilated:16+dense dilated:32+dense"]
 
 
 def test_a_tiny_model_learns_the_easiest_task_in_seconds():

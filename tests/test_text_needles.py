@@ -25,18 +25,26 @@ class Words:
     return [hash(word) for word in re.findall(r"\w+|\W", text)]
 
 
+class Split:
+  """Words between spaces: the coarsest that there is."""
+
+  def encode(self, text):
+    return [hash(word) for word in text.split()]
+
+
 ESSAY = pseudo_essay(0, 3000)
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), Words()], ids=["bytes", "words"])
+@pytest.mark.parametrize(("tokenizer", "longest_step"), [(Bytes(), 150), (Words(), 50), (Split(), 18)],
+                         ids=["bytes", "words", "split"])
 @pytest.mark.parametrize("task", TEXT_TASKS.values(), ids=lambda task: task.name)
-def test_every_answer_is_in_its_text(task, tokenizer, tmp_path):
+def test_every_answer_is_in_its_text(task, tokenizer, longest_step, tmp_path):
+  """A prompt is full: a sentence or a needle more, `longest_step` tokens at most, would not fit."""
   length, depths = 2200, []
   made = examples(task, 12, length, tokenizer, essay=ESSAY, seed=3)
   for one in made:
     prompt = one["input"] + one["answer_prefix"]
     used = len(tokenizer.encode(prompt))
-    longest_step = 150  # a sentence or a needle more would not fit
     assert length - 128 - longest_step < used <= length - 128
     assert one["length"] == used + 128
     needles = NEEDLE.findall(one["input"])
@@ -63,6 +71,18 @@ def test_every_answer_is_in_its_text(task, tokenizer, tmp_path):
   read = load_ruler(tmp_path / "task.jsonl")
   assert [(x.prompt, list(x.answers), x.length) for x in read] == [
       (x["input"] + x["answer_prefix"], x["outputs"], x["length"]) for x in made]
+
+
+def test_an_essay_without_stops_fills_a_haystack_and_is_read_from_any_place():
+  words = [f"w{i}" for i in range(4000)]
+  made = examples(TEXT_TASKS["single_2"], 8, 1200, Split(), essay=" ".join(words))
+  filler = [NEEDLE.sub("", one["input"].split("\n")[1]).split() for one in made]
+  assert all(len(one) > 950 for one in filler)
+  starts = [words.index(one[0]) for one in filler]
+  assert all(start % 40 == 0 for start in starts)
+  assert len(set(starts)) > 4
+  with pytest.raises(ValueError, match="no part of the essay fits"):
+    examples(TEXT_TASKS["single_2"], 1, 600, Bytes(), essay=2000 * "a" + " " + 2000 * "b")
 
 
 def test_bad_input(monkeypatch):

@@ -80,12 +80,19 @@ def examples(task: TextTask, count: int, length: int, tokenizer: Tokenizer, *, e
       again from its start, each sentence at most once.
 
   Raises:
-    ValueError: an essay too short for the haystack, an answer longer than `answer_room`, no room for the needles.
+    ValueError: an essay too short for the haystack, or without words; an answer longer than `answer_room`, no room for
+      the needles.
     ImportError: `wonderwords` is missing.
   """
-  sentences = [part for part in re.split(r"(?<=[.!?])\s+", " ".join(essay.split())) if part]
+  sentences = [part for sentence in re.split(r"(?<=[.!?])\s+", " ".join(essay.split())) for part in _parts(sentence)]
   return [_example(task, index, length - answer_room, tokenizer, sentences, answer_room,
                    random.Random(f"{seed}/{task.name}/{index}")) for index in range(count)]
+
+
+def _parts(sentence: str, most: int = 40) -> list[str]:
+  """A sentence in parts of at most so many words: a text without stops fills a haystack too."""
+  words = sentence.split()
+  return [" ".join(words[i:i + most]) for i in range(0, len(words), most)]
 
 
 def write_jsonl(path: str | os.PathLike, made: Iterable[dict[str, Any]]) -> None:
@@ -134,7 +141,7 @@ def _noun(task: TextTask, count: int) -> str:
 def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, sentences: list[str], answer_room: int,
              draw: random.Random) -> dict[str, Any]:
   """The largest prompt of this draw that takes at most `room` tokens, as an example."""
-  keys = task.keys if task.haystack != "needles" else max(room // 8, 1)
+  keys = task.keys if task.haystack != "needles" else max(room // 6, 1)  # a needle takes seven words
   pool = _distinct(lambda: _key(task, draw), keys)
   values = _distinct(lambda: _value(task, draw), keys * task.values)
   needles = [(key, values[i * task.values + j]) for i, key in enumerate(pool) for j in range(task.values)]
@@ -157,6 +164,9 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
     raise ValueError(f"{task.name}: needles and question take {tokens(least)} tokens, and there is room for {room}; use"
                      " a larger length.")
   size = bisect.bisect_right(range(least, most + 1), room, key=tokens) - 1 + least
+  if task.haystack == "essay" and size == 0 and most:
+    raise ValueError(f"{task.name}: no part of the essay fits into {room} tokens; give a text with words, or a larger"
+                     " length.")
   if task.haystack == "essay" and size == most:
     raise ValueError(f"{task.name}: the essay of {most} sentences fills {tokens(most)} of {room} tokens; give a longer"
                      " text.")
