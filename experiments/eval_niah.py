@@ -58,7 +58,12 @@ WORKERS = flags.DEFINE_integer("workers", None, "Processes that compute rows. De
 
 def sequences(name: str) -> dict[str, jax.Array]:
   """The sequences of a task, the same for all rows of the table and all checkpoints."""
-  return _sequences(name, LENGTH.value, COUNT.value, SPACING.value, NEAR_MISS.value, data_seed())
+  return _sequences(*_of_task(name))
+
+
+def _of_task(name: str) -> tuple[str, int, int, int, float, int]:
+  """What the sequences of a task are made from."""
+  return name, LENGTH.value, COUNT.value, SPACING.value, NEAR_MISS.value, data_seed()
 
 
 def data_seed() -> int:
@@ -67,17 +72,21 @@ def data_seed() -> int:
 
 
 @functools.cache
-def _sequences(name: str, length: int, count: int, spacing: int, near_miss: float, seed: int) -> dict[str, jax.Array]:
+def _sequences(*of_task: Any) -> dict[str, jax.Array]:
+  return jax.jit(functools.partial(_batch, *of_task))()
+
+
+def _batch(name: str, length: int, count: int, spacing: int, near_miss: float, seed: int) -> dict[str, jax.Array]:
   rows = evaluation_rows(TASKS[name], count, spacing=spacing, near_miss=near_miss)
   first_row = list(TASKS).index(name) * count  # as in a batch of all tasks, whichever are asked for
-  return jax.jit(lambda: mini_niah.batch(rows, length, seed, 0, first_row))()
+  return mini_niah.batch(rows, length, seed, 0, first_row)
 
 
 def check_room(names: Sequence[str]) -> None:
   """Raises ValueError for a task that --length has no room for, before anything is computed."""
   for name in names:
     try:
-      jax.eval_shape(functools.partial(sequences, name))
+      jax.eval_shape(functools.partial(_batch, *_of_task(name)))
     except ValueError as error:
       raise ValueError(f"--length={LENGTH.value} --spacing={SPACING.value}: {name} has no room; {error}") from error
 
@@ -177,11 +186,11 @@ def decoded(label: str, name: str) -> int:
   return FREE_RUNNING.value if name in (one, "multikey_3") else 0  # multikey_3 is missed most
 
 
-def options(row: Row | None = None, name: str = "") -> str:
-  """What besides length and count decides about the sequences of a task and their prompts."""
+def options(row: Row | None = None, origin: str = "") -> str:
+  """What besides length and count decides about the sequences of a task and their prompts: for words their `origin`."""
   seed = f", seed {common.SEED.value}" if common.SEED.value else ""
-  if text_needles.TEXT.value:
-    return text_needles.origin(name) + seed
+  if origin:
+    return origin + seed
   end = "answer" if row is not None and row.at_answer else PROMPT_END.value
   return f"{end}, spacing {SPACING.value}, near misses {NEAR_MISS.value}{seed}"
 
@@ -243,13 +252,14 @@ def main() -> None:
   niah.check_tasks(TASK_NAMES.value)
   niah.check_names(CHECKPOINTS.value)
   rows, names = rows_to_compute(), TASK_NAMES.value
+  origins = {name: text_needles.origin(name) if text_needles.TEXT.value else "" for name in names}
   if not text_needles.TEXT.value:
     check_room(names)
   by_label = {row.label: row for row in rows}
 
   def key(checkpoint, label, name):
     greedy = f"|{decoded(label, name)} decoded" if decoded(label, name) else ""
-    about = f"{opened(checkpoint)[0]}, {options(by_label[label], name)}"
+    about = f"{opened(checkpoint)[0]}, {options(by_label[label], origins[name])}"
     return f"{about}|{LENGTH.value}|{COUNT.value}|{label}|{name}{greedy}"
 
   every = [(checkpoint, row.label, [name for name in names if key(checkpoint, row.label, name) not in results])

@@ -133,13 +133,12 @@ class Stage:
 
 def sizes(default: str) -> list[tuple[int, int]]:
   """(length, rows) of every stage."""
-  wrong = ValueError(f"--stages={','.join(STAGES.value)}; write each as length x rows, such as 256x64.")
   try:
     found = [(int(length), int(rows)) for length, rows in (x.split("x") for x in STAGES.value or default.split(","))]
+    if min(map(min, found)) < 1:
+      raise ValueError("a stage of nothing")
   except ValueError as error:
-    raise wrong from error
-  if min(map(min, found)) < 1:
-    raise wrong
+    raise ValueError(f"--stages={','.join(STAGES.value)}; write each as length x rows, such as 256x64.") from error
   return found
 
 
@@ -149,11 +148,12 @@ def stages(steps: int) -> list[Stage]:
   if len(shares) != len(of_stage) - 1:
     raise ValueError(f"--shares={','.join(shares)} for {len(of_stage)} stages; give one share less than stages.")
   try:
-    ends = [round(float(share) * steps) for share in shares] + [steps]
-  except (ValueError, OverflowError) as error:
+    parts = [float(share) for share in shares]
+  except ValueError as error:
     raise ValueError(f"--shares={','.join(shares)}; write each as a number, such as 0.6.") from error
-  if ends != sorted(ends) or not all(0 < float(share) < 1 for share in shares):
+  if parts != sorted(parts) or not all(0 < part < 1 for part in parts):
     raise ValueError(f"--shares={','.join(shares)}; they must rise from above 0 to below 1.")
+  ends = [round(part * steps) for part in parts] + [steps]
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 

@@ -44,7 +44,7 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
   if RULER.value:
     found = {name: evaluate.load_ruler(_file_of(name))[:count] for name in names}
   else:
-    essay = _essay() or text_niah.pseudo_essay(0, length)
+    essay = text_niah.pseudo_essay(0, length) if ESSAY.value is None else _essay(ESSAY.value)
     draw = functools.partial(text_niah.examples, count=count, length=length, tokenizer=TOKENIZER.value, essay=essay,
                              seed=seed, answer_room=ANSWER_ROOM.value)
     found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
@@ -59,14 +59,12 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
   return found
 
 
-def _essay() -> str:
-  """The text of --essay; "" without."""
-  if ESSAY.value is None:
-    return ""
+def _essay(path: str) -> str:
+  """The text of --essay."""
   try:
-    return pathlib.Path(ESSAY.value).read_text("utf-8")
+    return pathlib.Path(path).read_text("utf-8")
   except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"--essay={ESSAY.value}: {error}; give a file of UTF-8 text.") from error
+    raise ValueError(f"--essay={path}: {error}; give a file of UTF-8 text.") from error
 
 
 def _file_of(name: str) -> pathlib.Path:
@@ -89,13 +87,19 @@ def source() -> str:
 
 def origin(name: str) -> str:
   """What tells the examples of a task from others, for the cells that are kept."""
-  text = digests([name])[name] if RULER.value else hashlib.sha256(_essay().encode()).hexdigest()[:16]
-  return f"{source()}, {text}, answer room {ANSWER_ROOM.value}"
+  parts = [source(), *digests([name]).values(), f"answer room {ANSWER_ROOM.value}"]
+  if not RULER.value and ESSAY.value is not None:
+    parts.append(_digest(_essay(ESSAY.value).encode()))
+  return ", ".join(parts)
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
   """What tells RULER's file of a task from others, wherever it lies; {} for tasks of our own, which have seeds."""
-  return {name: hashlib.sha256(_file_of(name).read_bytes()).hexdigest()[:16] for name in names} if RULER.value else {}
+  return {name: _digest(_file_of(name).read_bytes()) for name in names} if RULER.value else {}
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
 
 
 def check_unseen(names: Sequence[str], folder: str, notes: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from pallas_kernels import dispatch
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
@@ -50,6 +51,13 @@ def _bounded_number_of_programs():
 def any_device(monkeypatch):
   """Lets implementations be named that this device does not run, to lower them for one that does."""
   monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
+
+
+@pytest.fixture
+def parsed_flags():
+  """The flags of the needle scripts at their defaults; a test that wants others sets them with flagsaver."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["test", "--checkpoint=none"])
 
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 import rat_jax
@@ -21,11 +20,9 @@ LENGTH, COUNT = 160, 16
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(parsed_flags, monkeypatch):
   monkeypatch.setattr(hypotheses, "TASKS", {name: TASKS[name] for name in ("single_2", "multikey_1", "multiquery")})
   monkeypatch.setattr(hypotheses.niah_report, "HARD", ())  # multikey_1 is asked anyway
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(["test", "--checkpoint=none"])
   with flagsaver.flagsaver(length=LENGTH, count=COUNT, batch_size=128, draws=2, workers=2):
     yield
 
