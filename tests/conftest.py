@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -94,16 +96,27 @@ def assert_logits_close(actual, expected, dtype, message=""):
 _PROGRAMS = tempfile.TemporaryDirectory()  # compiled by one process, for the next
 
 
-def run_python(*arguments, devices=1, check=True, optimize=False):
-  """Python in a process of its own, from the root: what it prints, or, unchecked, its errors."""
+def run_python(*arguments, devices=1, check=True, optimize=False, kill_at=None):
+  """Python in a process of its own, from the root: what it prints, or, unchecked, its errors.
+
+  With `kill_at` it is killed as soon as that path exists, and must not have come to its end.
+  """
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
                               "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
                               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                               "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimize)),
                               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
                                            f"{'' if optimize else ' ' + _QUICK_TO_COMPILE}"}
-  done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-                        check=False)
+  run = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  if kill_at:
+    with subprocess.Popen([sys.executable, *arguments], **run) as process:
+      while process.poll() is None and not kill_at.exists():
+        time.sleep(0.001)
+      process.kill()
+      printed, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors[-2000:]
+    return printed
+  done = subprocess.run([sys.executable, *arguments], check=False, **run)
   if check:
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

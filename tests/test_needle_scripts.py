@@ -270,6 +270,9 @@ def test_differences_are_paired_and_blanks_say_why(tmp_path):
   error = 100 * difference.std(ddof=1) / 10**0.5
   assert parts_of(niah_report.differences(full))[2:] == [
       ["dense", "one", f"{100 * difference.mean():+.1f}", f"{error:.1f}", "5.0", f"{100 * difference.mean():+.1f}+"]]
+  overlapping = {"x/one": {"dense": {"t": cell_of(a, [1, 1, 1, 1] + 6 * [0])}},
+                 "x/two": {"dense": {"t": cell_of(c, c)}}}
+  assert parts_of(niah_report.differences(overlapping))[2][-1] == "+10.0"  # no +: a seed of 40 is below the other's 50
   assert niah_report.blanks(full) == "Quest, 1/4: no room"
   table = parts_of(niah_report.table(full))
   error = 100 * ((np.array(a) + b) / 2).std() / 10**0.5

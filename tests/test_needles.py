@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 from rat_jax.evaluate import comma_recall, exact_match, load_ruler, mini_niah, string_match_all
 from rat_jax.evaluate.mini_niah import TASKS, Rows, evaluation_rows, training_rows
@@ -64,13 +65,12 @@ def test_every_answer_is_in_its_context(task):
     else:
       assert len(needles) == task.keys * task.values
     by_key = {}
-    for key, value, start in needles:
+    for key, value, _ in needles:
       assert len(key) == task.key_length
       assert len(value) == task.value_length
       assert all(16 <= s < 112 for s in key)
       assert all(112 <= s < 208 for s in value)
       by_key.setdefault(key, []).append(value)
-      depths.append(start / (room - task.needle_length + 1))
     assert {len(values) for values in by_key.values()} == {task.values}  # keys are distinct
     ((keys, values),) = questions
     assert len(set(keys)) == task.queries
@@ -84,11 +84,14 @@ def test_every_answer_is_in_its_context(task):
     at = made["golden"][row, answer - 1:]  # SEP and EOS stand nowhere
     spoken = [s for value in values for s in value]
     assert made["tokens"][row, at[at >= 0]].tolist() == spoken
-    assert {needle[2] for needle in needles if needle[0] in keys} == {
-        p - task.key_length - 2 for p in at[at >= 0][::task.value_length].tolist()}
-  if task.filler != "needles" and task.keys == 1:
-    assert 0.4 < np.mean(depths) < 0.6
-    assert 0.2 < np.std(depths) < 0.37  # of a uniform depth: 0.29
+    starts = [start for key, _, start in needles if key in keys]
+    assert set(starts) == {p - task.key_length - 2 for p in at[at >= 0][::task.value_length].tolist()}
+    depths += [start / (room - task.needle_length + 1) for start in starts]
+    if task.filler == "repeated":  # a paragraph of twelve over and over, wherever the needle stands
+      context = made["tokens"][row, :question]
+      for place in range(12):
+        assert len({token for token in context[place::12].tolist() if token >= 208}) == 1
+  assert scipy.stats.kstest(depths, "uniform").pvalue > 0.01
   if task.filler == "markov":
     successors = {}
     for row in range(40):

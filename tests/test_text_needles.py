@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
-import numpy as np
 import pytest
+import scipy.stats
 
 from rat_jax.evaluate import load_ruler, text_niah
 from rat_jax.evaluate.text_niah import TEXT_TASKS, examples, pseudo_essay, write_jsonl
@@ -35,17 +35,19 @@ class Split:
 ESSAY = pseudo_essay(0, 3000)
 
 
-@pytest.mark.parametrize(("tokenizer", "longest_step"), [(Bytes(), 150), (Words(), 50), (Split(), 18)],
+@pytest.mark.parametrize(("tokenizer", "longest_word", "longest_needle"), [(Bytes(), 14, 150), (Words(), 4, 50),
+                                                                           (Split(), 1, 7)],
                          ids=["bytes", "words", "split"])
 @pytest.mark.parametrize("task", TEXT_TASKS.values(), ids=lambda task: task.name)
-def test_every_answer_is_in_its_text(task, tokenizer, longest_step, tmp_path):
-  """A prompt is full: a sentence or a needle more, `longest_step` tokens at most, would not fit."""
+def test_every_answer_is_in_its_text(task, tokenizer, longest_word, longest_needle, tmp_path):
+  """A prompt is full: a word or a needle more would not fit."""
+  step = longest_needle if task.haystack == "needles" else longest_word
   length, depths = 2200, []
   made = examples(task, 12, length, tokenizer, essay=ESSAY, seed=3)
   for one in made:
     prompt = one["input"] + one["answer_prefix"]
     used = len(tokenizer.encode(prompt))
-    assert length - 128 - longest_step < used <= length - 128
+    assert length - 128 - step < used <= length - 128
     assert one["length"] == used + 128
     needles = NEEDLE.findall(one["input"])
     keys = re.split(r", | and ", ASKED.search(one["input"]).group(1))
@@ -63,8 +65,7 @@ def test_every_answer_is_in_its_text(task, tokenizer, longest_step, tmp_path):
       assert re.fullmatch(r"\d{7}" if task.value == "number" else r"[0-9a-f-]{36}", value)
     depths += [one["input"].index(value) / len(one["input"]) for value in one["outputs"]]
     assert one["token_position_answer"] == len(tokenizer.encode(one["input"][:one["input"].index(one["outputs"][0])]))
-  assert 0.25 < np.mean(depths) < 0.75
-  assert np.std(depths) > 0.15
+  assert scipy.stats.kstest(depths, "uniform").pvalue > 0.01
   assert made[:5] == examples(task, 5, length, tokenizer, essay=ESSAY, seed=3)
   assert made[0]["input"] != examples(task, 1, length, tokenizer, essay=ESSAY, seed=4)[0]["input"]
   write_jsonl(tmp_path / "task.jsonl", made)

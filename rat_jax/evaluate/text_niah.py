@@ -69,7 +69,7 @@ def pseudo_essay(seed: int, words: int) -> str:
 
 def examples(task: TextTask, count: int, length: int, tokenizer: Tokenizer, *, essay: str = "", seed: int = 0,
              answer_room: int = 128) -> list[dict[str, Any]]:
-  """Examples of a task whose prompts fill `length - answer_room` tokens as far as whole words or sentences go.
+  """Examples of a task whose prompts fill `length - answer_room` tokens as far as whole words go, or whole needles.
 
   Every example is drawn from (seed, task, its number), however many there are; needles stand at uniform places between
   sentences.
@@ -152,11 +152,11 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
     filler = [_NOISE[i % len(_NOISE)] for i in range(room if task.haystack == "noise" else 0)]
   places = draw.getrandbits(64)
 
-  def made(size):
-    return _assemble(task, needles, filler, size, random.Random(f"{places}/{size}"))
+  def made(size, end=""):
+    return _assemble(task, needles, filler, size, random.Random(f"{places}/{size}"), end)
 
-  def tokens(size):
-    text, prefix, _ = made(size)
+  def tokens(size, end=""):
+    text, prefix, _ = made(size, end)
     return len(tokenizer.encode(text + prefix))
 
   least, most = (task.queries, len(needles)) if task.haystack == "needles" else (0, len(filler))
@@ -170,23 +170,27 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
   if task.haystack == "essay" and size == most:
     raise ValueError(f"{task.name}: the essay of {most} sentences fills {tokens(most)} of {room} tokens; give a longer"
                      " text.")
-  text, prefix, answers = made(size)
+  words = filler[size].split() if size < len(filler) else []
+  ends = [" ".join(words[:n]) for n in range(len(words))]  # what still fits of the next sentence
+  end = ends[bisect.bisect_right(ends, room, lo=1, key=lambda end: tokens(size, end)) - 1] if ends else ""
+  text, prefix, answers = made(size, end)
   answer = len(tokenizer.encode(", ".join(answers)))
   if answer > answer_room:
     raise ValueError(f"{task.name}: an answer takes {answer} tokens, more than answer_room={answer_room}.")
-  length = tokens(size) + answer_room
+  length = tokens(size, end) + answer_room
   return {"index": index, "input": text, "outputs": answers, "length": length, "length_w_model_temp": length,
           "answer_prefix": prefix, "token_position_answer": len(tokenizer.encode(text[:text.index(answers[0])]))}
 
 
-def _assemble(task: TextTask, needles: list[tuple[str, str]], filler: list[str], size: int, draw: random.Random
-              ) -> tuple[str, str, list[str]]:
-  """(prompt, the start of its answer, the answers) with `size` sentences of filler, or `size` needles alone."""
+def _assemble(task: TextTask, needles: list[tuple[str, str]], filler: list[str], size: int, draw: random.Random,
+              end: str) -> tuple[str, str, list[str]]:
+  """(prompt, the start of its answer, the answers): `size` sentences of filler and `end`, or `size` needles alone."""
   used = draw.sample(needles, size if task.haystack == "needles" else len(needles))
   body = filler[:size]
   at = sorted(draw.randint(0, len(body)) for _ in used)  # places between sentences
   for place, (key, value) in zip(reversed(at), reversed(used), strict=True):
     body.insert(place, f"The {_noun(task, 1)} kept for {key} is {value}.")
+  body += [end] if end else []
   keys = draw.sample(sorted({key for key, _ in used}), task.queries)
   answers = [value for wanted in keys for key, value in used if key == wanted]
   noun, verb = _noun(task, len(answers)), "are" if len(answers) > 1 else "is"
