@@ -94,17 +94,18 @@ def random_choice(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   return {method: {name: [cells[name]["accuracy"] for cells in draws] for name in TASKS}}
 
 
-def layers(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
-  """Which layer it is that sparsity harms: accuracy where one alone runs under the method, at 1/8 of the tokens.
+def layers(model: RATPlusLM, params: Any, case: str) -> dict[str, Any]:
+  """Which layer it is that sparsity harms: accuracy where one alone runs under a method, at 1/8 of the tokens.
 
-  {method: {"layer 0": {task: [seeds]}}} in percent.
+  {case: {"layer 0": {task: [seeds]}}} in percent; a case is a method, and another part of the tokens if any.
   """
-  row, count, found = methods(8)[method], model.config.num_layers, {}
+  method, _, part = case.partition(", 1/")
+  row, count, found = methods(int(part or 8))[method], model.config.num_layers, {}
   for layer in range(count):
     alone = dataclasses.replace(row, build=functools.partial(_in_layer, row, layer, count))
     cells = eval_niah.cells(model, params, alone, list(TASKS.values()))
     found[f"layer {layer}"] = {name: cells[name]["accuracy"] for name in TASKS}
-  return {method: found}
+  return {case: found}
 
 
 def _in_layer(row: Row, layer: int, count: int, question: int) -> tuple[Mode, Mode | None]:
@@ -210,7 +211,8 @@ _METHODS = ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware")  # o
 Part = tuple[Callable[[RATPlusLM, Any, str], dict[str, Any]], tuple[str, ...]]
 PARTS: dict[str, Part] = {
     "heads": (heads, ("Quest 16", "MoBA 16 decode", "SnapKV aware", "SnapKV blind")),
-    "random": (random_choice, _METHODS), "layers": (layers, (*_METHODS, "SnapKV blind")),
+    "random": (random_choice, _METHODS),
+    "layers": (layers, (*_METHODS, "SnapKV blind", "MoBA 16 prompt, 1/16")),
     "two_by_two": (two_by_two, ("dense", "1/8", "1/16")), "future": (future, ("dense", "1/4", "1/8", "1/16")),
     "reach": (reach, ("",)), "distance": (distance, ("from END",))}
 _EVERY = PARTS | {"dense": (dense, ("",))}

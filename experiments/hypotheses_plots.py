@@ -168,7 +168,7 @@ def _layers_figure(by_name: dict[str, Any]) -> plt.Figure:
     _draw_lines(axis, means, marker=".", linewidth=0.9)
     axis.set_xticks(range(len(next(iter(by_name.values()))[method])))
   axes[0].legend(fontsize=7)
-  figure.suptitle("One layer alone under the method, at 1/8 (line: seed)", fontsize=9)
+  figure.suptitle("One layer alone under the method, at 1/8 where no other budget is named (line: seed)", fontsize=9)
   return figure
 
 

@@ -75,13 +75,16 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
 def test_a_layer_alone_is_the_mode_with_the_others_dense():
   model, params = trained()
   with flagsaver.flagsaver(length=320):
-    found = hypotheses.layers(model, params, "MoBA 16 decode")["MoBA 16 decode"]
-    for layer in (0, 3):
-      mode = MoBA(2, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
-      row = niah_table.Row("", lambda question, mode=mode: (mode, Dense()))
-      cells = eval_niah.cells(model, params, row, list(hypotheses.TASKS.values()))
-      assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
-  assert found["layer 0"] != found["layer 3"]
+    for case, blocks in (("MoBA 16 decode", 2), ("MoBA 16 prompt, 1/16", 1)):
+      (found,) = hypotheses.layers(model, params, case).values()
+      for layer in (0, 3):
+        mode = MoBA(blocks, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
+        row = niah_table.Row("", lambda question, mode=mode: (mode, Dense()))
+        if "prompt" in case:
+          row = niah_table.Row("", lambda question, mode=mode: (Dense(), mode), at_answer=True)
+        cells = eval_niah.cells(model, params, row, list(hypotheses.TASKS.values()))
+        assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
+      assert found["layer 0"] != found["layer 3"]
 
 
 @pytest.mark.slow
@@ -196,5 +199,6 @@ def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_
   told = run_python(*ask, "--parts=reach,heads,distance,layers")
   assert "a: heads SnapKV aware" in told
   assert "MoBA 16 prompt, layer 0" in told
+  assert "MoBA 16 prompt, 1/16, layer 0" in told
   assert "a: reach" not in told
   assert {path.stem for path in (tmp_path / "answers").glob("*.png")} == {"reach", "heads", "distance", "layers"}
