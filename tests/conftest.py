@@ -107,20 +107,17 @@ def run_python(*arguments, devices=1, check=True, optimize=False, kill_at=None):
                               "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimize)),
                               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
                                            f"{'' if optimize else ' ' + _QUICK_TO_COMPILE}"}
-  run = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  if kill_at:
-    with subprocess.Popen([sys.executable, *arguments], **run) as process:
+  with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True) as process:
+    if kill_at:
       while process.poll() is None and not kill_at.exists():
         time.sleep(0.001)
       process.kill()
-      printed, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors[-2000:]
-    return printed
-  done = subprocess.run([sys.executable, *arguments], check=False, **run)
+    printed, errors = process.communicate()
   if check:
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-  return done.stderr
+    assert process.returncode == (-signal.SIGKILL if kill_at else 0), errors[-2000:]
+    return printed
+  return errors
 
 
 # {what: the worst error that was seen}; tests/test_gpu.py fills it.

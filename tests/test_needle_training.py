@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 
 import jax
 import numpy as np
@@ -68,7 +67,9 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
   killed = run(f"--workdir={tmp_path}/halved", kill_at=tmp_path / "halved" / "run" / "4")
   assert "resuming from step" not in killed
   assert not list((tmp_path / "halved").glob("seed-*"))
-  assert re.search("resuming from step [46]", run(f"--workdir={tmp_path}/halved", devices=2))
+  saved = max(int(path.name) for path in (tmp_path / "halved" / "run").iterdir() if path.name.isdecimal())
+  assert 4 <= saved < 8
+  assert f"resuming from step {saved}" in run(f"--workdir={tmp_path}/halved", devices=2)
   lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
            for name in ("whole", "halved")]
   assert [line["step"] for line in lines[1]] == [2, 4, 6, 8]

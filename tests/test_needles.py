@@ -91,6 +91,8 @@ def test_every_answer_is_in_its_context(task):
       context = made["tokens"][row, :question]
       for place in range(12):
         assert len({token for token in context[place::12].tolist() if token >= 208}) == 1
+  assert 0.4 < np.mean(depths) < 0.6
+  assert 0.2 < np.std(depths) < 0.37  # of a uniform depth: 0.29
   assert scipy.stats.kstest(depths, "uniform").pvalue > 0.01
   if task.filler == "markov":
     successors = {}

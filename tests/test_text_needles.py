@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -65,6 +66,8 @@ def test_every_answer_is_in_its_text(task, tokenizer, longest_word, longest_need
       assert re.fullmatch(r"\d{7}" if task.value == "number" else r"[0-9a-f-]{36}", value)
     depths += [one["input"].index(value) / len(one["input"]) for value in one["outputs"]]
     assert one["token_position_answer"] == len(tokenizer.encode(one["input"][:one["input"].index(one["outputs"][0])]))
+  assert 0.25 < np.mean(depths) < 0.75
+  assert np.std(depths) > 0.15
   assert scipy.stats.kstest(depths, "uniform").pvalue > 0.01
   assert made[:5] == examples(task, 5, length, tokenizer, essay=ESSAY, seed=3)
   assert made[0]["input"] != examples(task, 1, length, tokenizer, essay=ESSAY, seed=4)[0]["input"]

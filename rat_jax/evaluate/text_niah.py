@@ -170,9 +170,9 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
   if task.haystack == "essay" and size == most:
     raise ValueError(f"{task.name}: the essay of {most} sentences fills {tokens(most)} of {room} tokens; give a longer"
                      " text.")
-  words = filler[size].split() if size < len(filler) else []
-  ends = [" ".join(words[:n]) for n in range(len(words))]  # what still fits of the next sentence
-  end = ends[bisect.bisect_right(ends, room, lo=1, key=lambda end: tokens(size, end)) - 1] if ends else ""
+  words = " ".join(filler[size:size + 1]).split()
+  ends = [" ".join(words[:n]) for n in range(max(len(words), 1))]  # what may still fit of the next sentence
+  end = ends[bisect.bisect_right(ends, room, lo=1, key=lambda end: tokens(size, end)) - 1]
   text, prefix, answers = made(size, end)
   answer = len(tokenizer.encode(", ".join(answers)))
   if answer > answer_room:
