@@ -65,7 +65,7 @@ adapted() {  # 1000 updates under one dilated mode
 
 long() {  # T = 4096 and the paper's budgets, from the parameters of T = 1024
   local models=(--checkpoint=$runs/ratplus-4096 --checkpoint=$runs/attention-4096) how=(--length=4096 --batch_size=8)
-  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x32 --steps=1000 "${short[@]}"
+  train ratplus ratplus-4096 --init=$runs/ratplus --stages=4096x32 --steps=2000 "${short[@]}"
   train attention attention-4096 --init=$runs/attention --stages=4096x32 --steps=4000 "${short[@]}"
   table long "${models[@]}" --table=paper --count=128 "${how[@]}"
   table long-answer "${models[@]}" --table=paper --count=128 "${how[@]}" --prompt_end=answer --only=dense \

@@ -145,10 +145,14 @@ def _end_with_parent() -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answered(model: RATPlusLM, prompts: tuple[int, ...], arguments: tuple[tuple[str, Any], ...], params, batch,
+def _answered(model: RATPlusLM, prompts: tuple[int, ...], arguments: tuple[tuple[str, Any], ...], params, batches,
               row_ids):
-  return jax.vmap(lambda p: answered(model, p, batch, prompt_lengths=np.array(prompts), row_ids=row_ids,
-                                     **dict(arguments)))(params)
+  def of_batch(one):
+    batch, ids = one
+    return jax.vmap(lambda p: answered(model, p, batch, prompt_lengths=np.array(prompts), row_ids=ids,
+                                       **dict(arguments)))(params)
+
+  return jax.lax.map(of_batch, (batches, row_ids))  # one program a row of the table: processes share the device by turns
 
 
 def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Array]], prompts: Sequence[int], *,
@@ -166,13 +170,16 @@ def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Arr
   room = max(1, batch_size // len(parts))
   every = max(n for n in range(1, room + 1) if count % n == 0)  # sequences of each part in a batch
   of_rows = tuple(prompt for prompt in prompts for _ in range(every))
-  right = []
-  for first in range(0, count, every):
-    cut = [jax.tree.map(lambda x, first=first: x[first:first + every], part) for part in parts]
-    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *cut)
-    ids = jnp.tile(draw * count + jnp.arange(first, first + every, dtype=jnp.int32), len(parts))
-    right.append(np.asarray(_answered(model, of_rows, tuple(arguments.items()), params, batch, ids)))
-  return np.concatenate([x.reshape(len(x), len(parts), every) for x in right], axis=2).swapaxes(0, 1)
+
+  def batches(x):  # [parts, count, ...] -> [batches, rows, ...]
+    cut = x.reshape(len(parts), count // every, every, *x.shape[2:]).swapaxes(0, 1)
+    return cut.reshape(count // every, len(of_rows), *x.shape[2:])
+
+  ids = np.tile(draw * count + np.arange(count, dtype=np.int32), (len(parts), 1))
+  right = np.asarray(_answered(model, of_rows, tuple(arguments.items()), params,
+                               jax.tree.map(lambda *x: batches(jnp.stack(x)), *parts), batches(ids)))
+  by_part = right.reshape(count // every, -1, len(parts), every)  # of every batch: seeds, parts, sequences
+  return by_part.transpose(2, 1, 0, 3).reshape(len(parts), -1, count)
 
 
 def fingerprint(params: Any) -> str:
