@@ -2,8 +2,7 @@
 
 Claims (arXiv 2605.28640): H1, heads choose the right keys more often; H2, what they choose carries more, so that even a
 random choice keeps the answer.  Expected: RAT+ above attention in both.
-Cost of five seeds: RAT+ 663 seconds, attention 467, on one H200 with other work beside them; without two cases of
-"layers" that were added since, SnapKV blind and MoBA in the prompt at 1/16.
+Cost of five seeds: RAT+ 753 seconds, attention 556, on one H200 with other work beside them.
 Command: python -m experiments.hypotheses --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 Writes results.json, a figure for each question, and prints the figures' numbers. Finished parts are kept. Seeds below
 95 in a task under Dense are named and left out (--nomatch keeps them), as in the tables of experiments.eval_niah.
