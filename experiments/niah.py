@@ -152,7 +152,7 @@ def _answered(model: RATPlusLM, prompts: tuple[int, ...], arguments: tuple[tuple
     return jax.vmap(lambda p: answered(model, p, batch, prompt_lengths=np.array(prompts), row_ids=ids,
                                        **dict(arguments)))(params)
 
-  return jax.lax.map(of_batch, (batches, row_ids))  # one program a row of the table: processes share the device by turns
+  return jax.lax.map(of_batch, (batches, row_ids))  # one program: processes that share a device wait for each call
 
 
 def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Array]], prompts: Sequence[int], *,

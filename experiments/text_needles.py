@@ -164,7 +164,7 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
     try:
       mode, prefill_mode = row.build(max(map(_question_length, of_task)))
     except ValueError as error:
-      found[name] = {"blank": str(error)}
+      found[name] = {"blank": f"at T={length}: {error}"}
       continue
     said = [text for first in range(0, len(of_task), batch_size)
             for text in _answers(model, params, of_task[first:first + batch_size], mode, prefill_mode, length, first)]
