@@ -172,13 +172,12 @@ def which_right(model: RATPlusLM, params: Any, parts: Sequence[dict[str, jax.Arr
   of_rows = tuple(prompt for prompt in prompts for _ in range(every))
 
   def batches(x):  # [parts, count, ...] -> [batches, rows, ...]
-    cut = x.reshape(len(parts), count // every, every, *x.shape[2:]).swapaxes(0, 1)
-    return cut.reshape(count // every, len(of_rows), *x.shape[2:])
+    return x.reshape(len(parts), -1, every, *x.shape[2:]).swapaxes(0, 1).reshape(-1, len(of_rows), *x.shape[2:])
 
   ids = np.tile(draw * count + np.arange(count, dtype=np.int32), (len(parts), 1))
   right = np.asarray(_answered(model, of_rows, tuple(arguments.items()), params,
                                jax.tree.map(lambda *x: batches(jnp.stack(x)), *parts), batches(ids)))
-  by_part = right.reshape(count // every, -1, len(parts), every)  # of every batch: seeds, parts, sequences
+  by_part = right.reshape(*right.shape[:2], len(parts), every)  # [batches, seeds, parts, sequences]
   return by_part.transpose(2, 1, 0, 3).reshape(len(parts), -1, count)
 
 
