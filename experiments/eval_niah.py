@@ -1,9 +1,9 @@
 """Accuracy on mini-NIAH under many modes and budgets: the table that the claim stands on.
 
 Claim: the same sparse methods at the same budgets lose far less on a backbone with the memory than on one without.
-Expected: both at 98 or more under Dense; RAT+ ahead under Quest, MoBA and question-aware SnapKV, most at 1/16 on
+Expected: both at 98 or more under Dense; RAT+ ahead under Quest and MoBA, most at 1/16 on
 multikey_2, multikey_3 and multivalue.
-Cost of RAT+'s five seeds: 493 seconds on one H200 with other work beside it and 32 processor cores.
+Cost of three seeds of both: 594 seconds on one H200 with 16 processor cores.
 Command: python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
 The paper's own budgets:  --table=paper --length=4096
