@@ -3,7 +3,7 @@
 Claim: a model whose keys and values pass the memory, trained densely with ARL, keeps its quality when inference
 reads a sixteenth of the keys; plain attention does not, and training attention on ARL's sparse branch is no cure.
 Expected: RAT+ loses a few hundredths of a bit per byte from Dense to Dilated(16), attention more than one bit.
-Cost: about 10 minutes on two CPU cores.  Command: make quickstart, or python -m experiments.quickstart
+Cost: 10 to 18 minutes on two CPU cores.  Command: make quickstart, or python -m experiments.quickstart
 """
 
 from __future__ import annotations
