@@ -68,6 +68,7 @@ class Case:
 
 
 def heads() -> tuple[int, int, int]:
+  """Query heads, key heads and the width of one, by the flags."""
   return HEADS.value, KV_HEADS.value or HEADS.value, HEAD_DIM.value
 
 

@@ -65,6 +65,7 @@ CHECKED = 2  # rows whose logits are compared with plain JAX: of more the caches
 
 
 def configuration() -> RATPlusConfig:
+  """The model that the flags ask for."""
   choices: dict[str, Any] = {"dtype": DTYPE.value, "param_dtype": "float32" if "train" in PARTS.value else DTYPE.value}
   if PRESET.value is None:
     choices["num_kv_heads"] = KV_HEADS.value

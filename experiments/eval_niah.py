@@ -1,8 +1,8 @@
 """Accuracy on mini-NIAH under many modes and budgets: the table that the claim stands on.
 
 Claim: the same sparse methods at the same budgets lose far less on a backbone with the memory than on one without.
-Expected: both at 98 or more under Dense; RAT+ ahead under Quest and MoBA, most at 1/16 on
-multikey_2, multikey_3 and multivalue.
+Expected: both at 98 or more under Dense; RAT+ ahead under Quest and MoBA, most at 1/16 on multikey_2, multikey_3
+and multivalue.
 Cost of three seeds of both: 594 seconds on one H200 with 16 processor cores.
 Command: python -m experiments.eval_niah --checkpoint=runs/niah/ratplus --checkpoint=runs/niah/attention
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
@@ -92,6 +92,7 @@ def check_room(names: Sequence[str]) -> None:
 
 
 def prompt_length(row: Row, task: Task) -> int:
+  """Where the prompt of --length tokens ends: p, the index of QRY or that of ANS plus one."""
   at_answer = row.at_answer or PROMPT_END.value == "answer"
   return LENGTH.value - task.answer_length - (0 if at_answer else task.query_length)
 
@@ -115,7 +116,7 @@ def cells(model: RATPlusLM, params: Any, row: Row, tasks: Sequence[Task], free: 
     try:
       groups.setdefault(row.build(task.query_length), []).append(task)
     except ValueError as error:
-      found[task.name] = {"blank": f"at T={LENGTH.value}: {error}"}
+      found[task.name] = niah_table.blank(error, LENGTH.value)
   for (mode, prefill_mode), of_mode in groups.items():
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     for name, right in which_right(model, params, row, of_mode, draw).items():

@@ -37,6 +37,7 @@ def accuracies(by_task: Mapping[str, dict[str, Any]]) -> np.ndarray:
 
 
 def standard_error(values: np.ndarray) -> float:
+  """Of the mean of the values; NaN of a single one."""
   return float(values.std(ddof=1) / len(values)**0.5) if len(values) > 1 else float("nan")
 
 

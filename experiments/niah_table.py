@@ -29,6 +29,11 @@ class Row:
   at_question: bool = False
 
 
+def blank(error: ValueError, length: int) -> dict[str, str]:
+  """The cell of a row that cannot be built for sequences of `length` tokens, and why."""
+  return {"blank": f"at T={length}: {error}"}
+
+
 # Rows that are also decoded greedily.
 CHECKED = ("dense", "Quest 16, 1/8", "MoBA 16 decode, 1/8", "MoBA 16 prompt, 1/8", "SnapKV aware, 1/8",
            "SnapKV blind, 1/4", "Quest 16, 1/4, random", "DilatedTopK 16, 4 blocks", "dilated:16 everywhere",

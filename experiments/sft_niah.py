@@ -111,6 +111,7 @@ def mode_sets(arm: str) -> list[tuple[Mode, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
+  """A part of the curriculum, at `length` tokens and `rows` sequences a batch."""
   length: int
   rows: int
   until: int  # the batch by which it ends
@@ -143,6 +144,7 @@ def sizes(default: str) -> list[tuple[int, int]]:
 
 
 def stages(steps: int) -> list[Stage]:
+  """The curriculum of --stages and --shares over `steps` batches. Raises ValueError where these do not fit."""
   of_stage = sizes(_STAGES)
   shares = SHARES.value if SHARES.value is not None else [] if STAGES.value else ["0.6", "0.7", "0.75"]
   if len(shares) != len(of_stage) - 1:

@@ -20,7 +20,7 @@ from absl import flags
 
 import rat_jax
 from experiments import common, niah
-from experiments.niah_table import Row
+from experiments.niah_table import Row, blank
 from rat_jax import RATPlusLM, evaluate
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.modes import Mode
@@ -164,7 +164,7 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
     try:
       mode, prefill_mode = row.build(max(map(_question_length, of_task)))
     except ValueError as error:
-      found[name] = {"blank": f"at T={length}: {error}"}
+      found[name] = blank(error, length)
       continue
     said = [text for first in range(0, len(of_task), batch_size)
             for text in _answers(model, params, of_task[first:first + batch_size], mode, prefill_mode, length, first)]

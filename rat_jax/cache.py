@@ -52,6 +52,7 @@ class Slots:
 
   @property
   def rows(self) -> int:
+    """Slots in all, R."""
     return self.sinks + self.ring + self.strided
 
   def held(self, lengths: Lengths) -> Array:
@@ -156,6 +157,7 @@ class Cache:
 
   @property
   def layer_runs(self) -> tuple[Run, ...]:
+    """The runs of layers that share their modes, in the order of the layers."""
     return layer_runs(self.mode, self.config.num_layers, self.prefill_mode)
 
   def room(self) -> Array:

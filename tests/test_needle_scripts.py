@@ -55,6 +55,7 @@ def test_a_small_trained_model_under_the_modes(small, quick):
     for i, task in enumerate(tasks):
       if row.label == "Quest 16, 1/4, first":  # two blocks, both forced
         assert "nothing to choose" in cells[task.name]["blank"]
+        assert cells[task.name]["blank"].startswith(f"at T={eval_niah.LENGTH.value}: ")
       else:
         least, most = expected[row.label][i]
         assert least <= cells[task.name]["accuracy"][0] <= most, (row.label, cells)

@@ -121,8 +121,9 @@ def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(parsed_fla
   assert [cells[name]["accuracy"][0] for name in names] == pytest.approx([200 / 3, 100])
   assert cells["single_1"]["by_example"] == [0, 100, 100]
   assert [cells["multiquery"][score] for score in ("comma_recall", "exact_match")] == [100, 100]
-  assert "use at least 65" in text_needles.cells(None, None, rows["Quest 64, 1/16, first"], examples, length,
-                                                 batch_size=2)["single_1"]["blank"]
+  cells = text_needles.cells(None, None, rows["Quest 64, 1/16, first"], examples, length, batch_size=2)
+  assert "use at least 65" in cells["single_1"]["blank"]
+  assert cells["single_1"]["blank"].startswith(f"at T={length}: ")
   with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"), \
       flagsaver.flagsaver(answer_room=8):
     text_needles.load(names[:1], 1, length, 0)

@@ -49,6 +49,7 @@ class Task:
 
   @property
   def needle_length(self) -> int:
+    """Tokens of a needle: NDL, key, IS, value, END."""
     return self.key_length + self.value_length + 3
 
   @property
