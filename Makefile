@@ -1,55 +1,57 @@
 # Two commands: `make quickstart` and `make test`. Both make the environment in .venv first.
+# PYTHON= takes another Python, VENV= another folder for its environment.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-slow test-torch test-gpu lint notebook needles clean
 
-quickstart: .venv/core
+quickstart: $(VENV)/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
 
-test: .venv/dev
+test: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
 
-test-slow: .venv/dev
+test-slow: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m slow tests
 
 # What needs torch: the RAT+ authors' files, and OLMo 2 in transformers. Python 3.11, for which there is a small build.
-test-torch: .venv/dev
+test-torch: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_convert_torch.py
 
 # Kernels against float64, on an NVIDIA GPU; prints the worst errors.
-test-gpu: .venv/dev
+test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # The claim itself: both main arms from scratch, five seeds each, and the table of all modes. On one GPU; EXTRA=tpu for
 # a TPU. Stopped, it goes on where it was.
 EXTRA ?= cuda
-needles: .venv/core
+needles: $(VENV)/core
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[$(EXTRA)]'
 	PYTHON=$(BIN)/python bash experiments/needles.sh main
 
-notebook: .venv/dev
+notebook: $(VENV)/dev
 	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py
 
-.venv/python: Makefile
+$(VENV)/python: Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@
 
-.venv/core: .venv/python requirements.txt pyproject.toml
+$(VENV)/core: $(VENV)/python requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
 	@touch $@
 
-.venv/dev: .venv/core
+$(VENV)/dev: $(VENV)/core
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

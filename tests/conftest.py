@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from gpu_interpreter import InterpretParams  # noqa: F401
 from pallas_kernels import dispatch
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
@@ -24,17 +25,12 @@ from rat_jax.convert import from_ratplus_state_dict
 # processors it would wait for ever. XLA reads this when its first array is made.
 os.environ.setdefault("NPROC", "16")
 
-try:
-  from jax.experimental.pallas.mosaic_gpu import InterpretParams
-except ImportError:  # jax 0.10 has the interpreter of GPU kernels but does not export it
-  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams  # noqa: F401
-
 # The tests compile many small programs and run each a few times. On a GPU they are about what is compiled. The older of
 # XLA's two emitters of fusions takes half the time to compile; jax 0.12 knows it no more, and stops at unknown flags.
 _ON_CPU = os.environ.get("JAX_PLATFORMS") == "cpu"
 _QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 jax.config.update("jax_disable_most_optimizations", _ON_CPU)
-if _ON_CPU:
+if _ON_CPU and _QUICK_TO_COMPILE:  # XLA takes a value that names no flag, a blank even, for a file of flags
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_TO_COMPILE}"
 
 # Every compiled program holds memory maps, of which Linux allows a process 65530; XLA aborts when they are used up.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+
 import jax
 import numpy as np
 import pytest
 
 import pallas_kernels
-from conftest import run_python
+from conftest import ROOT
 from pallas_kernels import dispatch
+from pallas_kernels.dilated_attention import cudnn
 
 X = np.zeros((1, 8, 2, 64), jax.numpy.bfloat16)
 
@@ -49,22 +52,34 @@ def test_the_device_and_the_arguments_are_both_said(monkeypatch):
     scan()
 
 
-def test_plain_jax_needs_no_private_part_of_jax():
-  """A JAX that moved what cuDNN's attention is made of: it can be missed on a GPU alone."""
-  run_python("-c", """
-import sys
-import jax.numpy as jnp
-from jax._src import cudnn
+def test_the_packages_use_no_private_name_of_jax():
+  """Neither `jax._src` nor a private attribute of a module of jax: a new release may move those."""
+  for package in ("rat_jax", "pallas_kernels", "experiments"):
+    for file in (ROOT / package).rglob("*.py"):
+      for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
+            alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+            ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+        for name in names:
+          private = name.split(".")[0] in ("jax", "jaxlib") and any(
+              part.startswith("_") and not part.startswith("__") for part in name.split(".")[1:])
+          assert not private, (file, name)
 
-del cudnn.fused_attention_stablehlo
-sys.modules["jax._src.cudnn.fused_attention_stablehlo"] = None
-import pallas_kernels, rat_jax
 
-x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
-for implementation in (None, "xla"):
-  out = pallas_kernels.dilated_attention(x, x, x, dilation=4, implementation=implementation)
-  assert (out == 1).all()
-""")
+def test_a_jax_that_cannot_call_cudnn_is_named_and_done_without(monkeypatch):
+  monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
+  monkeypatch.setattr(dispatch, "FASTEST", {"cpu": {"dilated_attention": {"mosaic_gpu": 1, "cudnn": 1}}})
+  monkeypatch.setattr(jax.ffi, "ffi_call", lambda target_name, result_shape_dtypes: None)
+  cudnn._of_this_jax.cache_clear()
+  try:
+    for name in ("cudnn", "cudnn_masked", "mosaic_gpu"):
+      with pytest.raises(NotImplementedError, match=r"needs jax\.ffi\.ffi_call with custom_call_api_version and"
+                         rf" legacy_backend_config, which jax {jax.__version__} does not have; install a jax"):
+        pallas_kernels.dilated_attention(X, X, X, dilation=4, implementation=name)
+    ones = X + 1
+    assert (pallas_kernels.dilated_attention(ones, ones, ones, dilation=4) == 1).all()
+  finally:
+    cudnn._of_this_jax.cache_clear()
 
 
 def test_none_scans_a_few_tokens_in_plain_jax(monkeypatch):

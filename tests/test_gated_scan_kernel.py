@@ -17,7 +17,7 @@ from pallas_kernels.gated_scan.mosaic_gpu import MosaicGPU, default_tuning
 from pallas_kernels.gated_scan.mosaic_gpu_shapes import Tuning
 from pallas_kernels.gated_scan.xla import XLA
 
-INTERPRET = InterpretParams()
+INTERPRET = InterpretParams(detect_races=True)
 SMALL = Tuning(channels=32, steps=4, stages=2, workers=2)  # tiles of 32 tokens
 
 

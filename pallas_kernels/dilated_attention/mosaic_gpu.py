@@ -233,10 +233,11 @@ def _compute(cut: Cut, on_device: bool, group, count, work, out_ref, lse_ref, *,
   def start_with_own(queries, i):
     place, mine = _place(i, STAGES), pl.ds(group * ROWS, ROWS)
     plgpu.barrier_wait(k_copied.at[place])
-    top = jnp.sum(wide(queries[...]) * wide(k_tiles[place, mine]), axis=1) * (cut.width**-0.5 * _LOG2_E)
-    plgpu.barrier_arrive(k_read.at[place])
     plgpu.barrier_wait(v_copied.at[place])
+    top = jnp.sum(wide(queries[...]) * wide(k_tiles[place, mine]), axis=1) * (cut.width**-0.5 * _LOG2_E)
     out = wide(v_tiles[place, mine])
+    plgpu.commit_smem()  # barriers alone do not order plain reads before the next copy to their place
+    plgpu.barrier_arrive(k_read.at[place])
     plgpu.barrier_arrive(v_read.at[place])
     return out, top, cast(jnp.full((ROWS,), 1.0, jnp.float32), per_row)
 
@@ -355,10 +356,18 @@ def _add_product(out: Array, weights: Array, values) -> Array:
   return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, weights, values))(plgpu.ACC.init(out))
 
 
+# Stand-ins of wgmma for the interpreter. wgmma reads as asynchronous copies write; plain reads must be ordered before
+# those by a fence.
+
+
 def _plain_product(queries, keys, meanwhile=lambda: None) -> Array:
   meanwhile()
-  return lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  scores = lax.dot_general(queries[...], keys[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  plgpu.commit_smem()
+  return scores
 
 
 def _plain_add_product(out: Array, weights: Array, values) -> Array:
-  return out + jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+  out += jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+  plgpu.commit_smem()
+  return out
