@@ -114,15 +114,13 @@ assert kept == [[True, True, False, False], [False, True, True, False], [False, 
 @pytest.mark.slow
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
-             "--stages=64x32", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.9",
+             "--stages=64x32", "--steps=3000", "--dilation=8", "--dtype=float32", "--stop_at=0.98",
              "--learning_rate=2e-3", f"--workdir={tmp_path}", optimize=True)
   first, *_, last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  # The updates stop at the first evaluation that finds the needles, when the loss is still falling: its value then
-  # depends on rounding, and so on the machine. What the training must show is the needles found, in time, from chance.
-  assert last["accuracy"]["single_2"][0] >= 0.9 > first["accuracy"]["single_2"][0]
+  assert min(first["loss"][0]) > 2.5
+  assert last["loss"][0][1] < 1.5, last  # of the dense update; log(96) a symbol is chance
+  assert last["accuracy"]["single_2"][0] >= 0.98 > first["accuracy"]["single_2"][0]
   assert last["step"] <= 1200
-  dense = [record["loss"][0][1] for record in (first, last)]
-  assert dense[1] < dense[0] / 2, dense  # log(96) a symbol is chance
 
 
 @pytest.mark.slow
