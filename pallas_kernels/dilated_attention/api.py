@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, softmax
-from pallas_kernels.dilated_attention import folded, xla
+from pallas_kernels.dilated_attention import cudnn, folded, masked, xla
 from pallas_kernels.dilated_attention.reference import dilated_pattern
 from pallas_kernels.packing import number_documents
 
@@ -16,17 +16,7 @@ Array = jax.Array
 _MOST = 2**30  # of a window; sums of positions stay within int32
 
 
-# Imported when they are used: not every installation has Mosaic, and cuDNN's primitives are no public interface of JAX.
-
-
-def _cudnn():
-  from pallas_kernels.dilated_attention import cudnn
-  return cudnn
-
-
-def _masked():
-  from pallas_kernels.dilated_attention import masked
-  return masked
+# Imported when they are used: not every installation has Mosaic.
 
 
 def _mosaic_gpu():
@@ -78,15 +68,15 @@ def dilated_attention(
   _check(q, k, v, dilation, window, sinks, segment_ids)
   packed = "takes no packed rows: positions restart there, so they do not fold" if segment_ids is not None else None
   name = dispatch.resolve("dilated_attention", implementation, {
-      "xla": dispatch.serves_all, "cudnn": lambda: packed or _cudnn().unsupported(q, k),
-      "cudnn_masked": lambda: packed or _cudnn().unsupported(q, k),
-      "mosaic_gpu": lambda: packed or _cudnn().unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
+      "xla": dispatch.serves_all, "cudnn": lambda: packed or cudnn.unsupported(q, k),
+      "cudnn_masked": lambda: packed or cudnn.unsupported(q, k),
+      "mosaic_gpu": lambda: packed or cudnn.unsupported(q, k) or _mosaic_gpu().unsupported(q, k, sinks)},
                           q.shape[1])
   pattern = folded.Pattern(dilation, window, sinks)
   if name == "cudnn":
-    return folded.dilated_attention(q, k, v, pattern, _cudnn())
+    return folded.dilated_attention(q, k, v, pattern, cudnn)
   if name != "xla":
-    return (_masked() if name == "cudnn_masked" else _unfolded()).dilated_attention(q, k, v, pattern)
+    return (masked if name == "cudnn_masked" else _unfolded()).dilated_attention(q, k, v, pattern)
   length = q.shape[1]
   strided = length // dilation if dilation else 0
   if segment_ids is None and strided + 2 * window + sinks < length:

@@ -11,7 +11,6 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +28,22 @@ Seen = Callable[[], Array]  # makes bool [T, T]: which keys a query sees of thos
 def forward(q: Array, k: Array, v: Array, window: int | None, seen: Seen | None = None) -> softmax.Part:
   """As `folded.Causal.forward`, of the keys that are `seen`."""
   def attend(q, k, v):
-    b, t, n, h = q.shape
+    b, t, n, _ = q.shape
     return _call("__cudnn$fmha" + ("ScaleBiasSoftmax" if seen else "Softmax"), _FORWARD_PRODUCTS, window,
-                 [q, k, v, *_bias(q, seen)], [((b, n, t, h), q.dtype), ((b, n, t), jnp.float32)])
+                 [q, k, v, *_bias(q, seen)], [q, jax.ShapeDtypeStruct((b, n, t), jnp.float32)])
 
   out, lse = _by_batch(attend)(q, k, v)
-  return jnp.swapaxes(out, 1, 2), jnp.moveaxis(lse, 1, 2)
+  return out, jnp.moveaxis(lse, 1, 2)
 
 
 def backward(q: Array, k: Array, v: Array, window: int | None, out: Array, lse: Array, d_out: Array,
              seen: Seen | None = None) -> tuple[Array, Array, Array]:
   """As `folded.Causal.backward`, of the keys that are `seen`."""
   def pull(q, k, v, lse, out, d_out):
-    shapes = [((b, n, t, h), x.dtype) for x in (q, k, v) for b, t, n, h in (x.shape,)]
     return _call("__cudnn$fmha" + ("ScaleBiasSoftmaxBackward" if seen else "SoftmaxBackward"), _BACKWARD_PRODUCTS,
-                 window, [q, k, v, lse, d_out, *_bias(q, seen), out], shapes)
+                 window, [q, k, v, lse, d_out, *_bias(q, seen), out], [q, k, v])
 
-  d_q, d_k, d_v = _by_batch(pull)(q, k, v, jnp.moveaxis(lse, 2, 1), out, d_out)
-  return jnp.swapaxes(d_q, 1, 2), jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
+  return _by_batch(pull)(q, k, v, jnp.moveaxis(lse, 2, 1), out, d_out)
 
 
 def unsupported(q: Array, k: Array) -> str | None:
@@ -96,15 +93,18 @@ _BACKWARD_PRODUCTS = {"bmm1_grad_gemm1": (2, 1, (0, 1), (0, 2)), "bmm1_grad_gemm
 
 
 def _call(target: str, products: dict[str, tuple], window: int | None, arrays: Sequence[Array],
-          results: Sequence[tuple[tuple[int, ...], Any]]) -> list[Array]:
-  """XLA's call `target`, causal. Results [B, N, T, H] lie in memory as [B, T, N, H]."""
+          results: Sequence[Array | jax.ShapeDtypeStruct]) -> list[Array]:
+  """The results of XLA's call `target`, causal: arrays of the shapes and types of `results`.
+
+  Heads come before tokens in what XLA is told of a result, and after them in memory, as in [B, T, N, H].
+  """
+  told = lambda axes: (axes[0], axes[2], axes[1], axes[3]) if len(axes) == 4 else tuple(axes)
   room = jax.ShapeDtypeStruct((0,), jnp.uint8)  # XLA makes it as large as cuDNN wants it
-  in_memory = lambda shape: (0, 2, 1, 3) if len(shape) == 4 else tuple(range(len(shape)))
   *made, _ = jax.ffi.ffi_call(
-      target, [*(jax.ShapeDtypeStruct(*result) for result in results), room], vmap_method="sequential",
-      output_layouts=[*(in_memory(shape) for shape, _ in results), (0,)], custom_call_api_version=2,
+      target, [*(jax.ShapeDtypeStruct(told(x.shape), x.dtype) for x in results), room], vmap_method="sequential",
+      output_layouts=[*(told(range(x.ndim)) for x in results), (0,)], custom_call_api_version=2,
       legacy_backend_config=_settings(arrays[0], arrays[1], products, window))(*arrays)
-  return made
+  return [jnp.transpose(x, told(range(x.ndim))) for x in made]
 
 
 def _settings(q: Array, k: Array, products: dict[str, tuple], window: int | None) -> str:
