@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 from absl import flags
 
-from gpu_interpreter import InterpretParams  # noqa: F401
 from pallas_kernels import dispatch
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
@@ -114,6 +114,22 @@ def run_python(*arguments, devices=1, check=True, optimize=False, kill_at=None):
     assert process.returncode == (-signal.SIGKILL if kill_at else 0), errors[-2000:]
     return printed
   return errors
+
+
+@contextlib.contextmanager
+def compilations():
+  """A list that gains an entry for every program that is compiled inside."""
+  compiled = []
+
+  def listen(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # {what: the worst error that was seen}; tests/test_gpu.py fills it.

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_close
+from conftest import BFLOAT16, GRADIENT, OPERATION, assert_close
+from gpu_interpreter import InterpretParams
 from pallas_kernels import decode_attention, softmax
 from pallas_kernels.decode_attention import api, mosaic_gpu, reference, xla
 from pallas_kernels.decode_attention.arg_specs import ARG_SPECS, ArgSpec

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import BFLOAT16, OPERATION, InterpretParams, assert_close
+from conftest import BFLOAT16, OPERATION, assert_close
+from gpu_interpreter import InterpretParams
 from pallas_kernels import dilated_attention, softmax
 from pallas_kernels.dilated_attention import mosaic_gpu
 from pallas_kernels.dilated_attention.arg_specs import ARG_SPECS, ArgSpec

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import BFLOAT16, GRADIENT, OPERATION, InterpretParams, assert_close
+from conftest import BFLOAT16, GRADIENT, OPERATION, assert_close
+from gpu_interpreter import InterpretParams
 from pallas_kernels import gated_scan
 from pallas_kernels.gated_scan import api
 from pallas_kernels.gated_scan.arg_specs import ARG_SPECS

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import rat_jax
+from conftest import compilations
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.generation import _continue, _keep_nucleus
+from rat_jax.generation import _keep_nucleus
 
 CONFIG = RATPlusConfig(23, 2, 16, 2, init_std=0.5)
 MODEL = RATPlusLM(CONFIG)
@@ -72,10 +73,14 @@ def test_a_tiny_nucleus_is_greedy():
 
 
 def test_one_program_for_all_tokens_and_temperatures():
-  rat_jax.generate(MODEL, PARAMS, TOKENS, max_new_tokens=7, temperature=0.5, key=jax.random.key(0))
-  before = _continue._cache_size()
-  rat_jax.generate(MODEL, PARAMS, TOKENS, max_new_tokens=7, temperature=0.9, key=jax.random.key(1))
-  assert _continue._cache_size() == before
+  counts = []
+  for seed, temperature in enumerate((0.5, 0.9)):
+    key = jax.random.key(seed)
+    with compilations() as compiled:
+      rat_jax.generate(MODEL, PARAMS, TOKENS, max_new_tokens=7, temperature=temperature, key=key)
+    counts.append(len(compiled))
+  assert counts[0] >= 1
+  assert counts[1] == 0
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
