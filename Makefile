@@ -18,12 +18,12 @@ test-slow: $(VENV)/dev
 # What needs torch: the RAT+ authors' files, and OLMo 2 in transformers. Python 3.11, for which there is a small build.
 test-torch: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_convert_torch.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/rat_jax/convert/test_convert_torch.py
 
 # Kernels against float64, on an NVIDIA GPU; prints the worst errors.
 test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
-	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

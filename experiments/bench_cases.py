@@ -14,17 +14,20 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
+import rat_jax
 from experiments import common
 from experiments.kernel_times import Speeds, Work
 from experiments.torch_reference import ROPE_BASE
-from pallas_kernels import softmax
-from pallas_kernels.dilated_attention.reference import dilated_pattern
-from pallas_kernels.gated_scan.reference import gated_scan_sequential
-from rat_jax import rope, selection
-from rat_jax.block_step import attend_step
-from rat_jax.cache import KVCache
+from pallas_kernels.attention import reference as attention_reference, softmax
+from pallas_kernels.decode import arg_specs as decode_specs
+from pallas_kernels.dilated import arg_specs as dilated_specs
+from pallas_kernels.pattern import Pattern
+from pallas_kernels.scan import arg_specs as scan_specs, reference as scan_reference
+from pallas_kernels.sparse import arg_specs as sparse_specs, reference as sparse_reference
+from rat_jax import rope
+from rat_jax.attention.terms import Heads, Held, Origin
 from rat_jax.modes import Quest
-from rat_jax.selection import Origin, Statistics
+from rat_jax.selection.summary import Summaries
 
 HEADS = flags.DEFINE_integer("heads", 32, "Query heads N.", lower_bound=1)
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads K. Default: as many.", lower_bound=1)
@@ -42,7 +45,7 @@ class Case:
   dilation: int = 1  # 1 is dense
   window: int = 0
   sinks: int = 0
-  block: int = 0  # of a decode step by Quest over a full cache, at a budget of 1/16
+  block: int = 0  # of a decode step by Quest over a full cache, or of sparse attention, at a budget of 1/16
   gradient: bool = False  # with that of a random cotangent, by all inputs
 
   @property
@@ -60,11 +63,38 @@ class Case:
       return self.length // 16
     return self.length if self.dilation == 1 else self.sinks + self.window + 1 + self.length // self.dilation
 
+  @classmethod
+  def of(cls, spec: scan_specs.ArgSpec | dilated_specs.ArgSpec | decode_specs.ArgSpec | sparse_specs.ArgSpec) -> Case:
+    """The case of an operation's arguments; the flags say how many heads it has."""
+    if isinstance(spec, sparse_specs.ArgSpec):
+      return cls("sparse", spec.length, spec.batch, block=spec.block)
+    if isinstance(spec, scan_specs.ArgSpec):
+      return cls("scan", spec.length, spec.batch)
+    if isinstance(spec, dilated_specs.ArgSpec):
+      return cls("prefill", spec.length, spec.batch, spec.pattern.dilation or 1, spec.pattern.window,
+                 spec.pattern.sinks)
+    if spec.block:
+      return cls("decode", spec.rows, spec.batch, block=spec.block)
+    return cls("decode", (spec.rows - 1) * spec.dilation, spec.batch, spec.dilation)
+
   def __str__(self) -> str:
     pattern = f", D={self.dilation}, W={self.window}, S={self.sinks}" if self.op != "scan" else ""
-    if self.block:
+    if self.block and self.op == "sparse":
+      pattern = f", 1/16 in blocks of {self.block}"
+    elif self.block:
       pattern = f", Quest 1/16, blocks of {self.block}"
     return f"{self.op}{' and gradient' * self.gradient} T={self.length}, B={self.batch}{pattern}"
+
+
+def standard(op: str, gradient: bool) -> list[Case]:
+  """The cases of the operations' arg_specs that are timed, dense attention before the first of its length and batch."""
+  specs = {"scan": scan_specs, "prefill": dilated_specs, "decode": decode_specs, "sparse": sparse_specs}[op]
+  names = specs.TIMED_GRADIENTS if gradient else specs.TIMED
+  found: list[Case] = []
+  for case in (Case.of(specs.ARG_SPECS[name]) for name in names):
+    dense = Case(op, case.length, case.batch)
+    found += [case] if op == "scan" or dense in found else [dense, case]
+  return found
 
 
 def heads() -> tuple[int, int, int]:
@@ -80,12 +110,14 @@ def work(case: Case) -> Work:
   """
   n, kv, h = heads()
   if case.op == "decode":
-    statistics = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
-    return Work(4 * case.batch * kv * (case.rows + statistics) * h, 4 * case.batch * n * case.rows * h)
-  arrays, counts = (2 * (n + kv) if case.is_dense else 5 * kv), 0
-  if case.op == "prefill":
+    summaries = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
+    return Work(4 * case.batch * kv * (case.rows + summaries) * h, 4 * case.batch * n * case.rows * h)
+  arrays, counts = (2 * (n + kv) if case.is_dense or case.block else 5 * kv), 0
+  if case.op != "scan":
     reach = np.arange(1, case.length + 1)
-    if case.dilation == 1:
+    if case.block:  # the own block up to the query, and whole ones
+      counts = np.minimum(reach, case.rows - case.block + (reach - 1) % case.block + 1).sum()
+    elif case.dilation == 1:
       counts = reach.sum()
     else:
       strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
@@ -120,7 +152,7 @@ def draw(case: Case, implementation: str | None = None) -> dict[str, Any]:
     shape = (case.batch, kv, held, h) if heads_first(case, implementation) else (case.batch, held, kv, h)
     made = {"q": normal(0, case.batch, 1, n, h), "keys": normal(1, *shape), "values": normal(2, *shape)}
     if case.block:
-      made["statistics"] = jax.jit(functools.partial(_statistics, case))(made["keys"])
+      made["summaries"] = jax.jit(functools.partial(_summaries, case))(made["keys"])
     if not case.is_dense:
       new = (case.batch, 1, kv, h)
       state = tuple(normal(i, case.batch, kv, h).astype(jnp.float32) for i in (6, 7))
@@ -128,13 +160,25 @@ def draw(case: Case, implementation: str | None = None) -> dict[str, Any]:
     return made
   shape = (case.batch, case.length, kv, h)
   made = {"k": normal(1, *shape), "v": normal(2, *shape)}
-  if not case.is_dense:
+  if case.block:
+    made["blocks"], made["valid"] = _choose(case, key)
+  elif not case.is_dense:
     made["gate"] = 2 * normal(3, *shape) + 2
-  if case.op == "prefill":
+  if case.op != "scan":
     made["q"] = normal(0, case.batch, case.length, n, h)
   if case.gradient:
     made["cotangent"] = normal(6, *made["q"].shape) if "q" in made else (normal(6, *shape), normal(7, *shape))
   return made
+
+
+def _choose(case: Case, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(blocks, valid) of sparse attention: every query's own block, and others over all that it has before that."""
+  count = case.rows // case.block
+  own = (jnp.arange(case.length) // case.block)[None, :, None, None]
+  nth = jnp.arange(count - 1) + jax.random.uniform(key, (case.batch, case.length, heads()[0], count - 1))
+  others = jnp.floor(nth * own / max(count - 1, 1)).astype(jnp.int32)
+  blocks = jnp.concatenate([others, jnp.broadcast_to(own, (*others.shape[:3], 1))], axis=3)
+  return blocks, jnp.ones(blocks.shape, bool)
 
 
 def build(case: Case, implementation: str) -> Callable[..., Any]:
@@ -144,7 +188,7 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
   def scan(gate, k, v):
     return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)[0]
 
-  def decode(q, keys, values, gate=None, k=None, v=None, state=None, statistics=None):
+  def decode(q, keys, values, gate=None, k=None, v=None, state=None, summaries=None):
     """Of a sparse case with the memory's step, RoPE, and the new token's own key."""
     if case.is_dense and not heads_first(case, implementation):
       return dense(q, keys, values, implementation=implementation)
@@ -156,8 +200,10 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
     at = jnp.full((case.batch, 1), case.length - 1, jnp.int32)
     q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k))
     if case.block:
-      out = attend_step(q, k, v, case.mode, at, KVCache(keys[None], values[None]), 0, statistics, at[:, 0],
-                        Origin(at[:, 0], 0), case.length, implementation)
+      rows = jnp.broadcast_to(jnp.arange(case.length), (case.batch, case.length))
+      held = Held(keys[None], values[None], jnp.int32(0), rows, at[:, 0], case.length, summaries)
+      with pallas_kernels.force(implementation):
+        out = case.mode.attend_cached(Heads(q, k, v), held, at, Origin(at[:, 0], 0))
       return out.astype(q.dtype), state
     own = (k[:, 0], v[:, 0])
     out, _ = pallas_kernels.decode_attention(q[:, 0], keys, values, seen, own=own, implementation=implementation)
@@ -174,7 +220,13 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
     return pallas_kernels.dilated_attention(q, k, v, dilation=case.dilation, window=case.window, sinks=case.sinks,
                                             implementation=of_attention)
 
-  functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill}
+  def sparse(q, k, v, blocks=None, valid=None):
+    if case.is_dense:
+      return dense(q, k, v, is_causal=True, implementation=implementation.split(", ")[-1])
+    out, _ = pallas_kernels.sparse_attention(q, k, v, blocks, valid, block=case.block, implementation=implementation)
+    return out.astype(q.dtype)
+
+  functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill, "sparse": sparse}
   return functools.partial(_with_gradients, functions[case.op]) if case.gradient else functions[case.op]
 
 
@@ -196,7 +248,7 @@ def check(case: Case, implementation: str, made: dict[str, Any], result: Any) ->
       some = slice(first, first + 4096)
       wide = {name: x[:, some].astype(jnp.float32) for name, x in made.items()}
       state = tuple((out[:, first - 1] if first else 0 * out[:, 0]).astype(jnp.float32) for out in outs)
-      expected, _ = jax.jit(gated_scan_sequential)(wide["gate"], (wide["k"], wide["v"]), state, None)
+      expected, _ = jax.jit(scan_reference.gated_scan)(wide["gate"], (wide["k"], wide["v"]), state, None)
       pairs += [(out[:, some], one) for out, one in zip(outs, expected, strict=True)]
   elif case.op == "decode":
     rows = CHECKED // 8 if case.block or case.is_dense else CHECKED  # of a full cache more take too much memory
@@ -206,7 +258,7 @@ def check(case: Case, implementation: str, made: dict[str, Any], result: Any) ->
   else:
     at = jnp.sort(jax.random.choice(jax.random.key(1), case.length, (min(CHECKED, case.length),), replace=False))
     n, kv, few = *heads()[:2], min(2, heads()[1])  # key/value heads
-    made = {name: x[:, :, :few * n // kv if name == "q" else few] for name, x in made.items()}
+    made = {name: x[:, :, :few if name in ("gate", "k", "v") else few * n // kv] for name, x in made.items()}
     pairs = [(result[:, at, :few * n // kv], jax.jit(functools.partial(_reference, case))(made, at))]
   return _worst(case, pairs, 2e-2)
 
@@ -252,19 +304,19 @@ def _whole_reference(case: Case, k, v, gate=None, q=None) -> Any:
                                           implementation="xla")
 
 
-def _statistics(case: Case, keys) -> Statistics:
+def _summaries(case: Case, keys) -> Summaries:
   blocks = keys.reshape(*keys.shape[:2], -1, case.block, keys.shape[3])
   return blocks.min(axis=3), blocks.max(axis=3)
 
 
 def _decode_reference(case: Case, by_head: bool, q, keys, values, gate=None, k=None, v=None, state=None,
-                      statistics=None) -> jax.Array:
+                      summaries=None) -> jax.Array:
   """One softmax over the cache (`by_head`: [B, K, R, H]) and the new token, in float32."""
   seen = jnp.ones((1, 1, 1, 1), bool)
   if by_head and case.is_dense:
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
   if not case.is_dense:
-    (k, v), _ = gated_scan_sequential(gate, (k, v), state)
+    (k, v), _ = scan_reference.gated_scan(gate, (k, v), state)
     at = jnp.full((q.shape[0], 1), case.length - 1, jnp.int32)
     q, k = (rope.rotate(x, at, ROPE_BASE).astype(jnp.bfloat16) for x in (q, k.astype(jnp.bfloat16)))
     if case.block:
@@ -272,24 +324,26 @@ def _decode_reference(case: Case, by_head: bool, q, keys, values, gate=None, k=N
     keys, values = (jnp.concatenate([jnp.swapaxes(old, 1, 2), new.astype(jnp.bfloat16)], axis=1)
                     for old, new in ((keys, k), (values, v)))
   if case.block:
-    positions = jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32), (q.shape[0], case.length))
-    own = selection.continued(case.mode, statistics, keys[:, -1:], at, at[:, 0])
-    scores = selection.score_blocks(case.mode, {"q": q, "own": own, "position": at}, statistics, (keys, positions),
-                                    Origin(at[:, 0], 0))
-    blocks, _ = selection.pick(case.mode, scores, at, case.length)
-    seen = selection.seen_keys(case.mode, blocks, statistics[0].shape[2], at, positions)
-    seen = selection.to_groups(seen, keys.shape[2])
+    chosen = rat_jax.select(q, keys, case.mode)
+    return pallas_kernels.sparse_attention(q, keys, values, chosen.blocks, chosen.valid, block=case.block,
+                                           implementation="xla")[0]
   return softmax.attend_part(q, keys, values, seen)[0]
 
 
 def _reference(case: Case, made: dict[str, jax.Array], at: jax.Array) -> jax.Array:
   """Attention of the queries `at` alone, over the memory by its plain form."""
   k, v, positions = made["k"], made["v"], jnp.arange(case.length, dtype=jnp.int32)
+  if case.op == "sparse":
+    q, at = made["q"][:, at], jnp.broadcast_to(at, (case.batch, at.size))
+    if case.is_dense:
+      return attention_reference.attend(q, k, v, (positions <= at[..., None])[:, None])[0]
+    return sparse_reference.sparse_attention(q, k, v, *(jnp.take_along_axis(
+        made[name], at[:, :, None, None], axis=1) for name in ("blocks", "valid")), block=case.block, q_positions=at)[0]
   if case.dilation > 1:
     (k, v), _ = pallas_kernels.gated_scan(made["gate"], (k, v), implementation="xla")
   q = rope.rotate(made["q"][:, at], at[None], ROPE_BASE).astype(jnp.bfloat16)
   k = rope.rotate(k, positions[None], ROPE_BASE).astype(jnp.bfloat16)
   seen = positions <= at[:, None]
   if case.dilation > 1:
-    seen &= dilated_pattern(at[:, None], positions, case.dilation, case.window, case.sinks)
+    seen &= Pattern(case.dilation, case.window, case.sinks).sees(at[:, None], positions)
   return softmax.attend_part(q, k, v, seen[None, None])[0]

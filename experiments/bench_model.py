@@ -11,13 +11,12 @@ of the cache that a step reads, or the operations, over what this device's reads
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast, get_args
 
 import jax
@@ -25,14 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+import pallas_kernels
 import rat_jax
 from experiments import common, kernel_times, plots, torch_reference
 from experiments.kernel_times import Speeds, Work
-from pallas_kernels import dispatch
-from rat_jax import Dense, RATPlusConfig, RATPlusLM, cache as caches
+from rat_jax import Dense, RATPlusConfig, RATPlusLM
 from rat_jax.axes import Params
+from rat_jax.caches.cache import Cache, empty_cache
 from rat_jax.costs import PEAK_FLOPS
-from rat_jax.modes import BlockMode, Mode, PerLayer, layer_runs
+from rat_jax.modes import Mode, PerLayer
+from rat_jax.plan import layer_runs
 from rat_jax.train import ARL
 from rat_jax.train.loss import cross_entropy
 from rat_jax.transformer import Remat
@@ -77,12 +78,12 @@ def configuration() -> RATPlusConfig:
   return dataclasses.replace(config, **choices)
 
 
-def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, steps: int) -> caches.Cache:
-  """A cache as after a prompt of `context` tokens, keys, values and statistics random, with room for `steps`.
+def random_cache(config: RATPlusConfig, mode: Mode, batch: int, context: int, steps: int) -> Cache:
+  """A cache as after a prompt of `context` tokens, keys, values and summaries random, with room for `steps`.
 
   All layers of a run get the same numbers, so that drawing them takes little more memory than the cache.
   """
-  cache = jax.eval_shape(lambda: caches.empty_cache(config, mode, batch, context + steps, prompt_width=context))
+  cache = jax.eval_shape(lambda: empty_cache(config, mode, batch, context + steps, prompt_width=context))
   lengths = jnp.full(batch, context, jnp.int32)
   leaves, structure = jax.tree.flatten(cache.runs)
   keys = jax.random.split(jax.random.key(common.SEED.value), len(leaves))
@@ -108,18 +109,6 @@ class Measured(NamedTuple):
   error: float   # of logits, or the loss, as a share of the largest entry
 
 
-@contextlib.contextmanager
-def plain_jax() -> Iterator[None]:
-  """What is compiled within takes plain JAX for every operation, as on a device of which no crossover is known."""
-  fastest, dispatch.FASTEST = dispatch.FASTEST, {}
-  jax.clear_caches()  # else what was traced for another part is taken again
-  try:
-    yield
-  finally:
-    dispatch.FASTEST = fastest
-    jax.clear_caches()
-
-
 def check(part: str, mode: Mode, ours: jax.Array, theirs: jax.Array, bound: float) -> float:
   """The largest difference to the first rows, as a share of the largest entry. Raises ValueError above `bound`."""
   if not jnp.isfinite(ours).all():
@@ -133,7 +122,7 @@ def check(part: str, mode: Mode, ours: jax.Array, theirs: jax.Array, bound: floa
 
 def tolerance(config: RATPlusConfig, mode: Mode) -> float:
   """That of logits: a rounding may change which blocks are chosen, and with them more than a rounding."""
-  chooses = any(isinstance(run.mode, BlockMode) for run in layer_runs(mode, config.num_layers))
+  chooses = any(run.mode.chooses for run in layer_runs(mode, config.num_layers))
   return 1e-1 if chooses else 3e-2
 
 
@@ -144,7 +133,7 @@ def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, contex
   cache = random_cache(model.config, mode, batch_size, context, room)
   tokens = jax.random.randint(jax.random.key(common.SEED.value), (batch_size,), 0, model.config.vocab_size)
   step = functools.partial(rat_jax.decode_step, model)
-  with plain_jax():
+  with pallas_kernels.force("xla"):
     expected = jax.jit(step)(params, tokens[:CHECKED], first_rows(cache))[0]
   compiled = jax.jit(step, donate_argnums=2,  # the cache is updated in place
                      compiler_options=rat_jax.compiler_options()).lower(params, tokens, cache).compile()
@@ -159,7 +148,7 @@ def decode(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, contex
   return Measured(median_seconds(run, steps), needs(compiled), error)
 
 
-def first_rows(cache: caches.Cache) -> caches.Cache:
+def first_rows(cache: Cache) -> Cache:
   """The cache of the first rows alone."""
   cut = functools.partial(jax.tree.map, lambda x: x[:CHECKED])
   of_layers = functools.partial(jax.tree.map, lambda x: x[:, :CHECKED])
@@ -173,7 +162,7 @@ def prefill(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, conte
   shape = (batch_size, context)
   tokens = jax.random.randint(jax.random.key(common.SEED.value), shape, 0, model.config.vocab_size)
   run = lambda params, tokens: rat_jax.prefill(model, params, tokens, mode=mode, max_length=context, chunk=CHUNK.value)
-  with plain_jax():
+  with pallas_kernels.force("xla"):
     expected = jax.jit(lambda *arguments: run(*arguments)[0])(params, tokens[:CHECKED])
   compiled = jax.jit(run).lower(params, tokens).compile()
   error = check("prefill", mode, compiled(params, tokens)[0], expected, tolerance(model.config, mode))
@@ -196,7 +185,7 @@ def train(model: RATPlusLM, params: Params, mode: Mode, batch_size: int, context
 
     return jnp.sum(jax.lax.map(of_row, tokens)) / tokens.size  # no array of all logits
 
-  with plain_jax():
+  with pallas_kernels.force("xla"):
     expected = jax.jit(loss)(carried[0].params, batch["tokens"])
   step = jax.jit(functools.partial(rat_jax.train_step, model, optimizer, modes=modes, remat=cast(Remat, REMAT.value),
                                    unroll=UNROLL.value), donate_argnums=0, compiler_options=rat_jax.compiler_options())
@@ -242,13 +231,14 @@ def work(part: str, config: RATPlusConfig, params: Params, mode: Mode, batch_siz
     return Work(0.0, tokens * each + batch_size * head)
   rows = rat_jax.tokens_read(config, mode, context + 1, prompt_length=context)
   size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  cache = jax.eval_shape(lambda: caches.empty_cache(config, mode, batch_size, context + 1, prompt_width=context))
+  cache = jax.eval_shape(lambda: empty_cache(config, mode, batch_size, context + 1, prompt_width=context))
   read = size(params) + size(cache.state)
   if not config.tie_embeddings:
     read -= size(params["embedding"])  # but for a row for each token
-  for run, kv in zip(cache.layer_runs, cache.runs, strict=True):
-    of_row = size((kv.keys, kv.values)) / kv.keys.shape[0] / kv.keys.shape[3]
-    read += size(kv.statistics) + of_row * sum(count - 1 for count in rows[run.start:run.stop])  # the own one is new
+  for run, kept in zip(cache.plan, cache.runs, strict=True):
+    of_row = size((kept.keys, kept.values)) / kept.keys.shape[0] / kept.keys.shape[3]
+    read += size(getattr(kept, "summaries", ()))
+    read += of_row * sum(count - 1 for count in rows[run.start:run.stop])  # the own one is new
   each = rat_jax.training_flops(config, Dense(), 1) / 3 + 4 * config.num_heads * config.head_dim * sum(rows)
   return Work(read, batch_size * each)
 

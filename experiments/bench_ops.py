@@ -21,12 +21,14 @@ from absl import flags
 
 from experiments import bench_cases, common, kernel_times, plots, torch_reference
 from experiments.bench_cases import Case, check, draw, floor, heads, work
+from pallas_kernels.table import IMPLEMENTATIONS as IMPLEMENTATIONS_OF
 
-OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode"], "What to time.")
+OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode", "sparse"],
+                              "What to time; sparse is attention to blocks chosen per query, where they are given.")
 IMPLEMENTATIONS = flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
 LENGTHS = flags.DEFINE_multi_integer("length", [], "Tokens, instead of those of the standard cases.", lower_bound=1)
 DILATIONS = flags.DEFINE_multi_integer("dilation", [], "D, instead of those of the standard cases.", lower_bound=1)
-BLOCKS = flags.DEFINE_multi_integer("block", [], "Tokens of a block, for decoding by Quest beside --length.",
+BLOCKS = flags.DEFINE_multi_integer("block", [], "Tokens of a block, of Quest or sparse attention, beside --length.",
                                     lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
@@ -47,29 +49,24 @@ def cases() -> list[Case]:
   for block in BLOCKS.value:
     if not LENGTHS.value or any(length % block for length in LENGTHS.value):
       raise ValueError(f"--block={block} beside --length={LENGTHS.value}; give lengths that are multiples of it.")
-  ops = [op for op in OPS.value if op != "decode" or not GRADIENT.value]
+  ops = [op for op in OPS.value if op not in ("decode", "sparse") or not GRADIENT.value]
   if not ops:
-    raise ValueError("--gradient with --op=decode; only scan and prefill have gradients that are timed.")
+    raise ValueError(f"--gradient with --op={OPS.value[0]}; only scan and prefill have gradients that are timed.")
   found = []
   for op in ops:
-    if op == "scan":
-      standard = [32768] if GRADIENT.value else [32768, 262144]
-      found += [Case(op, length, BATCH_SIZE.value) for length in LENGTHS.value or standard]
-    elif LENGTHS.value or DILATIONS.value:
+    if op == "scan" and (LENGTHS.value or BATCH_SIZE.value > 1):
+      lengths = LENGTHS.value or [case.length for case in bench_cases.standard(op, GRADIENT.value)]
+      found += [Case(op, length, BATCH_SIZE.value) for length in lengths]
+    elif op == "sparse" and LENGTHS.value:
+      found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value
+                for block in (0, *(BLOCKS.value or [64]))]
+    elif op in ("prefill", "decode") and (LENGTHS.value or DILATIONS.value):
       found += [Case(op, length, BATCH_SIZE.value, *((1, 0, 0) if d == 1 else (d, WINDOW.value, SINKS.value)))
                 for length in LENGTHS.value or [32768] for d in (1, *(DILATIONS.value or [16, 64]))]
       if op == "decode":
         found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value for block in BLOCKS.value]
-    elif op == "prefill" and GRADIENT.value:
-      found += [Case(op, length, batch, *pattern) for length, batch in ((32768, 1), (4096, 8))
-                for pattern in ((1, 0, 0), (16, 0, 4), (64, 0, 4))]
-    elif op == "prefill":
-      found += [Case(op, 262144), Case(op, 262144, 1, 16, 0, 4), Case(op, 262144, 1, 64, 0, 4),
-                Case(op, 262144, 1, 16, 256, 4), Case(op, 32768, 8), Case(op, 32768, 8, 16, 0, 4),
-                Case(op, 32768, 8, 64, 0, 4)]
     else:
-      found += [Case(op, length, batch, d) for length, batch in ((4096, 256), (16384, 128)) for d in (1, 16, 64)]
-      found += [Case(op, 16384, 128, block=block) for block in (64, 16)]
+      found += bench_cases.standard(op, GRADIENT.value)
   return [dataclasses.replace(case, gradient=GRADIENT.value) for case in found]
 
 
@@ -86,6 +83,8 @@ def served(case: Case) -> list[str]:
     return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
   if case.op == "prefill":
     return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
+  if case.op == "sparse":
+    return list(IMPLEMENTATIONS_OF["sparse_attention"])
   return ["xla", "mosaic_gpu"]
 
 
@@ -163,7 +162,7 @@ def times_of(case: Case, names: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-  theirs = [case for case in cases() if not case.block]
+  theirs = [case for case in cases() if not case.block and case.op != "sparse"]
   of_authors = authors(TORCH_REFERENCE.value, theirs) if TORCH_REFERENCE.value else {}
   folder, speeds = common.workdir("bench_ops"), kernel_times.speeds()
   print(f"{common.device()}: {speeds};"

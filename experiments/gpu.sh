@@ -13,7 +13,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.94}
 ops_bench() { "$python" -m experiments.bench_ops --workdir="$runs/$1" "${@:2}"; }
 model_bench() { "$python" -m experiments.bench_model --workdir="$runs/$1" --dtype=bfloat16 "${@:2}"; }
 
-tests() { "$python" -m pytest -m gpu tests/test_gpu.py; }
+tests() { "$python" -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py; }
 ops() { ops_bench ops ${REFERENCE:+--torch_reference="$REFERENCE"}; }
 gradients() { ops_bench gradients --gradient ${REFERENCE:+--torch_reference="$REFERENCE"}; }
 crossovers() {  # of values, and of values with gradients

@@ -25,11 +25,12 @@ import rat_jax
 from experiments import common, eval_niah, hypotheses_plots, niah, niah_report
 from experiments.eval_niah import BATCH_SIZE, COUNT, LENGTH
 from experiments.niah_table import Row
-from pallas_kernels.gated_scan.xla import linear_scan
-from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusLM, Selection, SnapKV, layout as layouts, transformer
+from pallas_kernels.scan.xla import linear_scan
+from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusLM, Selection, SnapKV, batch as batches, transformer
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task
 from rat_jax.modes import Mode
+from rat_jax.plan import layer_runs
 
 DRAWS = flags.DEFINE_integer("draws", 5, "Draws of the random selector.", lower_bound=1)
 
@@ -173,16 +174,18 @@ def reach(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
-  config, layout = model.config, layouts.of_tokens(tokens.shape)
-  x, ages = transformer.embed(params, tokens), []
-  for i in range(config.num_layers):
-    p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-    gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, p, x).gate_logits, jnp.float32))
+  config, batch = model.config, batches.of_call(tokens)
+
+  def layer(x, at):
+    gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, at.params, x).gate_logits, jnp.float32))
     (weight,) = linear_scan(gate, (1 - gate,))
     (weighted,) = linear_scan(gate, (weight - (1 - gate),))  # a token's share of it is older by one at the next
-    ages.append(jnp.mean(weighted / weight, axis=(0, 1)))
-    x, _, _ = transformer.block(config, p, x, layout, None, lambda at: rat_jax.attend(at.q, at.k, at.v, Dense()))
-  return jnp.sort(jnp.stack(ages), axis=-1)
+    x, _, _ = transformer.block(config, at.params, x, batch, None, lambda heads: rat_jax.attend(*heads[:3], Dense()))
+    return x, jnp.mean(weighted / weight, axis=(0, 1))
+
+  runs = layer_runs(Dense(), config.num_layers)
+  _, (ages,) = transformer.walk(params, runs, transformer.embed(params, tokens), layer)
+  return jnp.sort(ages, axis=-1)
 
 
 def distance(model: RATPlusLM, params: Any, _: str) -> dict[str, Any]:

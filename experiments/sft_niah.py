@@ -13,24 +13,23 @@ Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import rat_jax
 from experiments import common, niah, text_needles
+from experiments.seed_programs import Programs
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
 from rat_jax.data import BYTES
@@ -159,52 +158,6 @@ def stages(steps: int) -> list[Stage]:
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
-class Programs:
-  """The compiled programs of a run, each over all seeds, spread over the devices. Nothing runs while they compile."""
-
-  def __init__(self, model: RATPlusLM, optimizer: Optimizer, plan: list[Stage], sets: list[tuple[Mode, ...]],
-               state: TrainState, seeds: jax.Array):
-    self._text = tuple(jax.device_put(one, NamedSharding(niah.mesh(), PartitionSpec())) for one in text())
-
-    def of_stage(stage):
-      batches = self._compile(functools.partial(_batch, stage), seeds, shared=self._text)
-      return batches, self._compile(functools.partial(_accuracy, model, sets[0][-1], stage.length), state.params)
-
-    def of_update(stage, modes):
-      batch = jax.eval_shape(jax.vmap(lambda seed: _batch(stage, seed, 0, *self._text)), seeds)
-      step = lambda s, b, _: rat_jax.train_step(model, optimizer, s, b, modes=modes)
-      return self._compile(step, state, batch, donate=True)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      steps = {(stage, modes): pool.submit(of_update, stage, modes) for stage in plan for modes in sets}
-      others = {stage: pool.submit(of_stage, stage) for stage in plan}
-      self._update = {key: future.result() for key, future in steps.items()}
-      self._others = {stage: future.result() for stage, future in others.items()}
-
-  @staticmethod
-  def _compile(f: Callable, *of_seeds: Any, shared: tuple[jax.Array, ...] = (), donate: bool = False) -> Any:
-    """f(*of_seeds, number, *shared) of one seed -> the program of all seeds, which share number and `shared`."""
-    axis, n = PartitionSpec("seeds"), len(of_seeds)
-    mapped = jax.shard_map(lambda *a: jax.vmap(lambda *b: f(*b, *a[n:]))(*a[:n]), mesh=niah.mesh(), check_vma=False,
-                           in_specs=(axis,) * n + (PartitionSpec(),) * (1 + len(shared)), out_specs=axis)
-    spread = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=niah.over_seeds()), of_seeds)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(niah.mesh(), PartitionSpec()))
-    return jax.jit(mapped, donate_argnums=(0,) if donate else ()).lower(*spread, number, *shared).compile()
-
-  def train(self, stage: Stage, modes: tuple[Mode, ...], state: TrainState, seeds: jax.Array, step: int
-            ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batches = self._others[stage][0](seeds, np.int32(step), *self._text)
-    return self._update[stage, modes](state, batches, np.int32(step))
-
-  def accuracy(self, stage: Stage, params: Any, step: int) -> np.ndarray:
-    """The share of single questions answered right under the last mode: [seeds, tasks]."""
-    return np.asarray(self._others[stage][1](params, np.int32(step)))
-
-  def final_accuracy(self, stage: Stage, params: Any, step: int) -> np.ndarray:
-    """`accuracy` on sixteen times as many questions, after the last step."""
-    return np.mean([self.accuracy(stage, params, step + 1 + i) for i in range(16)], axis=0)
-
-
 def text() -> tuple[np.ndarray, ...]:
   """The tokens of --lm_data, for `_batch`; empty without. Raises ValueError for text that is not bytes."""
   if not LM_ROWS.value:
@@ -238,9 +191,9 @@ def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Arra
   return batch
 
 
-def _accuracy(model: RATPlusLM, mode: Mode, length: int, params: Any, step: jax.Array) -> jax.Array:
+def _accuracy(model: RATPlusLM, mode: Mode, stage: Stage, params: Any, step: jax.Array) -> jax.Array:
   rows = tuple(Rows(TASKS[name], _COUNT) for name in TASK_NAMES.value)
-  made = mini_niah.batch(rows, length, niah.ACCURACY_SEED, step)
+  made = mini_niah.batch(rows, stage.length, niah.ACCURACY_SEED, step)
   return jnp.mean(answered(model, params, made, mode=mode).reshape(-1, _COUNT), axis=1)
 
 
@@ -258,8 +211,41 @@ def main() -> None:
     train()
 
 
+class Run(NamedTuple):
+  """What `train` goes through: static parts, and where it starts."""
+
+  folder: Path
+  config: RATPlusConfig
+  optimizer: Optimizer
+  plan: list[Any]
+  sets: list[tuple[Mode, ...]]
+  seeds: jax.Array
+  checkpoints: Checkpoints
+  state: Any
+  notes: dict[str, Any]
+
+
 def train() -> None:
   """From scratch, or from --init, through the stages."""
+  run, steps = begin(), STEPS.value or STEPS_OF[ARM.value]
+  step = int(run.state.step[0])
+  size = sum(x.size for x in jax.tree.leaves(run.state.params)) // SEEDS.value
+  print(f"{ARM.value}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, run.sets))}"
+        f" updates, on {common.device()}", flush=True)
+  ended = [path for kind in ("seed", "spare") for path in run.folder.glob(f"{kind}-*") if Checkpoints(path).steps()]
+  if (run.notes["done"] or step == steps) and len(ended) == SEEDS.value:
+    print(f"finished before: {run.folder}/seed-*")
+    return
+  drop_metrics(run.folder / "metrics.jsonl", step + 1)
+  model = RATPlusLM(run.config)
+  programs = Programs(model, run.optimizer, run.plan[run.notes["stage"]:], run.sets, run.state, run.seeds, batch=_batch,
+                      accuracy=functools.partial(_accuracy, model, run.sets[0][-1]), text=text())
+  state, step, at = through_stages(run, programs, step, steps)
+  finish(run, state, step, 100 * programs.final_accuracy(run.plan[at], state.params, step))
+
+
+def begin() -> Run:
+  """The run of the flags, at its newest checkpoint if it has one."""
   common.refuse(("examples", "epochs", "answer_room", "ruler", "essay", "tokenizer"),
                 "without --text there are no words; give that too, or leave it out.")
   folder, arm, steps = common.workdir(f"niah/{ARM.value}"), ARM.value, STEPS.value or STEPS_OF[ARM.value]
@@ -286,7 +272,7 @@ def train() -> None:
   rates = [("layers/memory_gate*", MEMORY_RATE.value)] if MEMORY_RATE.value != 1 else []
   optimizer = rat_jax.make_optimizer(rate, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(WARMUP.value, steps), rates=rates)
-  run = Checkpoints(folder / "run")
+  checkpoints = Checkpoints(folder / "run")
   notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
                            "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
                            "seeds": SEEDS.value, "seed": common.SEED.value,
@@ -297,56 +283,59 @@ def train() -> None:
                            "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
                            "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value, "log_every": LOG_EVERY.value,
                            "stop_at": STOP_AT.value, "stage": 0, "done": False}
-  state, notes = start(model, optimizer, params, seeds, run, notes)
-  step, at, done = int(state.step[0]), notes["stage"], notes["done"]
-  size = sum(x.size for x in jax.tree.leaves(state.params)) // SEEDS.value
-  print(f"{arm}: {SEEDS.value} seeds of {size:,} parameters, {steps} batches of {max(map(len, sets))} updates, on"
-        f" {common.device()}", flush=True)
-  ended = [path for kind in ("seed", "spare") for path in folder.glob(f"{kind}-*") if Checkpoints(path).steps()]
-  if (done or step == steps) and len(ended) == SEEDS.value:
-    print(f"finished before: {folder}/seed-*")
-    return
-  drop_metrics(folder / "metrics.jsonl", step + 1)
-  programs = Programs(model, optimizer, plan[at:], sets, state, seeds)
-  with tqdm(total=steps, initial=step, desc=arm, unit="batch", disable=None) as bar:
+  state, notes = start(model, optimizer, params, seeds, checkpoints, notes)
+  return Run(folder, config, optimizer, plan, sets, seeds, checkpoints, state, notes)
+
+
+def through_stages(run: Run, programs: Programs, step: int, steps: int) -> tuple[Any, int, int]:
+  """(state, batches done, stage) at the end: where enough seeds pass, or after `steps`."""
+  state, at, done = run.state, run.notes["stage"], run.notes["done"]
+  with tqdm(total=steps, initial=step, desc=ARM.value, unit="batch", disable=None) as bar:
     clock, since = time.perf_counter(), step
     while step < steps and not done:
-      modes = sets[np.random.default_rng([common.SEED.value, step]).integers(len(sets))]
-      state, metrics = programs.train(plan[at], modes, state, seeds, step)
+      modes = run.sets[np.random.default_rng([common.SEED.value, step]).integers(len(run.sets))]
+      state, metrics = programs.train(run.plan[at], modes, state, run.seeds, step)
       step += 1
       bar.update()
       if step % LOG_EVERY.value == 0 or step == steps:
         loss = np.asarray(metrics["loss"])  # waits for the device
-        spent, accuracy = time.perf_counter() - clock, programs.accuracy(plan[at], state.params, step)
+        spent, accuracy = time.perf_counter() - clock, programs.accuracy(run.plan[at], state.params, step)
         if not np.isfinite(loss).all():
-          raise FloatingPointError(f"the loss is {loss.tolist()} at step {step}; {run.folder} has checkpoints of steps"
-                                   f" {run.steps()}. Use a lower --learning_rate.")
-        report(folder, bar, step, plan[at], loss, accuracy, spent / (step - since))
-        last, enough = at == len(plan) - 1, SEEDS.value - STRAGGLERS.value
+          saved = run.checkpoints
+          raise FloatingPointError(f"the loss is {loss.tolist()} at step {step}; {saved.folder} has checkpoints of"
+                                   f" steps {saved.steps()}. Use a lower --learning_rate.")
+        report(run.folder, bar, step, run.plan[at], loss, accuracy, spent / (step - since))
+        last, enough = at == len(run.plan) - 1, SEEDS.value - STRAGGLERS.value
         done = last and STOP_AT.value is not None and (accuracy.min(axis=1) >= STOP_AT.value).sum() >= enough
-        if not last and (passes(accuracy).sum() >= enough or step >= plan[at].until):
+        if not last and (passes(accuracy).sum() >= enough or step >= run.plan[at].until):
           at += 1
       if done or step == steps or step % SAVE_EVERY.value == 0:
-        run.save(dataclasses.replace(state, step=state.step[0]), config, notes | {"stage": at, "done": bool(done)})
+        notes = run.notes | {"stage": at, "done": bool(done)}
+        run.checkpoints.save(dataclasses.replace(state, step=state.step[0]), run.config, notes)
       if step % LOG_EVERY.value == 0:
         clock, since = time.perf_counter(), step
-  accuracy = 100 * programs.final_accuracy(plan[at], state.params, step)
+  return state, step, at
+
+
+def finish(run: Run, state: Any, step: int, accuracy: np.ndarray) -> None:
+  """Writes every seed as a model of its own, for the other scripts; `accuracy` [seeds, tasks] is in percent."""
   kept = keep(accuracy.min(axis=1))
-  for path in (*folder.glob("seed-*"), *folder.glob("spare-*")):
+  for path in (*run.folder.glob("seed-*"), *run.folder.glob("spare-*")):
     shutil.rmtree(path)
   every = []
-  for kind, chosen in (("seed", kept), ("spare", ~kept)):  # each as a model of its own, for the other scripts
+  for kind, chosen in (("seed", kept), ("spare", ~kept)):
     for number, i in enumerate(np.flatnonzero(chosen)):
       one = jax.tree.map(lambda x, i=i: x[i], state)
-      about = {"arm": arm, "seed": int(seeds[i]), "seeds": int(kept.sum()), "updates": step * len(sets[0])}
-      Checkpoints(folder / f"{kind}-{number}").save(one, config, about)
+      about = {"arm": ARM.value, "seed": int(run.seeds[i]), "seeds": int(kept.sum()),
+               "updates": step * len(run.sets[0])}
+      Checkpoints(run.folder / f"{kind}-{number}").save(one, run.config, about)
       of_tasks = dict(zip(TASK_NAMES.value, accuracy[i].round(1).tolist(), strict=True))
-      every.append({"seed": int(seeds[i]), "folder": f"{kind}-{number}", "accuracy": of_tasks})
-  common.write_json(folder / "seeds.json", every)
-  print(f"checkpoints: {folder}/seed-*: {int(kept.sum())} seeds, {np.flatnonzero(kept).tolist()} of those trained")
+      every.append({"seed": int(run.seeds[i]), "folder": f"{kind}-{number}", "accuracy": of_tasks})
+  common.write_json(run.folder / "seeds.json", every)
+  print(f"checkpoints: {run.folder}/seed-*: {int(kept.sum())} seeds, {np.flatnonzero(kept).tolist()} of those trained")
   low = np.flatnonzero(accuracy.min(axis=1) < niah.MATCHED).tolist()
   if low:
-    print(f"below {niah.MATCHED:g}% in a task under {sets[0][-1]}: {low}; {folder}/seeds.json has the tasks")
+    print(f"below {niah.MATCHED:g}% in a task under {run.sets[0][-1]}: {low}; {run.folder}/seeds.json has the tasks")
 
 
 def keep(worst: np.ndarray) -> np.ndarray:

@@ -69,11 +69,6 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
   def draw(tokens):
     return torch.randn(b, heads, tokens, width, device="cuda", dtype=torch.bfloat16)
 
-  def angles(first, count):
-    frequency = ROPE_BASE ** (-torch.arange(width // 2, device="cuda", dtype=torch.float32) / (width // 2))
-    angle = torch.arange(first, first + count, device="cuda", dtype=torch.float32)[:, None] * frequency
-    return torch.cat([angle, angle], dim=-1).cos(), torch.cat([angle, angle], dim=-1).sin()
-
   def rotate(x, cos, sin):
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(torch.bfloat16)
@@ -94,7 +89,7 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
   if case["op"] == "scan":
     return call(remember, 3)
   if case["op"] == "prefill":
-    cos, sin = angles(0, t)
+    cos, sin = _angles(width, 0, t)
     attend = attention.get_eff_attention(width**-0.5, d, w, s0)
 
     def prefill(logits, q, k, v):
@@ -105,7 +100,7 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
 
     return call(prefill, 4)
 
-  cos, sin = angles(t - 1, 1)
+  cos, sin = _angles(width, t - 1, 1)
   if d == 1:
     return functools.partial(torch.compile(F.scaled_dot_product_attention), draw(1), draw(t), draw(t))
   cache = caches.RATPlusSingleLayerCache(0, b, t, s0, w, d, heads, width, heads * width)
@@ -124,6 +119,15 @@ def build(modules: list[Any], case: dict[str, Any], heads: int, width: int) -> C
   cache.reset_cache()
   cache.update_kv_fake_prefill(t - 2)
   return functools.partial(torch.compile(decode), *(draw(1) for _ in range(4)))
+
+
+def _angles(width: int, first: int, count: int) -> tuple[Any, Any]:
+  """Cosine and sine of the rotation of `count` tokens from position `first` on."""
+  import torch
+
+  frequency = ROPE_BASE ** (-torch.arange(width // 2, device="cuda", dtype=torch.float32) / (width // 2))
+  angle = torch.arange(first, first + count, device="cuda", dtype=torch.float32)[:, None] * frequency
+  return torch.cat([angle, angle], dim=-1).cos(), torch.cat([angle, angle], dim=-1).sin()
 
 
 def load_model(directory: str) -> types.ModuleType:

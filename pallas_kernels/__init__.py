@@ -5,8 +5,10 @@ Every public function takes `implementation`: None picks the fastest one that se
 kernels there are, and what they gain, is in docs/kernels.md.
 """
 
-from pallas_kernels.decode_attention.api import decode_attention
-from pallas_kernels.dilated_attention.api import dilated_attention
-from pallas_kernels.gated_scan.api import gated_scan
+from pallas_kernels.decode.api import decode_attention
+from pallas_kernels.dilated.api import dilated_attention
+from pallas_kernels.implementation import force
+from pallas_kernels.scan.api import gated_scan
+from pallas_kernels.sparse.api import sparse_attention
 
-__all__ = ["decode_attention", "dilated_attention", "gated_scan"]
+__all__ = ["decode_attention", "dilated_attention", "force", "gated_scan", "sparse_attention"]

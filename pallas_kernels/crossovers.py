@@ -5,7 +5,8 @@ dilated attention at D=16 with 4 sinks; it is taken for other types and patterns
 
 * gated_scan: the entries of an input, B * T * C, of rows of 64 tokens or more;
 * decode_attention: the entries of the keys, B * K * R * H;
-* dilated_attention: T.
+* dilated_attention: T;
+* sparse_attention: T * S.
 
 A device that is not here takes "xla" everywhere.
 """

@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
+
 Array = jax.Array
 
 
@@ -20,19 +22,20 @@ def einsum_float32(subscripts: str, a: Array, b: Array) -> Array:
   return _product(subscripts, a, b)
 
 
-def _product(subscripts, a, b):
-  if jax.default_backend() == "cpu":  # XLA's CPU products cannot widen; the products of bfloat16 are exact in float32
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+  if devices.platform_of(a, b) == "cpu":  # XLA's CPU products cannot widen; those of bfloat16 are exact in float32
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(subscripts, a, b):
+def _forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
   return _product(subscripts, a, b), (a, b)
 
 
-def _backward(subscripts, operands, cotangent):
+def _backward(subscripts: str, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
   _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
-  return transpose(cotangent.astype(operands[0].dtype))
+  of_operands: tuple[Array, Array] = transpose(cotangent.astype(operands[0].dtype))
+  return of_operands
 
 
 einsum_float32.defvjp(_forward, _backward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from pallas_kernels import devices
 
 
 def compiler_options() -> dict[str, str]:
@@ -15,6 +15,6 @@ def compiler_options() -> dict[str, str]:
   * Products of one input are merged by copying their matrices side by side: in a decode step, all of a layer's
     projections, at every step.
   """
-  if jax.default_backend() != "gpu":
+  if devices.platform_of() != "gpu":
     return {}
   return {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_dot_merger_threshold_mb": "0"}

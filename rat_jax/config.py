@@ -38,7 +38,7 @@ class RATPlusConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"        # of matrix products and attention
   param_dtype: Literal["float32", "bfloat16"] = "float32"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads"):
       self._settle_size(name, default=None)
     if self.head_dim is None and self.embed_dim % self.num_heads:

@@ -1,4 +1,4 @@
-"""What a mode costs: keys that a query reads, operations of training. (A cache's size: `rat_jax.cache.cache_bytes`.)"""
+"""What a mode costs: keys that a query reads, operations of training. (A cache's size: `rat_jax.cache_bytes`.)"""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from rat_jax import transformer
+from rat_jax.checks import check_count
 from rat_jax.config import RATPlusConfig
-from rat_jax.layout import check_count
-from rat_jax.modes import BlockMode, Mode, SelectingMode, SnapKV, check_modes, layer_modes, visible
+from rat_jax.modes import Mode
+from rat_jax.plan import check_modes, layer_modes
 
 # Operations per second of matrix products in bfloat16, as the makers state them, by `jax.Device.device_kind`.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
@@ -42,7 +43,7 @@ def training_flops(config: RATPlusConfig, mode: Mode, length: int) -> float:
   of 64 positions). Norms, the memory, softmax, selection and what is computed twice to save memory are not counted.
   """
   layers = jax.eval_shape(transformer.initializers(config)["layers"], jax.random.key(0))
-  matrices = sum(math.prod(leaf.shape) for name, leaf in layers.items() if not name.endswith(("_norm", "_bias")))
+  matrices: int = sum(math.prod(leaf.shape) for name, leaf in layers.items() if not name.endswith(("_norm", "_bias")))
   check_modes(mode, None, config)
   keys = sum(_mean_keys(one, length) for one in layer_modes(mode, config.num_layers))
   matrices += config.vocab_size * config.embed_dim  # the head
@@ -51,34 +52,10 @@ def training_flops(config: RATPlusConfig, mode: Mode, length: int) -> float:
 
 @functools.cache
 def _mean_keys(mode: Mode, length: int) -> float:
-  positions = np.unique(np.linspace(1, length, 64).astype(int))
-  if isinstance(mode, SelectingMode):
-    return float(np.mean([_count(mode, at, None) for at in positions.tolist()]))
-  seen = np.asarray(visible(mode, positions - 1, np.arange(length))).sum(axis=-1)
-  return float(seen.reshape(-1, len(positions)).max(axis=0).mean())
+  return float(np.mean(mode.most_read(np.unique(np.linspace(1, length, 64).astype(int)))))
 
 
 def _count(mode: Mode, length: int, prompt_length: int | None) -> int:
   if prompt_length is not None and length <= prompt_length and mode.prompt_form != mode:
-    return _count(mode.prompt_form, length, prompt_length)
-  if isinstance(mode, SnapKV):
-    if prompt_length is None:
-      raise ValueError(f"mode={mode} needs prompt_length: SnapKV compresses when the prompt ends.")
-    return min(mode.capacity_at(prompt_length), prompt_length) + length - prompt_length
-  if isinstance(mode, BlockMode):
-    return _most_of_blocks(mode, length)
-  seen = np.asarray(visible(mode, np.array([length - 1]), np.arange(length)))
-  return int(seen.sum(axis=-1).max())
-
-
-def _most_of_blocks(mode: BlockMode, length: int) -> int:
-  """What the rule reads anyway, the forced blocks, and those that add most."""
-  last, blocks = length - 1, -(-length // mode.block)
-  by_rule = np.zeros(length, bool)
-  if mode.rule is not None:
-    by_rule = np.asarray(visible(mode.rule, np.array([last]), np.arange(length)))[0]
-  adds = np.bincount(np.arange(length) // mode.block, weights=~by_rule, minlength=blocks).astype(int)
-  forced = ({last // mode.block} if mode.forces_own else set()) | ({0} if mode.keep_first else set())
-  free = sorted((adds[p] for p in range(blocks) if p not in forced), reverse=True)
-  chosen = max(mode.blocks_at(length), mode.forced_at(length)) - len(forced)
-  return int(by_rule.sum() + sum(adds[p] for p in forced) + sum(free[:max(chosen, 0)]))
+    mode, prompt_length = mode.prompt_form, None
+  return int(mode.most_read(np.array([length]), prompt_length)[0])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import numpy as np
 
-from rat_jax import ablation, attention, layout as layouts, transformer
-from rat_jax.axes import Array, Lengths, Logits, Positions, SegmentIds, Stream, Tokens
+from rat_jax import batch as batches, checks, transformer
+from rat_jax.axes import ArrayLike, Logits, Stream
+from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
-from rat_jax.modes import Dense, Mode, SelectingMode, SnapKV, check_modes, layer_modes, layer_runs
+from rat_jax.modes import Dense, Mode
+from rat_jax.plan import check_modes, layer_modes, layer_runs, refuse_packed
+from rat_jax.transformer import Forward, Sources
 
 
 class RATPlusLM(nn.Module):
   """A RAT+ language model; with `config.memory=False`, the attention baseline.
 
   `model.init(key, tokens)["params"]` makes one parameter tree, `model.apply({"params": params}, tokens, mode=...)`
-  runs it under any mode.
+  runs it under any mode. What runs is compiled once for each configuration, mode and shape, inside or outside of `jit`.
   """
 
   config: RATPlusConfig
@@ -26,16 +29,18 @@ class RATPlusLM(nn.Module):
   def setup(self) -> None:
     self.weights = {name: self.param(name, draw) for name, draw in transformer.initializers(self.config).items()}
 
-  def __call__(self, tokens: Tokens, **arguments: Any) -> Logits:
+  def __call__(self, tokens: ArrayLike, **arguments: Any) -> Logits:
     """Logits of whole sequences, float32 [B, T, V]; arguments and errors as in `stream`.
 
     Rows of padding are finite and otherwise unspecified.
     """
-    return transformer.logits(self.config, self.weights, self.stream(tokens, **arguments))
+    logits: Logits = transformer.logits(self.config, self.weights, self.stream(tokens, **arguments))
+    return logits
 
-  def stream(self, tokens: Tokens, *, mode: Mode = Dense(), segment_ids: SegmentIds | None = None,
-             positions: Positions | None = None, lengths: Lengths | None = None,
-             prompt_lengths: Lengths | None = None, prefill_mode: Mode | None = None, row_ids: Array | None = None,
+  def stream(self, tokens: ArrayLike, *, mode: Mode = Dense(), segment_ids: ArrayLike | None = None,
+             positions: ArrayLike | None = None, lengths: ArrayLike | None = None,
+             prompt_lengths: ArrayLike | None = None, prefill_mode: Mode | None = None,
+             row_ids: ArrayLike | None = None,
              select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory",
              remat: transformer.Remat = "products", unroll: bool = False) -> Stream:
     """The residual stream of whole sequences after the last layer, float32 [B, T, E]: logits but for norm and head.
@@ -48,55 +53,54 @@ class RATPlusLM(nn.Module):
       positions: int [B, T], growing by 1 inside a document; default 0..T-1 in each. Negative ones are padding.
       lengths: int [B], the real tokens of every row, which come first.
       prompt_lengths: int [B], how many first tokens of a row are its prompt: they run as `prefill` runs them, the
-        rest as the decode steps after it. SnapKV needs it. What is known when this is compiled (numbers, not an
-        argument of the compiled function) is not computed twice: steps start at the shortest prompt.
+        rest as the decode steps after it. SnapKV needs it. In a function that you compile, numbers that are no
+        argument of it are part of the program, and then nothing is computed twice: steps start at the shortest prompt.
       prefill_mode: overrides the mode's form of the prompt; only with `prompt_lengths`.
       row_ids: int [B], what random selection of a row depends on; default 0.
       select_from, attend_to: "plain" takes keys (and values) without the memory for choosing, or for attention: an
-        experiment (`rat_jax.ablation`).
+        experiment (`rat_jax.transformer.Sources`).
       remat, unroll: how gradients are computed; see `train_step`.
 
     Raises:
       ValueError: shapes that do not match, tokens outside the vocabulary, a PerLayer of the wrong length, SnapKV or
-        `prefill_mode` without `prompt_lengths`, positions other than 0..T-1 under a mode that chooses by the query.
+        `prefill_mode` without `prompt_lengths`, positions other than 0..T-1 under a mode that chooses by the query,
+        an unknown `select_from`, `attend_to` or `remat`.
       NotImplementedError: packed rows under such a mode.
     """
-    config = self.config
-    tokens = layouts.as_tokens(tokens, config.vocab_size)
-    if positions is not None:
-      positions = layouts.as_integers("positions", positions, tokens.shape)
-    _check_call(config, mode, prefill_mode, prompt_lengths, segment_ids, positions, tokens.shape)
-    if _chooses(config, mode, prefill_mode):
-      positions = None  # they are 0..T-1
-    layout = layouts.of_tokens(tokens.shape, positions=positions, segment_ids=segment_ids, lengths=lengths)
-    prompts = layouts.prompts_within(prompt_lengths, lengths, tokens.shape)
-    row_ids = layouts.as_row_ids(row_ids, tokens.shape[0])
-    run = functools.partial(transformer.hidden_states, remat=remat, unroll=unroll)
-    if (select_from, attend_to) != ("memory", "memory"):
-      run = functools.partial(ablation.hidden_states, select_from=select_from, attend_to=attend_to)
-    return run(config, self.weights, tokens, mode, layout, prompts=prompts, prefill_mode=prefill_mode,
-               row_ids=row_ids)
+    how = Forward(mode, prefill_mode, Sources(select_from, attend_to), remat, unroll)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.weights, tokens)))
+    batch = checked_batch(self.config, how, tokens, segment_ids=segment_ids, positions=positions, lengths=lengths,
+                          prompt_lengths=prompt_lengths, row_ids=row_ids, traced=traced)
+    stream: Stream = transformer.hidden_states(self.config, how, self.weights, batch)
+    return stream
 
 
-def _chooses(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None) -> bool:
-  return any(isinstance(m, SelectingMode) for run in layer_runs(mode, config.num_layers, prefill_mode)
-             for m in (run.mode, run.form))
-
-
-def _check_call(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, prompt_lengths: Lengths | None,
-                segment_ids: SegmentIds | None, positions: Positions | None, shape: tuple[int, ...]) -> None:
+def checked_batch(config: RATPlusConfig, how: Forward, given_tokens: ArrayLike, *,
+                  segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None,
+                  prompt_lengths: ArrayLike | None = None, **arguments: Any) -> Batch:
+  """The batch of a call, all of whose arguments were checked; they and the errors are those of `RATPlusLM.stream`."""
+  mode, prefill_mode = how.mode, how.prefill_mode
+  tokens = checks.as_tokens(given_tokens, config.vocab_size)
+  if positions is not None:
+    positions = checks.as_integers("positions", positions, tokens.shape)
   check_modes(mode, prefill_mode, config)
+  how.check(config)
   if prompt_lengths is None:
     if prefill_mode is not None:
       raise ValueError(f"prefill_mode={prefill_mode} without prompt_lengths; say how many tokens of each row are its"
                        " prompt.")
-    if any(isinstance(one, SnapKV) for one in layer_modes(mode, config.num_layers)):
-      raise ValueError(f"mode={mode} needs prompt_lengths: SnapKV compresses when the prompt ends.")
+    for one in layer_modes(mode, config.num_layers):
+      if one.after_prompt:
+        raise ValueError(f"mode={mode} needs prompt_lengths: {one.after_prompt}.")
   if prompt_lengths is not None and segment_ids is not None:
     raise ValueError("prompt_lengths with segment_ids; a packed row has several prompts, so give each its own row.")
   if segment_ids is not None:
     for one in layer_modes(mode, config.num_layers):
-      attention.refuse_packed(one)
-  if positions is not None and _chooses(config, mode, prefill_mode) and not (
-      layouts.is_concrete(positions) and (np.asarray(positions) == np.arange(shape[1])).all()):
-    raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")
+      refuse_packed(one)
+  if positions is not None and any(one.chooses for run in layer_runs(mode, config.num_layers, prefill_mode)
+                                   for one in (run.mode, run.form)):
+    if not (checks.is_concrete(positions) and (np.asarray(positions) == np.arange(tokens.shape[1])).all()):
+      raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")
+    positions = None
+  return batches.of_call(tokens, segment_ids=segment_ids, positions=positions, prompt_lengths=prompt_lengths,
+                         **arguments)

@@ -18,8 +18,8 @@ from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, wr
 from rat_jax.version import __version__
 
 
-def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *, about: Mapping[str, Any] = {},
-                    max_file_bytes: int = 5 * 10**9) -> None:
+def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, params: Params, *,
+                    about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes a model: config.json, model.safetensors (or several files and an index), README.md.
 
   Leaves are fetched one at a time. Nothing is left of a write that fails.
@@ -36,7 +36,7 @@ def save_pretrained(folder: str | os.PathLike, config: RATPlusConfig, params: Pa
   write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
 
 
-def write_pretrained(folder: str | os.PathLike, config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
+def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
                      about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
   metadata = {"rat_jax": __version__} | {str(key): str(value) for key, value in about.items()}  # it holds text alone
@@ -53,7 +53,7 @@ def write_pretrained(folder: str | os.PathLike, config: RATPlusConfig, leaves: I
     (made / "README.md").write_text("\n".join(lines))
 
 
-def load_pretrained(folder: str | os.PathLike, *, place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
+def load_pretrained(folder: str | os.PathLike[str], *, place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a folder that `save_pretrained` wrote.
 
   Args:

@@ -8,21 +8,25 @@ The residual stream, norms, memory, softmax and logits are float32; matrix produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_scan import api as gated_scan
+from pallas_kernels import devices
 from pallas_kernels.products import einsum_float32
-from rat_jax import attention, rope
+from pallas_kernels.scan import api as gated_scan
+from rat_jax import rope
+from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, Keys, Logits, Params, Queries, State, Stream, Tokens
+from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
-from rat_jax.layout import Layout, Prompts
-from rat_jax.memory import memory
-from rat_jax.modes import Mode, layer_runs
-from rat_jax.selection import Origin
+from rat_jax.decay import memory
+from rat_jax.modes import Mode
+from rat_jax.plan import Run, layer_runs
 
 # What a layer keeps for its gradient beside its input. "products": matrix products with parameters and the memory's
 # states; the rest, attention included, is cheaper to make again than to write to a buffer of all layers and to read
@@ -46,19 +50,33 @@ class Projections(NamedTuple):
   output_gate: Queries | None  # logits; None: no gate
 
 
-class Attended(NamedTuple):
-  """A layer's queries, keys and values as attention takes them and caches keep them, in `config.dtype`."""
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """Which keys queries choose by, and which keys and values they attend to: with the memory or without it.
 
-  q: Queries
-  k: Keys
-  v: Keys
+  Other than the default it is the 2x2 experiment of arXiv 2605.28640, which separates the two ways in which the memory
+  may help query-aware sparsity: better choices, and kept tokens that carry what was skipped. Prompts in a dense or
+  position-only form attend as `attend_to` says too.
+  """
+
+  select_from: Literal["memory", "plain"] = "memory"
+  attend_to: Literal["memory", "plain"] = "memory"
+
+  def check(self, config: RATPlusConfig) -> None:
+    """Raises ValueError for what is neither "memory" nor "plain", and a model without a memory to leave out."""
+    for name, value in dataclasses.asdict(self).items():
+      if value not in ("memory", "plain"):
+        raise ValueError(f"{name}={value!r} is unknown; use \"memory\" or \"plain\".")
+    if self != Sources() and not config.memory:
+      raise ValueError(f"select_from={self.select_from!r}, attend_to={self.attend_to!r} with memory=False: there is no"
+                       " memory to leave out.")
 
 
-def initializers(config: RATPlusConfig) -> dict[str, Callable[[Array], Any]]:
+def initializers(config: RATPlusConfig) -> dict[str, Callable[[Array], Array | Params]]:
   """How each top-level entry of the parameter tree is drawn from a key."""
   dtype, rows = jnp.dtype(config.param_dtype), (config.vocab_size, config.embed_dim)
   std = _std(config, fan_in=config.embed_dim)
-  entries = {
+  entries: dict[str, Callable[[Array], Array | Params]] = {
       "embedding": lambda key: _normal(key, rows, std, dtype),
       "layers": lambda key: _init_layers(config, key),
       "final_norm": lambda key: jnp.ones(config.embed_dim, dtype),
@@ -71,7 +89,8 @@ def initializers(config: RATPlusConfig) -> dict[str, Callable[[Array], Any]]:
 def _std(config: RATPlusConfig, fan_in: int, writes_residual: bool = False) -> float:
   if config.init_std is not None:
     return config.init_std
-  return fan_in**-0.5 / ((2 * config.num_layers) ** 0.5 if writes_residual else 1.0)
+  std: float = fan_in**-0.5 / ((2 * config.num_layers) ** 0.5 if writes_residual else 1.0)
+  return std
 
 
 def _normal(key: Array, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
@@ -113,7 +132,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def _product(subscripts: str, x: Array, matrix: Array, product: Callable[..., Array] = jnp.einsum) -> Array:
   """The product of tokens x [B, T, ...] with a matrix, in x's type."""
   matrix = matrix.astype(x.dtype)
-  if x.shape[:2] == (1, 1) and jax.default_backend() == "gpu":
+  if x.shape[:2] == (1, 1) and devices.platform_of(matrix) == "gpu":
     # Of a single row XLA makes no matrix product, but sums over products that it writes to memory first.
     return product(subscripts, jnp.concatenate([x, x], axis=1), matrix)[:, :1]
   return product(subscripts, x, matrix)
@@ -130,7 +149,7 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
   x = rms_norm(x, p["attention_norm"], config.norm_eps) if config.norm_placement == "pre" else x
   x = x.astype(dtype)
 
-  def heads(name):
+  def heads(name: str) -> Array:
     return _product("bte,enh->btnh", x, p[name])
 
   q, k = heads("query"), heads("key")
@@ -145,16 +164,25 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
   return Projections(q, k, heads("value"), gate_logits, heads("output_gate") if config.output_gate else None)
 
 
-def remember(config: RATPlusConfig, at: Projections, layout: Layout, state: State | None
-             ) -> tuple[Attended, State | None]:
-  """Memory, then RoPE; and the memory's state. Without a memory, keys and values are what was projected."""
-  k, v = at.k, at.v
-  if at.gate_logits is not None:
-    k, v, state = memory(at.gate_logits, k, v, state, segment_ids=layout.segment_ids)
+def remember(config: RATPlusConfig, projections: Projections, batch: Batch, state: State | None,
+             sources: Sources = Sources()) -> tuple[Heads, State | None]:
+  """Memory, then RoPE: what attention is given, and the memory's state.
+
+  Without a memory, keys and values are what was projected.
+  """
+  plain = (projections.k, projections.v)
+  kinds = {"memory": plain, "plain": plain}
+  if projections.gate_logits is not None:
+    k, v, state = memory(projections.gate_logits, *plain, state, segment_ids=batch.segment_ids)
+    kinds["memory"] = (k, v)
   dtype = jnp.dtype(config.dtype)
-  q = rope.rotate(at.q, layout.positions, config.rope_base)
-  k = rope.rotate(k, layout.positions, config.rope_base)
-  return Attended(q.astype(dtype), k.astype(dtype), v.astype(dtype)), state
+
+  def rotated(x: Array) -> Array:
+    return rope.rotate(x, batch.positions, config.rope_base).astype(dtype)
+
+  k, v = kinds[sources.attend_to]
+  chosen_by = None if sources.select_from == sources.attend_to else rotated(kinds[sources.select_from][0])
+  return Heads(rotated(projections.q), rotated(k), v.astype(dtype), chosen_by), state
 
 
 def attention_branch(config: RATPlusConfig, p: Params, x: Stream, y: Queries, output_gate: Queries | None) -> Stream:
@@ -187,57 +215,121 @@ def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
   return x + y
 
 
-def block(config: RATPlusConfig, p: Params, x: Stream, layout: Layout, state: State | None,
-          attend: Callable[[Attended], Array]) -> tuple[Stream, State | None, Attended]:
+def block(config: RATPlusConfig, p: Params, x: Stream, batch: Batch, state: State | None,
+          attend: Callable[[Heads], Array], sources: Sources = Sources()) -> tuple[Stream, State | None, Heads]:
   """One layer: the stream x through attention, as `attend` does it, and MLP.
 
   Returns the stream, the memory's state after the last token, and what attention was given (for a cache).
   """
   projections = project(config, p, x)
-  at, state = remember(config, projections, layout, state)
-  x = attention_branch(config, p, x, attend(at), projections.output_gate)
-  return mlp_branch(config, p, x), state, at
+  heads, state = remember(config, projections, batch, state, sources)
+  x = attention_branch(config, p, x, attend(heads), projections.output_gate)
+  return mlp_branch(config, p, x), state, heads
 
 
-def layers_of(params: Params, start: int, stop: int) -> Params:
-  """The stacked parameters of layers start .. stop-1."""
-  return jax.tree.map(lambda a: a[start:stop], params["layers"])
+class AtLayer(NamedTuple):
+  """What `walk` hands to a layer: its run, its number int32 [], its parameters, and what is carried for it."""
+
+  run: Run
+  number: Array
+  params: Params
+  carried: Any
 
 
-def unrolled(layers: int, asked: bool) -> bool:
+def walk(params: Params, runs: Sequence[Run], x: Stream, layer: Callable[[Stream, AtLayer], tuple[Stream, Any]],
+         carried: Any = None, *, unroll: bool = False, remat: Remat | None = None) -> tuple[Stream, list[Any]]:
+  """The stream through all layers, a loop for each run of equal layers. Whoever walks the layers walks here.
+
+  Args:
+    layer: (stream, what it is given) -> (stream, a pytree of what it makes besides).
+    carried: a pytree of arrays [L, ...] that layers get their part of.
+    unroll: compiles layers one by one even if they are many.
+    remat: what a layer keeps for its gradient; None says nothing of it.
+
+  Returns:
+    (stream, what the layers of each run made besides: [layers of the run, ...] each).
+  """
+  made = []
+  for run in runs:
+
+    def body(x: Stream, of_layer: tuple[Array, Params, Any], run: Run = run) -> tuple[Stream, Any]:
+      return layer(x, AtLayer(run, *of_layer))
+
+    # Of a few layers written out XLA may keep what it likes; of many it would keep everything.
+    body = body if remat is None else jax.checkpoint(body, policy=_KEPT[remat], prevent_cse=unroll)
+    of_layers = (jnp.arange(run.start, run.stop), layers_of(params["layers"], run), layers_of(carried, run))
+    x, besides = jax.lax.scan(body, x, of_layers, unroll=unrolled(params, run.stop - run.start, unroll))
+    made.append(besides)
+  return x, made
+
+
+def layers_of(stacked: Any, run: Run) -> Any:
+  """The part of arrays [L, ...] that the layers of a run have."""
+  return jax.tree.map(lambda a: a[run.start:run.stop], stacked)
+
+
+def unrolled(params: Params, layers: int, asked: bool) -> bool:
   """Whether to compile layers one by one rather than as a loop: when asked, and few layers on a GPU or TPU.
 
   On a GPU a loop copies each layer's matrices out of their stack, and for gradients fills and reads stacks of what all
   layers keep.
   """
-  return asked or (layers <= _FEW and jax.default_backend() != "cpu")
+  return asked or (layers <= _FEW and devices.platform_of(params["embedding"]) != "cpu")
 
 
-def hidden_states(config: RATPlusConfig, params: Params, tokens: Tokens, mode: Mode, layout: Layout, *,
-                  row_ids: Array, prompts: Prompts | None = None, prefill_mode: Mode | None = None,
-                  remat: Remat = "products", unroll: bool = False) -> Stream:
-  """The stream [B, T, E] of a whole sequence after the last layer, before the final norm.
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """How whole sequences run: static, so that a compiled program depends on it.
 
-  Raises ValueError for an unknown `remat`.
+  Attributes:
+    mode: of every token but the prompt's; prefill_mode: overrides its form of the prompt.
+    sources: the 2x2 experiment.
+    remat, unroll: how gradients are computed; see `rat_jax.train_step`.
   """
-  if remat not in _KEPT:
-    raise ValueError(f"remat={remat!r} is unknown; use one of {tuple(_KEPT)}.")
-  x = embed(params, tokens)
-  for run in layer_runs(mode, config.num_layers, prefill_mode):
 
-    def layer(x, at_layer, run=run):
-      p, index = at_layer
-      x, _, _ = block(config, p, x, layout, None, lambda at: attention.attend_layer(
-          at.q, at.k, at.v, run, layout, prompts, Origin(row_ids, index)))
-      return x, None
+  mode: Mode
+  prefill_mode: Mode | None = None
+  sources: Sources = Sources()
+  remat: Remat = "products"
+  unroll: bool = False
 
-    # Of a few layers written out XLA may keep what it likes; of many it would keep everything.
-    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=unroll), x,
-                        (layers_of(params, run.start, run.stop), jnp.arange(run.start, run.stop)),
-                        unroll=unrolled(run.stop - run.start, unroll))
+  def check(self, config: RATPlusConfig) -> None:
+    """Raises ValueError for choices that are unknown."""
+    self.sources.check(config)
+    if self.remat not in _KEPT:
+      raise ValueError(f"remat={self.remat!r} is unknown; use one of {tuple(_KEPT)}.")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def hidden_states(config: RATPlusConfig, how: Forward, params: Params, batch: Batch) -> Stream:
+  """The stream [B, T, E] of whole sequences after the last layer, before the final norm."""
+
+  def layer(x: Stream, at: AtLayer) -> tuple[Stream, None]:
+    origin = Origin(batch.row_ids, at.number)
+    x, _, _ = block(config, at.params, x, batch, None, lambda heads: attend(heads, at.run, batch, origin), how.sources)
+    return x, None
+
+  runs = layer_runs(how.mode, config.num_layers, how.prefill_mode)
+  x, _ = walk(params, runs, embed(params, batch.tokens), layer, unroll=how.unroll, remat=how.remat)
   return x
 
 
+def attend(heads: Heads, run: Run, batch: Batch, origin: Origin) -> Array:
+  """Attention of whole sequences in a layer of `run`: prompts in their form, later queries as steps of the mode.
+
+  Without prompts every query is a step. [B, T, N, H] in q's type.
+  """
+  if batch.prompts is None or run.form == run.mode:
+    return run.mode.attend(heads, Placement.of(batch), origin)
+  first = batch.first_step
+  prompt = run.form.attend(heads, Placement.of(batch), origin)
+  steps = run.mode.attend_after_prompt(heads, batch, origin)
+  in_prompt = batch.positions[:, first:] < batch.prompts[:, None]
+  steps = jnp.where(in_prompt[:, :, None, None], prompt[:, first:], steps.astype(heads.q.dtype))
+  return jnp.concatenate([prompt[:, :first], steps], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config: RATPlusConfig, params: Params, x: Stream) -> Logits:
   """The logits of a stream [..., E]: final norm and head; float32 [..., V]."""
   dtype = jnp.dtype(config.dtype)

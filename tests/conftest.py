@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from absl import flags
 
-from pallas_kernels import dispatch
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
 
@@ -45,10 +44,25 @@ def _bounded_number_of_programs():
     jax.clear_caches()
 
 
+def programs_for(kind, platform="gpu"):
+  """A context in which programs are for a device of a kind, as "NVIDIA H200", that need not be here: to lower them."""
+  device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("device",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
 @pytest.fixture
-def any_device(monkeypatch):
-  """Lets implementations be named that this device does not run, to lower them for one that does."""
-  monkeypatch.setattr(dispatch, "check_device", lambda implementation: None)
+def true_float32():
+  """Products of float32 arrays are float32, also on devices that would rather round."""
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture
+def on_h200():
+  """Programs are for an H200."""
+  with programs_for("NVIDIA H200"):
+    yield
 
 
 @pytest.fixture
@@ -97,7 +111,7 @@ def run_python(*arguments, devices=1, check=True, optimize=False, kill_at=None):
 
   With `kill_at` it is killed as soon as that path exists, and must not have come to its end.
   """
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
                               "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
                               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                               "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimize)),
@@ -132,7 +146,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# {what: the worst error that was seen}; tests/test_gpu.py fills it.
+# {what: the worst error that was seen}; tests/kernels fill it.
 WORST: dict[tuple[str, ...], float] = {}
 
 

@@ -93,7 +93,7 @@ def leaves(pieces: Sequence[Piece], tensors: Tensors, config: RATPlusConfig) -> 
 def _leaf_of(piece: Piece, tensors: Tensors, config: RATPlusConfig) -> np.ndarray:
   dtype = jnp.dtype(config.param_dtype)
 
-  def read(i):
+  def read(i: int) -> np.ndarray:
     rows = slice(piece.first_row, piece.first_row + piece.shape[0])
     return piece.to_ours(tensors.read(piece.name.format(i=i), rows))
 

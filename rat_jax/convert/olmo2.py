@@ -34,7 +34,7 @@ _BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", 
            "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0, *,
+def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0, *,
                place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a downloaded OLMo 2.
 
@@ -50,7 +50,7 @@ def load_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   return config, mapping.tree(named, place)
 
 
-def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float = -12.0
+def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0
                ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
   """The same, the leaves one after another."""
   folder = pathlib.Path(folder)
@@ -71,8 +71,8 @@ def read_olmo2(folder: str | os.PathLike, memory: bool = True, gate_bias: float 
   return config, itertools.chain(mapping.leaves(pieces, tensors, config), added)
 
 
-def export_olmo2(folder: str | os.PathLike, config: RATPlusConfig, params: Params, *,
-                 source: str | os.PathLike | None = None, max_file_bytes: int = 5 * 10**9) -> None:
+def export_olmo2(folder: str | os.PathLike[str], config: RATPlusConfig, params: Params, *,
+                 source: str | os.PathLike[str] | None = None, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes the model as OLMo 2, its memory left out: `transformers` and `load_olmo2` read it.
 
   Args:
@@ -168,7 +168,8 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
   if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases) or len(set(bases)) != 1:
     raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r} and rope_parameters={newer!r}; one rotary base"
                      " is needed, a number.")
-  return bases[0]
+  base: float = bases[0]
+  return base
 
 
 def _of_source(path: pathlib.Path, config: RATPlusConfig) -> dict[str, Any]:

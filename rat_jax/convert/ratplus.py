@@ -45,7 +45,7 @@ def from_ratplus_state_dict(state_dict: Mapping[str, np.ndarray], config: RATPlu
   return mapping.tree(_leaves(InMemory(_plain(state_dict)), config), mapping.as_is)
 
 
-def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *, place: Place = mapping.as_is
+def load_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = None, *, place: Place = mapping.as_is
                  ) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a checkpoint file of the authors, read without running what is pickled in it.
 
@@ -66,7 +66,7 @@ def load_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None, *
   return config, mapping.tree(named, place)
 
 
-def read_ratplus(path: str | os.PathLike, config: RATPlusConfig | None = None
+def read_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = None
                  ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any]]:
   """The same, the leaves one after another; and how the model was trained, {} where the file does not say."""
   found = _load_file(pathlib.Path(path))
@@ -113,7 +113,7 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
   # Their settings are EasyDicts; read as what they are underneath, they need no code of that package.
   known: list[Any] = [(collections.OrderedDict, "easydict.EasyDict")]
 
-  def load(sharing):
+  def load(sharing: int) -> Any:
     with torch.serialization.safe_globals(known), torch.serialization.set_default_mmap_options(sharing):
       return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
@@ -135,10 +135,11 @@ def _load_file(path: pathlib.Path) -> dict[str, Any]:
     where = "" if task is found else " as its task"
     raise ValueError(f"{path} holds a {type(task).__name__}{where}; a checkpoint is a dict with the weights, by name,"
                      " as \"task\".")
-  return found
+  whole: dict[str, Any] = found
+  return whole
 
 
-def _config(said: Any, given: RATPlusConfig | None, path: str | os.PathLike) -> RATPlusConfig:
+def _config(said: Any, given: RATPlusConfig | None, path: str | os.PathLike[str]) -> RATPlusConfig:
   """What the file says, or what is given for it. Raises ValueError where they differ, or say what we have no field for.
 
   `trainer.dtype` is what they compute in; their parameters are float32.
@@ -171,7 +172,7 @@ def _config(said: Any, given: RATPlusConfig | None, path: str | os.PathLike) -> 
   return theirs
 
 
-def _check_said(said: Any, given: RATPlusConfig | None, path: str | os.PathLike) -> None:
+def _check_said(said: Any, given: RATPlusConfig | None, path: str | os.PathLike[str]) -> None:
   """Raises ValueError for settings of other layers than theirs; those that are absent are theirs."""
   layer, mlp, rope = "model.backbone.seq_cell.", "model.backbone.hidden_cell.", "model.embedding.pe."
   needs = {layer + "_name_": "ratplus", layer + "ln": "rmsnorm", layer + "bias": False, mlp + "_name_": "ffn",

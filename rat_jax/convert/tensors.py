@@ -76,7 +76,7 @@ class TorchTensors:
 
     part = self._tensors[name][rows]
     if part.dtype == torch.bfloat16:  # which numpy has under another name
-      array = part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
+      array: np.ndarray = part.contiguous().view(torch.uint16).numpy().view(jnp.bfloat16)
     else:
       array = part.numpy()
     array.setflags(write=False)  # it may be the file itself
@@ -90,7 +90,7 @@ class SafetensorsFolder:
   for a file that is no safetensors file, and where the index and the files do not name the same tensors.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(self, folder: str | os.PathLike[str]):
     folder = pathlib.Path(folder)
     self._files: dict[str, pathlib.Path] = {}
     self._specs: dict[str, Spec] = {}
@@ -119,9 +119,8 @@ class SafetensorsFolder:
 
   def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
     with _open(self._files[name]) as file:
-      if not self._specs[name].shape:
-        return file.get_tensor(name)
-      return file.get_slice(name)[rows]
+      array: np.ndarray = file.get_slice(name)[rows] if self._specs[name].shape else file.get_tensor(name)
+      return array
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
@@ -230,7 +229,7 @@ class _Files:
     return specs
 
 
-def check_new_folder(folder: str | os.PathLike) -> None:
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
   """Raises ValueError where `new_folder` would: for what is there and is no empty folder."""
   path = pathlib.Path(folder)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -238,7 +237,7 @@ def check_new_folder(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """A folder to write into, which takes its name only when all went well; an existing one must be empty.
 
   An existing one is kept, for it may be a mount point or the current folder: files move into it, config.json last.

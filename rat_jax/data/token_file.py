@@ -35,7 +35,7 @@ class TokenFile:
   Raises ValueError when file and sidecar do not fit each other, FileNotFoundError when one is missing.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike[str]):
     self.path = pathlib.Path(path)
     self.sidecar = _read_sidecar(self.path)
     self.tokens = np.memmap(self.path, np.dtype(self.sidecar.dtype).newbyteorder("<"), "r")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert.tensors import read_json
@@ -57,7 +58,7 @@ def _decode_bytes(ids: Sequence[int]) -> str:
 BYTES = Tokenizer("bytes", "bytes", 256, 0, lambda texts: [list(text.encode()) for text in texts], _decode_bytes)
 
 
-def load_tokenizer(source: str | os.PathLike, end: str | None = None) -> Tokenizer:
+def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> Tokenizer:
   """The tokenizer that `source` names.
 
   Args:
@@ -133,7 +134,7 @@ def _downloaded(name: str) -> pathlib.Path:
   return pathlib.Path(hub.snapshot_download(name, allow_patterns=patterns))
 
 
-def _library(name: str):
+def _library(name: str) -> ModuleType:
   try:
     return __import__(name)
   except ImportError as error:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax.axes import Params
+from rat_jax.axes import Array, Params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.loss import IGNORED, check_batch, sequence_loss
@@ -47,7 +47,8 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _loss(model, mode, prompt_length, params, batch):
+def _loss(model: RATPlusLM, mode: Mode, prompt_length: int | None, params: Params, batch: Mapping[str, Array]
+          ) -> tuple[Array, Array]:
   tokens, targets, prompts = batch["tokens"], batch["targets"], None
   if prompt_length is not None:
     prompts = jnp.full(tokens.shape[0], prompt_length, jnp.int32)

@@ -97,7 +97,7 @@ class Rows:
   spacing: int = 0
   near_miss: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, least in (("count", 1), ("questions", 1), ("spacing", 0)):
       if getattr(self, name) < least:
         raise ValueError(f"Rows: {name}={getattr(self, name)}; use {least} or more.")
@@ -276,7 +276,10 @@ def _starts(unit: int, room: int, values: int, count: Array, uniform: Array) -> 
 
 def _write_needles(task: Task, context: Array, keys: Array, values: Array, starts: Array) -> Array:
   many, per_key = starts.shape
-  mark = lambda token: jnp.full((many, per_key, 1), token, jnp.int32)
+
+  def mark(token: int) -> Array:
+    return jnp.full((many, per_key, 1), token, jnp.int32)
+
   key = jnp.broadcast_to(keys[:, None], (many, per_key, task.key_length))
   needle = jnp.concatenate([mark(NDL), key, mark(IS), values, mark(END)], axis=-1)
   at = starts[..., None] + jnp.arange(task.needle_length)
@@ -294,14 +297,14 @@ def _write_questions(kind: Rows, context: Array, keys: Array, values: Array, sta
   turn = np.arange(kind.questions * task.queries).reshape(kind.questions, task.queries)
   chosen = asked[turn % count]
 
-  def lines(symbols, between, close):  # [questions, n, m] -> [questions, n * (m + 1)]
+  def lines(symbols: Array, between: int, close: int) -> Array:  # [questions, n, m] -> [questions, n * (m + 1)]
     ends = jnp.full((*symbols.shape[:2], 1), between, jnp.int32).at[:, -1].set(close)
     return jnp.concatenate([symbols, ends], axis=2).reshape(symbols.shape[0], -1)
 
-  def of_answers(x):  # [questions, queries, values, m] -> [questions, queries * values, m]
+  def of_answers(x: Array) -> Array:  # [questions, queries, values, m] -> [questions, queries * values, m]
     return x.reshape(kind.questions, -1, task.value_length)
 
-  def of_targets(of_answer, fill):  # the row before a symbol has it as its target
+  def of_targets(of_answer: Array, fill: int) -> Array:  # the row before a symbol has it as its target
     at_question = jnp.full((kind.questions, task.query_length), fill, of_answer.dtype)
     at_tokens = jnp.concatenate([at_question, of_answer], axis=1).reshape(-1)
     return jnp.full(context.shape[0], fill, of_answer.dtype).at[room:-1].set(at_tokens)

@@ -17,7 +17,7 @@ class Example:
   length: int | None
 
 
-def load_ruler(path: str | os.PathLike) -> list[Example]:
+def load_ruler(path: str | os.PathLike[str]) -> list[Example]:
   """The examples of a RULER .jsonl file; newer files keep the start of the answer apart, as `answer_prefix`.
 
   Raises FileNotFoundError, and ValueError that names the line for what is no example.

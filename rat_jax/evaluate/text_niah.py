@@ -95,7 +95,7 @@ def _parts(sentence: str, most: int = 40) -> list[str]:
   return [" ".join(words[i:i + most]) for i in range(0, len(words), most)]
 
 
-def write_jsonl(path: str | os.PathLike, made: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: str | os.PathLike[str], made: Iterable[dict[str, Any]]) -> None:
   """Writes examples as RULER does, one JSON object a line."""
   pathlib.Path(path).write_text("".join(json.dumps(one) + "\n" for one in made))
 
@@ -108,7 +108,10 @@ def _words() -> tuple[list[str], list[str]]:
     raise ImportError("keys of text needles come from wonderwords; pip install -e '.[needles]'.") from error
   lists = wonderwords.RandomWord()
   adjectives, nouns = (lists.filter(include_categories=[kind]) for kind in ("adjective", "noun"))
-  plain = lambda words: sorted({word.lower() for word in words if word.isalpha() and word.isascii()})
+
+  def plain(words: Iterable[str]) -> list[str]:
+    return sorted({word.lower() for word in words if word.isalpha() and word.isascii()})
+
   return plain(adjectives), plain(nouns)
 
 
@@ -152,10 +155,10 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
     filler = [_NOISE[i % len(_NOISE)] for i in range(room if task.haystack == "noise" else 0)]
   places = draw.getrandbits(64)
 
-  def made(size, end=""):
+  def made(size: int, end: str = "") -> tuple[str, str, list[str]]:
     return _assemble(task, needles, filler, size, random.Random(f"{places}/{size}"), end)
 
-  def tokens(size, end=""):
+  def tokens(size: int, end: str = "") -> int:
     text, prefix, _ = made(size, end)
     return len(tokenizer.encode(text + prefix))
 

@@ -2,18 +2,20 @@
 
 from rat_jax.modes import text
 from rat_jax.modes.base import Mode, visible
-from rat_jax.modes.block_mode import BlockMode, SelectingMode
+from rat_jax.modes.block_mode import BlockMode
 from rat_jax.modes.dense import Dense
 from rat_jax.modes.dilated import Dilated
 from rat_jax.modes.dilated_topk import DilatedTopK
 from rat_jax.modes.moba import MoBA
 from rat_jax.modes.per_head import PerHead
-from rat_jax.modes.per_layer import PerLayer, Run, check_modes, layer_modes, layer_runs, mode_of_layer
+from rat_jax.modes.per_layer import PerLayer
 from rat_jax.modes.quest import Quest
+from rat_jax.modes.selecting import SelectingMode
 from rat_jax.modes.snapkv import SnapKV
 from rat_jax.modes.streaming_llm import StreamingLLM
+from rat_jax.modes.topk import TopK
 
-MODES = {mode.name: mode for mode in (
+MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (
     Dense,
     Dilated,
     StreamingLLM,
@@ -21,6 +23,7 @@ MODES = {mode.name: mode for mode in (
     MoBA,
     SnapKV,
     DilatedTopK,
+    TopK,
     PerLayer,
     PerHead,
 )}
@@ -35,5 +38,4 @@ def parse_mode(text_form: str) -> Mode:
 
 
 __all__ = ["MODES", "BlockMode", "Dense", "Dilated", "DilatedTopK", "MoBA", "Mode", "PerHead", "PerLayer", "Quest",
-           "Run", "SelectingMode", "SnapKV", "StreamingLLM", "check_modes", "layer_modes", "layer_runs",
-           "mode_of_layer", "parse_mode", "visible"]
+           "SelectingMode", "SnapKV", "StreamingLLM", "TopK", "parse_mode", "visible"]

@@ -1,4 +1,4 @@
-"""What a mode is: a rule that says which keys a query reads. And `visible`, the one place that asks it.
+"""What a mode is: what a query may read, how that is attended to, and what a cache keeps for it.
 
 A mode is a frozen, hashable dataclass, so it can be a static argument of a compiled program. To add a
 position-only mode, write one file with `name`, the fields, `sees`, and put its class into the table of
@@ -8,8 +8,9 @@ A position-only mode answers two questions:
   sees(t, s)   the static rule, on positions.
   pattern      the rule as dilation, window and sinks, where it is one: this opens the fast forms and the compact
                cache. None (the default) keeps a full cache and masks it.
-Modes that choose keys by the query derive from `rat_jax.modes.block_mode.BlockMode` and say how blocks are scored and
-how many are read. Any mode may say how a prompt is processed (`prompt_form`) and what a layer does (`of_layer`).
+Modes that choose keys by the query derive from `rat_jax.modes.selecting.SelectingMode`; those that choose blocks from
+`rat_jax.modes.block_mode.BlockMode`, and say how a block is summed up and how many are read. What the library asks of
+any mode are the methods of `Mode`.
 """
 
 from __future__ import annotations
@@ -17,35 +18,52 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pattern import Pattern, seen
+from rat_jax.attention import by_rule
+from rat_jax.attention.terms import Heads, Held, Origin, Placement
+from rat_jax.axes import Array, ArrayLike, Lengths, Positions
+from rat_jax.batch import Batch
+from rat_jax.caches.compact import smallest
+from rat_jax.caches.store import Store
 from rat_jax.modes import text
 
 if TYPE_CHECKING:
-  from rat_jax.modes.dilated import Dilated
-
-Array = jax.Array
+  from rat_jax.modes.snapkv import Kept
+  from rat_jax.selection.choice import Selection
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mode:
-  """Base class of all modes."""
+  """Base class of all modes; what it does is right for the position-only ones."""
 
   name: ClassVar[str]  # in `str(mode)`, `parse_mode` and on command lines
-  after_prompt: ClassVar[bool] = False  # acts once the prompt has ended, so it is no form of a prompt
+  chooses: ClassVar[bool] = False  # by what keys hold: positions are then 0..T-1, and a row is one document
+  after_prompt: ClassVar[str] = ""  # why it starts once the prompt has ended, so that it is no form of a prompt
+
+  # Who sees whom.
 
   def sees(self, t: Array, s: Array) -> Array:
     """Which keys s a query t reads, given that 0 <= s <= t: bool, `t` and `s` int32 broadcast together."""
-    raise NotImplementedError(f"{type(self).__name__} has no rule on positions alone.")
+    if self.pattern is None:
+      raise NotImplementedError(f"{type(self).__name__} has no rule on positions alone.")
+    return self.pattern.sees(t, s)
 
   @property
-  def pattern(self) -> Dilated | None:
+  def pattern(self) -> Pattern | None:
     """The same rule as dilation, window and sinks, or None where it is not one."""
     return None
+
+  @property
+  def draws(self) -> bool:
+    """Whether it chooses at random, so that it matters which row is which."""
+    return False
+
+  # Prompts and layers.
 
   @property
   def prompt_form(self) -> Mode:
@@ -57,20 +75,87 @@ class Mode:
     del layer, num_layers
     return self
 
+  def of_any_layer(self, layer: int) -> Mode:
+    """The mode of one layer, for operators that know no model."""
+    del layer
+    return self
+
   def check_heads(self, num_kv_heads: int) -> None:
     """Raises ValueError where the mode does not fit so many key/value heads."""
+
+  # Attention.
+
+  def check_operator(self) -> None:
+    """Raises ValueError where the mode is no attention of its own."""
+
+  def attend(self, heads: Heads, at: Placement, origin: Origin) -> Array:
+    """Attention of queries to keys, every query a step of its own: [B, T, N, H] in q's type."""
+    del origin
+    return by_rule.attend(self, self.pattern, heads, at)
+
+  def attend_after_prompt(self, heads: Heads, batch: Batch, origin: Origin) -> Array:
+    """Attention of the queries from number `batch.first_step` on, as steps after their row's prompt.
+
+    [B, T - first_step, N, H]; what stands at rows of the prompt is arbitrary.
+    """
+    return self.attend(heads.queries_from(batch.first_step), Placement.of(batch, batch.first_step), origin)
+
+  def attend_cached(self, heads: Heads, held: Held, positions: Positions, origin: Origin) -> Array:
+    """Attention of new tokens, at `positions` [B, T], to a cache and to themselves: float32 [B, T, N, H]."""
+    del origin
+    return by_rule.attend_cached(self, heads, held, positions)
+
+  def store(self, max_length: int, prompt_width: int | None = None) -> Store:
+    """How a run of layers caches up to `max_length` tokens, of which the prompt's array holds `prompt_width`."""
+    del prompt_width
+    return smallest(self.pattern, max_length)
+
+  # What was chosen, and what is read.
+
+  def check_selects(self) -> None:
+    """Raises ValueError where the mode chooses no blocks."""
+    raise ValueError(f"select: mode={self} chooses no blocks; give Quest, MoBA or DilatedTopK (SnapKV: `compress`).")
+
+  def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
+    """What queries choose."""
+    raise NotImplementedError
+
+  def check_compresses(self) -> None:
+    """Raises ValueError where the mode compresses no prompt."""
+    raise ValueError(f"compress: mode={self}; give a SnapKV.")
+
+  def compress(self, heads: Heads, lengths: Lengths, origin: Origin) -> Kept:
+    """What is kept of prompts of `lengths` [B] tokens; `heads.q` are their last queries, right-aligned."""
+    raise NotImplementedError
+
+  def choices(self, heads: Heads, batch: Batch, origin: Origin) -> Selection | Kept | None:
+    """What the tokens of a batch chose, as `inspect` shows it; None where nothing is chosen."""
+    return None
+
+  def keys_read(self, heads: Heads, at: Placement, origin: Origin) -> Array:
+    """How many keys every query reads: int32 [B, T, 1 or heads]."""
+    visible = seen(self, at.queries, at.keys)
+    visible = jnp.moveaxis(visible, 1, 2) if visible.ndim == 4 else visible[:, :, None]
+    return jnp.sum(visible, axis=-1, dtype=jnp.int32)
+
+  def most_read(self, lengths: np.ndarray, prompt_length: int | None = None) -> np.ndarray:
+    """How many keys the query of a row of each length [X] reads; where that depends on data or head, the most."""
+    del prompt_length
+    visible = np.asarray(seen(self, jnp.asarray(lengths - 1), jnp.arange(lengths.max())))
+    most: np.ndarray = visible.sum(axis=-1).reshape(-1, len(lengths)).max(axis=0)
+    return most
 
   def __str__(self) -> str:
     return text.write(self)
 
   # Python holds 1 == 1.0 == True; a budget of 1 block and one of everything are different programs.
   def __eq__(self, other: object) -> bool:
-    return type(self) is type(other) and self._key() == other._key()  # type: ignore[attr-defined]
+    return isinstance(other, Mode) and type(self) is type(other) and self._key() == other._key()
 
   def __hash__(self) -> int:
     return hash(self._key())
 
-  def _key(self) -> tuple:
+  def _key(self) -> tuple[object, ...]:
     values = [getattr(self, field.name) for field in dataclasses.fields(self)]
     return type(self).__name__, *((type(value), value) for value in values)
 
@@ -87,13 +172,13 @@ class Mode:
       raise ValueError(f"{type(self).__name__}: {field}={value!r}; use True or False.")
     object.__setattr__(self, field, bool(value))
 
-  def _settle_modes(self, unit: str) -> None:
+  def _settle_modes(self, modes: object, unit: str) -> None:
     """Checks that the field `modes` holds something, and stores it as a tuple; each is one of `unit`."""
-    modes: Any = self.modes  # type: ignore[attr-defined]
     if not isinstance(modes, Iterable):
       raise ValueError(f"{type(self).__name__}: modes={modes!r}; give a tuple with one mode for each {unit}.")
-    object.__setattr__(self, "modes", tuple(modes))
-    if not self.modes:  # type: ignore[attr-defined]
+    settled = tuple(modes)
+    object.__setattr__(self, "modes", settled)
+    if not settled:
       raise ValueError(f"{type(self).__name__}: modes=() is empty; give one mode for each {unit}.")
 
   def _settle_choice(self, field: str, choices: tuple[str, ...]) -> None:
@@ -120,7 +205,7 @@ def check_mode(mode: Mode) -> None:
     raise ValueError(f"mode={mode!r} is no mode; give one such as Dilated(16), or read a text with rat_jax.parse_mode.")
 
 
-def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
+def visible(mode: Mode, q_pos: ArrayLike, k_pos: ArrayLike) -> Array:
   """Who sees whom: the definition that every mask, cache and kernel is tested against.
 
   Args:
@@ -135,9 +220,4 @@ def visible(mode: Mode, q_pos: Any, k_pos: Any) -> Array:
     ValueError: a PerLayer (ask one of its modes), and modes that choose by the query.
   """
   check_mode(mode)
-  t = jnp.asarray(q_pos, jnp.int32)[..., :, None]
-  s = jnp.asarray(k_pos, jnp.int32)[..., None, :]
-  causal, rule = (s >= 0) & (s <= t), mode.sees(t, s)
-  if rule.ndim > causal.ndim:
-    causal = causal[..., None, :, :]
-  return causal & rule
+  return seen(mode, jnp.asarray(q_pos, jnp.int32), jnp.asarray(k_pos, jnp.int32))

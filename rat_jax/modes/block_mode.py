@@ -1,74 +1,31 @@
-"""What the modes that choose blocks of keys by the query share: their options, budgets and forced blocks.
+"""What the modes that choose blocks of keys by the query share: forced blocks, budgets, how they attend and cache.
 
 Such a mode is a file with its fields and three answers:
-  statistic            what a block keeps of its keys, to be scored by it (`rat_jax.selection.STATISTICS`)
+  summary              how a block is summed up, and scored by that (`rat_jax.selection.summary.Summary`)
   blocks_at(length)    how many blocks the query reads that has `length` tokens up to itself, forced ones included
   rule                 a position-only mode that it reads besides, or None
-`rat_jax.selection` scores, forces and picks, for all of them alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
-import typing
-from collections.abc import Iterable
-from fractions import Fraction
-from typing import Literal
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pattern import seen
+from rat_jax.attention.terms import Heads, Held, Origin, Placement
+from rat_jax.axes import Array, Positions
+from rat_jax.caches.blocks import Blocks
+from rat_jax.caches.full import Full
+from rat_jax.caches.store import Store
 from rat_jax.modes.base import Mode
-from rat_jax.modes.dense import Dense
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SelectingMode(Mode):
-  """Options of every mode that chooses keys by what they hold.
-
-  Attributes:
-    group: "head" chooses for every query head, "kv" once for the query heads of a key/value head.
-    selector: "score" is the method's own; "random" and "oracle" (true attention mass) replace the score alone.
-    seed: of the random selector.
-  """
-
-  _: dataclasses.KW_ONLY
-  group: Literal["head", "kv"] = "head"
-  selector: Literal["score", "random", "oracle"] = "score"
-  seed: int = 0
-
-  # No annotation: a mode's own fields of these names keep their place in its order.
-  dense_layers = typing.cast(tuple[int, ...], ())
-
-  def _settle_options(self) -> None:
-    self._settle_choice("group", ("head", "kv"))
-    self._settle_choice("selector", ("score", "random", "oracle"))
-    self._settle_int("seed", least=0, fix="use an integer of at least 0")
-    layers = tuple(self.dense_layers) if isinstance(self.dense_layers, Iterable) else (None,)
-    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in layers):
-      raise ValueError(f"{type(self).__name__}: dense_layers={self.dense_layers!r}; give a tuple of layer numbers.")
-    object.__setattr__(self, "dense_layers", tuple(sorted({int(i) for i in layers})))
-
-  @property
-  def prompt_form(self) -> Mode:
-    return Dense()
-
-  def of_layer(self, layer: int, num_layers: int) -> Mode:
-    for i in self.dense_layers:
-      if not -num_layers <= i < num_layers:
-        raise ValueError(f"{type(self).__name__}: dense_layers={self.dense_layers} with num_layers={num_layers}; use"
-                         f" {-num_layers}..{num_layers - 1}.")
-    dense = {i % num_layers for i in self.dense_layers}
-    return Dense() if layer in dense else self.without_dense_layers()
-
-  def without_dense_layers(self) -> Mode:
-    return dataclasses.replace(self, dense_layers=()) if self.dense_layers else self  # type: ignore[call-arg]
-
-  def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
-    raise ValueError(f"{type(self).__name__} reads what the query chooses, so `visible` cannot say; use `select`,"
-                     " or for SnapKV `compress`.")
+from rat_jax.modes.selecting import SelectingMode
+from rat_jax.selection import attention
+from rat_jax.selection.choice import Selection, select_blocks
+from rat_jax.selection.summary import Summary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,10 +34,18 @@ class BlockMode(SelectingMode):
 
   also: Mode | None = dataclasses.field(default=None, kw_only=True)  # `mode | self` sets it
 
-  statistic = ""
-  forces_own = True  # the query's own block is always read, and counts
-  block = 0          # tokens in a block
-  keep_first = False  # so is the first block
+  block = 0           # tokens in a block
+  keep_first = False  # the first block is always read, and counts
+
+  @property
+  def summary(self) -> Summary:
+    """How a block is summed up, to be scored by it."""
+    return Summary()
+
+  @property
+  def forces_own(self) -> bool:
+    """Whether the query's own block is always read, and counts."""
+    return True
 
   @property
   def rule(self) -> Mode | None:
@@ -104,26 +69,47 @@ class BlockMode(SelectingMode):
     """Blocks that the query at position length-1 reads, before what is forced and what there is."""
     raise NotImplementedError
 
+  def forced(self, block: Any, own: Any) -> Any:
+    """Whether a query of block `own` always reads a block: numbers or arrays of them, broadcast together."""
+    return ((block == own) & self.forces_own) | ((block == 0) & self.keep_first)
+
   def forced_at(self, length: int) -> int:
     """How many blocks are forced for the query at position length-1."""
-    in_first = length <= self.block
-    return int(self.forces_own) + int(self.keep_first and not (in_first and self.forces_own))
+    own = (length - 1) // self.block
+    return sum(bool(self.forced(block, own)) for block in {0, own})
 
+  def block_counts(self, max_length: int) -> np.ndarray:
+    """int32 [max_length]: how many blocks the query at each position reads, as far as there are so many."""
+    return _block_counts(self, max_length)
 
-def blocks_of(budget: int | float, length: int, block: int) -> int:
-  """A number of blocks as it is; a share as ceil(share * length / block), exactly: it is the decimal that it shows."""
-  if not isinstance(budget, float):
-    return budget
-  exact = _exact(budget)
-  return -(-exact.numerator * length // (exact.denominator * block))
+  def attend(self, heads: Heads, at: Placement, origin: Origin) -> Array:
+    return attention.attend_blocks(self, heads, at, origin)
+
+  def attend_cached(self, heads: Heads, held: Held, positions: Positions, origin: Origin) -> Array:
+    return attention.attend_cached(self, heads, held, positions, origin)
+
+  def store(self, max_length: int, prompt_width: int | None = None) -> Store:
+    return Blocks(max_length, self) if self.summary.cached else Full(max_length)
+
+  def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
+    return select_blocks(self, heads, at, origin)
+
+  def most_read(self, lengths: np.ndarray, prompt_length: int | None = None) -> np.ndarray:
+    return np.array([self._most_read(int(length)) for length in lengths])
+
+  def _most_read(self, length: int) -> int:
+    """What the rule reads anyway, the forced blocks, and those that add most."""
+    own, count = (length - 1) // self.block, -(-length // self.block)
+    by_rule = np.zeros(length, bool)
+    if self.rule is not None:
+      by_rule = np.asarray(seen(self.rule, jnp.array([length - 1]), jnp.arange(length)))[0]
+    adds = np.bincount(np.arange(length) // self.block, weights=~by_rule, minlength=count).astype(int)
+    forced = np.asarray(self.forced(np.arange(count), own))
+    chosen = max(self.blocks_at(length), self.forced_at(length)) - int(forced.sum())
+    free = np.sort(adds[~forced])[::-1]
+    return int(by_rule.sum() + adds[forced].sum() + free[:max(chosen, 0)].sum())
 
 
 @functools.lru_cache(maxsize=256)
-def _exact(share: float) -> Fraction:
-  return Fraction(str(share))
-
-
-@functools.lru_cache(maxsize=256)
-def block_counts(mode: BlockMode, max_length: int) -> np.ndarray:
-  """int32 [max_length]: how many blocks the query at each position reads, as far as there are so many."""
+def _block_counts(mode: BlockMode, max_length: int) -> np.ndarray:
   return np.array([max(mode.blocks_at(n), mode.forced_at(n)) for n in range(1, max_length + 1)], np.int32)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-
+from pallas_kernels.pattern import DENSE, Pattern
 from rat_jax.modes.base import Mode
-from rat_jax.modes.dilated import Dilated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,9 +15,6 @@ class Dense(Mode):
 
   name: ClassVar[str] = "dense"
 
-  def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(True, jnp.broadcast_shapes(t.shape, s.shape))
-
   @property
-  def pattern(self) -> Dilated:
-    return Dilated(1)
+  def pattern(self) -> Pattern:
+    return DENSE

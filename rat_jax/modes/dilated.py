@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
-
-from pallas_kernels.dilated_attention.reference import dilated_pattern
+from pallas_kernels.pattern import Pattern
 from rat_jax.modes.base import Mode
 
 
@@ -29,16 +27,13 @@ class Dilated(Mode):
   window: int = 0
   sinks: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.dilation is not None:
       self._settle_int("dilation", least=1, fix="use an integer of at least 1 (1 is dense), or None for window and"
                                                 " sinks alone")
     self._settle_int("window", least=0, fix="use 0 (the query's own token) or more tokens before it")
     self._settle_int("sinks", least=0, fix="use 0 or more first tokens")
 
-  def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
-    return dilated_pattern(t, s, self.dilation, self.window, self.sinks)
-
   @property
-  def pattern(self) -> Dilated:
-    return self
+  def pattern(self) -> Pattern:
+    return Pattern(self.dilation, self.window, self.sinks)

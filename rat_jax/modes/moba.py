@@ -5,8 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import jax.numpy as jnp
+
+from rat_jax.axes import Array, Keys
 from rat_jax.modes.base import Mode
-from rat_jax.modes.block_mode import BlockMode, blocks_of
+from rat_jax.modes.block_mode import BlockMode
+from rat_jax.modes.selecting import of_share
+from rat_jax.selection.summary import Product, Summaries, Summary
+
+
+class Mean(Summary):
+  """The mean of the keys, kept as their sum."""
+
+  def of_keys(self, k: Keys) -> Summaries:
+    return (k.astype(jnp.float32),)
+
+  def join(self, earlier: Summaries, later: Summaries) -> Summaries:
+    return (earlier[0] + later[0],)
+
+  def score(self, product: Product, q: Array, summaries: Summaries, count: Array | int) -> Array:
+    return product(q, summaries[0]) / count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,13 +41,13 @@ class MoBA(BlockMode):
   """
 
   name: ClassVar[str] = "moba"
-  statistic = "mean"
+  summary = Mean()
   top_k: int | float
   block: int = 64
   keep_first: bool = True
   dense_layers: tuple[int, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._settle_int("block", least=1, fix="use at least 1 token")
     self._settle_bool("keep_first")
     self._settle_budget("top_k", 1 + self.keep_first, "the own block is forced, and with keep_first the first one")
@@ -48,4 +66,4 @@ class MoBA(BlockMode):
     return self.without_dense_layers()
 
   def blocks_at(self, length: int) -> int:
-    return blocks_of(self.top_k, length, self.block)
+    return of_share(self.top_k, length, self.block)

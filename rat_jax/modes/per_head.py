@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.modes.base import Mode
-from rat_jax.modes.block_mode import SelectingMode
 from rat_jax.modes.per_layer import PerLayer
+from rat_jax.modes.selecting import SelectingMode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +23,8 @@ class PerHead(Mode):
   name: ClassVar[str] = "per_head"
   modes: tuple[Mode, ...]
 
-  def __post_init__(self):
-    self._settle_modes("key/value head")
+  def __post_init__(self) -> None:
+    self._settle_modes(self.modes, "key/value head")
     for i, mode in enumerate(self.modes):
       if not isinstance(mode, Mode) or isinstance(mode, (SelectingMode, PerLayer, PerHead)):
         raise ValueError(f"PerHead: modes[{i}]={mode!r}; give a position-only mode such as Dilated(16).")

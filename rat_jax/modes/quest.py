@@ -9,7 +9,28 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from rat_jax.modes.block_mode import BlockMode, blocks_of
+import jax.numpy as jnp
+
+from rat_jax.axes import Array, Keys
+from rat_jax.modes.block_mode import BlockMode
+from rat_jax.modes.selecting import of_share
+from rat_jax.selection.summary import Product, Summaries, Summary
+
+
+class MinMax(Summary):
+  """The smallest and the largest key of every channel: an upper bound of q . k."""
+
+  def of_keys(self, k: Keys) -> Summaries:
+    return k, k
+
+  def join(self, earlier: Summaries, later: Summaries) -> Summaries:
+    return jnp.minimum(earlier[0], later[0]), jnp.maximum(earlier[1], later[1])
+
+  def score(self, product: Product, q: Array, summaries: Summaries, count: Array | int) -> Array:
+    """sum_d max(q_d min_d, q_d max_d): positive channels meet the maximum, negative ones the minimum."""
+    del count
+    smallest, largest = summaries
+    return product(jnp.maximum(q, 0), largest) + product(jnp.minimum(q, 0), smallest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,14 +49,14 @@ class Quest(BlockMode):
   """
 
   name: ClassVar[str] = "quest"
-  statistic = "minmax"
+  summary = MinMax()
   budget: int | float
   block: int = 64
   keep_first: bool = True
   dense_layers: tuple[int, ...] = ()
   rounding: Literal["up", "kernel", "eval"] = dataclasses.field(default="up", kw_only=True)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._settle_int("block", least=1, fix="use at least 1 token")
     self._settle_bool("keep_first")
     self._settle_choice("rounding", ("up", "kernel", "eval"))
@@ -58,12 +79,12 @@ class Quest(BlockMode):
     return cls(budget, page, keep_first=False, dense_layers=(0, 1), rounding=path)
 
   @property
-  def forces_own(self) -> bool:  # type: ignore[override]
+  def forces_own(self) -> bool:
     return self.rounding != "eval"
 
   def blocks_at(self, length: int) -> int:
     if isinstance(self.budget, float):
-      return blocks_of(self.budget, length, self.block)
+      return of_share(self.budget, length, self.block)
     if self.rounding == "eval":
       return max(3, min(length, self.budget) // self.block)
     return self.budget // self.block if self.rounding == "kernel" else -(-self.budget // self.block)

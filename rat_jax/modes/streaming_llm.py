@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
-
+from pallas_kernels.pattern import Pattern
 from rat_jax.modes.base import Mode
-from rat_jax.modes.dilated import Dilated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,13 +17,10 @@ class StreamingLLM(Mode):
   window: int
   sinks: int = 4
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._settle_int("window", least=0, fix="use 0 (the query's own token) or more tokens before it")
     self._settle_int("sinks", least=0, fix="use 0 or more first tokens")
 
-  def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
-    return self.pattern.sees(t, s)
-
   @property
-  def pattern(self) -> Dilated:
-    return Dilated(None, self.window, self.sinks)
+  def pattern(self) -> Pattern:
+    return Pattern(None, self.window, self.sinks)

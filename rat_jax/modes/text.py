@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from rat_jax.modes.base import Mode
 
 
-def write(mode: Any) -> str:
+def write(mode: Mode) -> str:
   """The text form of a mode."""
   arguments = []
   for field in sorted(dataclasses.fields(mode), key=lambda field: bool(field.kw_only)):
@@ -24,7 +27,7 @@ def write(mode: Any) -> str:
   return ":".join([mode.name, ",".join(arguments)]) if arguments else mode.name
 
 
-def parse(text: str, table: Mapping[str, type]) -> Any:
+def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
   """The mode that a text describes; `table` maps names to classes. Raises ValueError that quotes the text."""
   name, _, rest = text.strip().partition(":")
   if name not in table:
@@ -54,7 +57,7 @@ def _write_value(value: Any) -> str:
   return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _read_value(text: str, whole: str, table: Mapping[str, type]) -> Any:
+def _read_value(text: str, whole: str, table: Mapping[str, type[Mode]]) -> Any:
   text = text.strip()
   if text.startswith("[") and text.endswith("]"):
     return tuple(_read_value(item, whole, table) for item in _split(text[1:-1], ";"))

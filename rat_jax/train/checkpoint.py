@@ -33,7 +33,7 @@ _Found = TypeVar("_Found")
 class Checkpoints:
   """The checkpoints of one training run, in one folder."""
 
-  def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+  def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
     self._keep = keep
 
@@ -87,7 +87,7 @@ class Checkpoints:
 
     Reads nothing of the optimizer, and a leaf at a time. Raises as `restore`.
     """
-    def read(step, about):
+    def read(step: int, about: dict[str, Any]) -> Params:
       return mapping.tree(self._params(step, about), lambda name, leaf: jnp.asarray(leaf))
 
     params, about = self._read_newest(read)
@@ -98,7 +98,7 @@ class Checkpoints:
 
     All are read once before that, so that a damaged checkpoint is passed over before anything is made of it.
     """
-    def read(step, about):
+    def read(step: int, about: dict[str, Any]) -> tuple[int, str]:
       digest = hashlib.sha256()
       for _, leaf in self._params(step, about):
         digest.update(_bytes(leaf))
@@ -135,7 +135,8 @@ class Checkpoints:
 
   def _about(self, step: int) -> dict[str, Any]:
     with self._manager() as manager:
-      return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+      about: dict[str, Any] = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+      return about
 
   def _arrays(self, step: int, about: dict[str, Any]) -> dict[str, np.ndarray]:
     """All that a checkpoint holds. Raises ValueError for what is not as it was written."""

@@ -20,7 +20,7 @@ from rat_jax.modes import Mode
 from rat_jax.train.checkpoint import Checkpoints
 from rat_jax.train.loss import check_batch
 from rat_jax.train.optimizer import Optimizer
-from rat_jax.train.step import ARL, Batch, Combine, TrainState, train_step
+from rat_jax.train.step import ARL, Batch, Combine, Metrics, TrainState, train_step
 from rat_jax.transformer import Remat
 
 _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
@@ -62,7 +62,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
     drop_metrics(metrics_path, first)
   if not donate:
     state = jax.tree.map(jax.numpy.array, state)
-  pending: list[dict[str, Any]] = []
+  pending: list[Metrics] = []
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
     clock = printed = time.perf_counter()
     for step in range(first, steps):
@@ -100,9 +100,9 @@ def drop_metrics(path: pathlib.Path, first: int) -> None:
       path.write_text("".join(kept))
 
 
-def _fetch(pending: list[dict[str, Any]], first: int, clock: float, flops: float) -> Iterator[dict[str, Any]]:
+def _fetch(pending: list[Metrics], first: int, clock: float, flops: float) -> Iterator[dict[str, Any]]:
   """The metrics of batches since `clock` as JSON; `flops` are the operations of one."""
-  chips = pending[0]["loss"].sharding.device_set
+  chips: set[jax.Device] = pending[0]["loss"].sharding.device_set
   fetched = [jax.tree.map(np.asarray, metrics) for metrics in pending]  # waits for the device
   seconds = time.perf_counter() - clock
   rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds

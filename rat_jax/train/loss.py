@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax import layout as layouts, transformer
-from rat_jax.axes import Array, Logits, Params
+from rat_jax import checks, transformer
+from rat_jax.axes import Array, Logits, Params, Stream
 from rat_jax.model import RATPlusLM
 
 IGNORED = -100  # a target that does not count
@@ -22,13 +22,13 @@ def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
   missing = {"tokens", "targets"} - batch.keys()
   if missing:
     raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\".")
-  shape = layouts.as_tokens(batch["tokens"], vocab_size).shape
+  shape = checks.as_tokens(batch["tokens"], vocab_size).shape
   for name in ("targets", "segment_ids"):
     if name in batch:
-      layouts.as_integers(f"batch[{name!r}]", batch[name], shape)
+      checks.as_integers(f"batch[{name!r}]", batch[name], shape)
   if "weights" in batch and np.shape(batch["weights"]) != shape:
     raise ValueError(f"batch['weights'] has shape {np.shape(batch['weights'])}; tokens have {shape}.")
-  if layouts.is_concrete(batch["targets"]):
+  if checks.is_concrete(batch["targets"]):
     targets = np.asarray(batch["targets"])
     counted = targets[targets != IGNORED]
     if counted.size and (counted.min() < 0 or counted.max() >= vocab_size):
@@ -43,19 +43,20 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
   Logits, and their gradients, are made for some tokens at a time: at a vocabulary of 100 thousand, those of a batch of
   8 x 4096 tokens would take 13 GB.
   """
-  stream: Any = model.apply({"params": params}, batch["tokens"], method="stream",
-                            segment_ids=batch.get("segment_ids"), **arguments)
+  stream = cast(Stream, model.apply({"params": params}, batch["tokens"], method="stream",
+                                    segment_ids=batch.get("segment_ids"), **arguments))
   weights = batch["weights"] if "weights" in batch else jnp.ones(batch["targets"].shape, jnp.float32)
   tokens = batch["targets"].size
   chunks = -(-tokens * model.config.vocab_size // _LOGITS)
   size = -(-tokens // chunks)
 
-  def split(x, fill):
+  def split(x: Array, fill: int) -> Array:
     x = x.reshape(tokens, *x.shape[2:])
     x = jnp.pad(x, ((0, chunks * size - tokens),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
     return x.reshape(chunks, size, *x.shape[1:])
 
-  def of_chunk(sums, chunk):
+  def of_chunk(sums: tuple[Array | float, Array | float], chunk: tuple[Array, Array, Array]
+               ) -> tuple[tuple[Array, Array], None]:
     x, targets, weights = chunk
     total, count = cross_entropy(transformer.logits(model.config, params, x), targets, weights)
     return (sums[0] + total, sums[1] + count), None
@@ -63,7 +64,8 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
   parts = (split(stream, 0), split(jnp.asarray(batch["targets"]), IGNORED), split(jnp.asarray(weights), 0))
   if chunks == 1:
     return of_chunk((0.0, 0.0), jax.tree.map(lambda x: x[0], parts))[0]
-  return jax.lax.scan(jax.checkpoint(of_chunk), (jnp.float32(0), jnp.float32(0)), parts)[0]
+  sums: tuple[Array, Array] = jax.lax.scan(jax.checkpoint(of_chunk), (jnp.float32(0), jnp.float32(0)), parts)[0]
+  return sums
 
 
 def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) -> tuple[Array, Array]:

@@ -67,21 +67,21 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
     if not 0 <= factor < math.inf:
       raise ValueError(f"rates: {pattern!r} has the factor {factor}; use 0 (frozen) or more.")
 
-  def schedule(count):
+  def schedule(count: Array) -> Array:
     count = jnp.asarray(count, jnp.float32)
     warmup = learning_rate * (count + 1) / max(warmup_steps, 1)
     progress = jnp.clip((count - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
     cosine = min_learning_rate + (learning_rate - min_learning_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
     return jnp.where(count < warmup_steps, warmup, cosine)
 
-  def adamw(learning_rate):
+  def adamw(learning_rate: Array) -> optax.GradientTransformation:
     every = optax.adamw(learning_rate, b1=b1, b2=b2, eps=1e-8, weight_decay=weight_decay)
     if not rates:
       return every
     scaled = lambda updates, _: jax.tree.map_with_path(lambda path, u: u * _factor(rates, path), updates)
     return optax.chain(optax.masked(every, _trained), optax.stateless(scaled))
 
-  def _trained(tree):
+  def _trained(tree: Params) -> Any:  # a tree of bools
     return jax.tree.map_with_path(lambda path, _: _factor(rates, path) > 0, tree)
 
   injected = optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(learning_rate=learning_rate)
@@ -105,4 +105,5 @@ def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grad
 
 def as_float32(tree: Params) -> Params:
   """The tree with every leaf in float32."""
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+  converted: Params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+  return converted

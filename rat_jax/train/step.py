@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from rat_jax.train.optimizer import Optimizer
 from rat_jax.transformer import Remat
 
 Batch = dict[str, Array]
+Metrics = dict[str, Array]
+_Carried = tuple[Params, optax.OptState]  # from update to update
 Combine = Literal["sequential", "sum"]
 ARL = (Dilated(64), Dense())
 
@@ -48,7 +50,7 @@ def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> 
 
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
                modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
-               remat: Remat = "products", unroll: bool = False) -> tuple[TrainState, dict[str, Any]]:
+               remat: Remat = "products", unroll: bool = False) -> tuple[TrainState, Metrics]:
   """One batch of training.
 
   Compiled once for each set of the arguments after `batch`. To give the old state's memory away, wrap it, as
@@ -81,23 +83,26 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   if accumulation < 1 or size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
   check_batch(batch, model.config.vocab_size)
-  return _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch)
+  state, metrics = _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch)
+  return state, metrics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch):
+def _train_step(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...], combine: Combine, accumulation: int,
+                remat: Remat, unroll: bool, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
   learning_rate = optimizer.schedule(state.step)
-  groups = [(mode,) for mode in modes] if combine == "sequential" else [modes]
+  groups: list[tuple[Mode, ...]] = [(mode,) for mode in modes] if combine == "sequential" else [modes]
   gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, remat, unroll) for group in groups]
 
-  def update(carried, gradient):
+  def update(carried: _Carried, gradient: Callable[[Params, Batch], tuple[Array, Params]]
+             ) -> tuple[_Carried, tuple[Array, Array]]:
     params, opt_state = carried
     losses, grads = gradient(params, batch)
     params, opt_state, norm = optimizers.update(optimizer, params, opt_state, grads, learning_rate)
     return (params, opt_state), (losses, norm)
 
   carried, found = (state.params, state.opt_state), []
-  if transformer.unrolled(model.config.num_layers, unroll):
+  if transformer.unrolled(state.params, model.config.num_layers, unroll):
     for gradient in gradients:
       carried, of_update = update(carried, gradient)
       found.append(of_update)
@@ -113,11 +118,11 @@ def _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, s
 
 
 def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, remat: Remat, unroll: bool,
-                       params: Params, batch: Batch):
+                       params: Params, batch: Batch) -> tuple[Array, Params]:
   """(loss of each mode [modes], gradient of their sum), means over the micro-batches."""
 
-  def loss_fn(params, part):
-    def mean_loss(mode):
+  def loss_fn(params: Params, part: Batch) -> tuple[Array, Array]:
+    def mean_loss(mode: Mode) -> Array:
       total, count = sequence_loss(model, params, part, mode=mode, remat=remat, unroll=unroll)
       return total / jnp.where(count > 0, count, 1)
 
@@ -130,7 +135,7 @@ def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: 
     return losses, grads
   parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
 
-  def body(total, part):
+  def body(total: tuple[Params, Array], part: Batch) -> tuple[tuple[Params, Array], None]:
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
   zero = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), jnp.zeros(len(modes)))

@@ -1,0 +1,150 @@
+"""What an operation and its implementations are, and the one rule by which a call takes one of them.
+
+An implementation is written for one device. Over several devices the compiler can split plain JAX ("xla"), but no
+kernel: any other implementation is run by `split.run` on every device's share of the arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+
+from pallas_kernels import devices, split
+from pallas_kernels.crossovers import FASTEST
+from pallas_kernels.table import IMPLEMENTATIONS, known_names
+
+Arguments = tuple[Any, ...]  # of an operation
+_OTHER = "Pass implementation=None to take the fastest one that serves."
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """What all implementations of an operation share.
+
+  Its arguments are arrays and tuples of arrays, any of them None where it may be left out; and options, by name, which
+  are static and hashable.
+
+  Attributes:
+    name: that of the public function.
+    axes: of the arguments, the letters of their axes: a tuple like the arguments, of a string for every array. Letters
+      may be fewer than axes; those at the end then have none. B batch, T query position, S key position, N query heads,
+      K key/value heads, R cache rows, H head width, L layers, n chosen blocks, C the first of trailing channels.
+    results: the letters of the results, likewise.
+    size: of arguments and options, how large the work is: the measure of crossovers.py.
+  """
+
+  name: str
+  axes: Callable[..., tuple[split.Letters, ...]]
+  results: split.Letters
+  size: Callable[..., int]
+
+
+def _serves_all(*arguments: Any, **options: Any) -> str | None:
+  del arguments, options
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+  """One way to compute an operation. Its module, which is in `table.IMPLEMENTATIONS`, holds it as IMPLEMENTATION.
+
+  Attributes:
+    run: from the operation's arguments and options to its results; differentiable where the operation is.
+    unsupported: of the same, or of anything else of their shapes and types: why `run` does not serve them, or None.
+    runs_on: the devices that have it.
+    independent: the letters of axes along which arguments may be cut: each piece of a result needs its piece alone.
+  """
+
+  run: Callable[..., Any]
+  unsupported: Callable[..., str | None] = _serves_all
+  runs_on: devices.Devices = devices.ANY
+  independent: str = ""
+
+
+_FORCED = jax.make_user_context(default_value=None)
+
+
+def force(implementation: str) -> AbstractContextManager[None]:
+  """Within it every operation takes this implementation, whatever else is named, or raises as if it were named.
+
+  What is compiled inside is compiled apart from what was compiled outside (`jax.make_user_context`).
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if implementation not in known_names():
+    raise ValueError(f"implementation={implementation!r} is unknown; use one of {known_names()}.")
+  context: AbstractContextManager[None] = _FORCED(implementation)
+  return context
+
+
+def call(operation: Operation, name: str | None, *arguments: Any, **options: Any) -> Any:
+  """The operation by the implementation that is forced or named, else by the fastest one that serves.
+
+  The fastest is the first one in crossovers.py, of the device's kind, whose size the work of a device reaches and that
+  serves it; else "xla".
+
+  Raises:
+    ValueError: `name` is no known name.
+    NotImplementedError: the operation does not have the one that was named, or that does not run on this device, does
+      not serve these arguments, or both.
+  """
+  device = devices.device_of(*jax.tree.leaves(arguments))
+  name = _FORCED.value or name
+  if name is None:
+    name = _fastest(operation, device, arguments, options)
+  else:
+    _check(operation, name, device, arguments, options)
+  implementation = load(operation.name, name)
+  if name == "xla":
+    return implementation.run(*arguments, **options)
+  cut = _cut(operation, implementation, arguments)
+  return split.run(implementation.run, cut, arguments, operation.results, options)
+
+
+def load(operation: str, name: str) -> Implementation:
+  """An implementation of the table."""
+  found: Implementation = importlib.import_module(IMPLEMENTATIONS[operation][name]).IMPLEMENTATION
+  return found
+
+
+def _cut(operation: Operation, implementation: Implementation, arguments: Arguments) -> split.Cut | None:
+  return split.cut(arguments, operation.axes(*arguments), implementation.independent)
+
+
+def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> str:
+  for name, least in FASTEST.get(device.kind, {}).get(operation.name, {}).items():
+    implementation = load(operation.name, name)
+    cut = _cut(operation, implementation, arguments)
+    if cut and not cut.complete:  # the compiler may know better how to split plain JAX
+      continue
+    share = cut.share(arguments) if cut else arguments
+    if operation.size(*share, **options) >= least and not implementation.unsupported(*share, **options):
+      return name
+  return "xla"
+
+
+def _check(operation: Operation, name: str, device: devices.Device, arguments: Arguments, options: dict[str, Any]
+           ) -> None:
+  available = tuple(IMPLEMENTATIONS[operation.name])
+  if name not in known_names():
+    raise ValueError(f"implementation={name!r} is unknown; use None or, for {operation.name}, one of {available}.")
+  if name not in available:
+    raise NotImplementedError(
+        f"implementation={name!r} does not exist for {operation.name}; it has {available}. {_OTHER}")
+  try:
+    implementation = load(operation.name, name)
+  except ImportError as error:
+    raise NotImplementedError(f"implementation={name!r} of {operation.name} is no part of this installation: {error}."
+                              f" {_OTHER}") from error
+  cut = _cut(operation, implementation, arguments)
+  reasons = [implementation.runs_on.unsupported(device),
+             implementation.unsupported(*(cut.share(arguments) if cut else arguments), **options)]
+  if any(reasons):
+    raise NotImplementedError(f"implementation={name!r} of {operation.name} {', and '.join(filter(None, reasons))}."
+                              f" {_OTHER}")

@@ -1,0 +1,105 @@
+"""`sparse_attention`: every query reads blocks of keys that were chosen for it, and what a rule on positions adds."""
+
+from __future__ import annotations
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.implementation import Operation, call
+from pallas_kernels.pattern import Rule
+
+Array = jax.Array
+
+
+def _axes(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array) -> tuple[str, ...]:
+  chosen = "BTKn" if blocks.shape[2] == k.shape[2] else "BTNn"
+  return "BTNH", "BSKH", "BSKH", chosen, chosen, "BT"
+
+
+OPERATION = Operation("sparse_attention", _axes, ("BTNH", "BTN"), lambda q, k, *_, **__: q.shape[1] * k.shape[1])
+
+
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    blocks: Array,
+    valid: Array,
+    *,
+    block: int,
+    q_positions: Array | None = None,
+    rule: Rule | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+  """Causal attention to chosen blocks: key s stands at position s, block i holds the keys i*block .. (i+1)*block-1.
+
+  A query at position t reads the keys s <= t that are in a block chosen for it, or that the rule lets it read, each
+  once, in one softmax. Scores and softmax are float32, scaled by 1/sqrt(H). Differentiable in q, k, v. A key that no
+  query of its head reads may hold anything, and so may its value: they reach no result and no gradient. What is read
+  should be finite: it may reach other queries of the call.
+
+  `blocks` is as large as T * n for every head: give queries in chunks, so that it exists for one chunk alone.
+
+  Args:
+    q: [B, T, N, H], already rotated.
+    k, v: [B, S, K, H], N a multiple of K; for RAT+ already through the memory.
+    blocks: int32 [B, T, K or N, n], the blocks that are chosen by a key/value head, or by every query head for itself,
+      in any order. The same one twice counts once.
+    valid: bool, alike: where it is False, `blocks` may hold anything.
+    block: the keys of a block, >= 1. The last block ends with the keys.
+    q_positions: int32 [B, T]; default: the last T of 0..S-1. A query below 0 reads nothing. Of a row that has fewer
+      than S keys, queries come before those that are none.
+    rule: what is read besides, by positions alone (`pattern.Rule`); static and hashable.
+    implementation: None or "xla".
+
+  Returns:
+    (out, lse): float32 [B, T, N, H] and float32 [B, T, N]; zeros and `softmax.NOTHING` where nothing is read.
+
+  Raises:
+    ValueError: shapes or types that do not match, a bad block, an unknown implementation.
+    NotImplementedError: a known implementation that this operation does not have.
+  """
+  q, k, v, blocks, valid = (jnp.asarray(x) for x in (q, k, v, blocks, valid))
+  q_positions = None if q_positions is None else jnp.asarray(q_positions)
+  _check(q, k, v, block, q_positions)
+  _check_blocks(q, k, blocks, valid)
+  if q_positions is None:
+    last = jnp.arange(k.shape[1] - q.shape[1], k.shape[1], dtype=jnp.int32)
+    q_positions = jnp.broadcast_to(last, q.shape[:2])
+  part: tuple[Array, Array] = call(OPERATION, implementation, q, k, v, blocks, valid, q_positions.astype(jnp.int32),
+                                   block=block, rule=rule)
+  return part
+
+
+def _check(q: Array, k: Array, v: Array, block: int, q_positions: Array | None) -> None:
+  if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; give q [B, T, N, H] and k, v"
+                     " [B, S, K, H].")
+  if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    raise ValueError(f"q has shape {q.shape} and k {k.shape}; B and H must be the same.")
+  if 0 in q.shape or 0 in k.shape:
+    raise ValueError(f"q has shape {q.shape} and k {k.shape}; every axis must have at least one entry.")
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(f"q has {q.shape[2]} heads and k {k.shape[2]}; the first must be a multiple of the second.")
+  if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one floating type.")
+  if not isinstance(block, numbers.Integral) or isinstance(block, bool) or block < 1:
+    raise ValueError(f"block={block}; use an integer of at least 1, the keys of a block.")
+  if q_positions is None and q.shape[1] > k.shape[1]:
+    raise ValueError(f"q has {q.shape[1]} tokens and k {k.shape[1]}; give q_positions, as queries are no longer the"
+                     " last of the keys.")
+  if q_positions is not None and (q_positions.shape != q.shape[:2]
+                                  or not jnp.issubdtype(q_positions.dtype, jnp.integer)):
+    raise ValueError(f"q_positions is {q_positions.dtype} {q_positions.shape}; give integers [B, T] = {q.shape[:2]}.")
+
+
+def _check_blocks(q: Array, k: Array, blocks: Array, valid: Array) -> None:
+  heads, kv_heads = q.shape[2], k.shape[2]
+  if (blocks.dtype != jnp.int32 or blocks.ndim != 4 or blocks.shape[:2] != q.shape[:2]
+      or blocks.shape[2] not in (heads, kv_heads) or blocks.shape[3] < 1):
+    raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give int32 [B, T, K or N, n], here B={q.shape[0]},"
+                     f" T={q.shape[1]}, K={kv_heads}, N={heads}.")
+  if valid.dtype != jnp.bool_ or valid.shape != blocks.shape:
+    raise ValueError(f"valid is {valid.dtype} {valid.shape}; give bool of the shape of blocks, {blocks.shape}.")

@@ -1,0 +1,38 @@
+"""Attention to chosen blocks in plain JAX: dense attention under a mask, made anew for every chunk of queries.
+
+Memory grows with T and S, not with their product; the work is that of dense attention.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import softmax
+from pallas_kernels.attention.masks import keys_read, to_groups
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.pattern import Rule
+
+Array = jax.Array
+
+
+def run(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, *, block: int,
+        rule: Rule | None) -> softmax.Part:
+  """As `api.sparse_attention`."""
+  length = q.shape[1]
+  blocks = jnp.where(valid, blocks, -1)  # no block
+
+  def attend_chunk(chunk: tuple[Array, ...]) -> softmax.Part:
+    q, blocks, t = chunk
+    mask = to_groups(keys_read(blocks, t, k.shape[1], block, rule), k.shape[2])
+    # A weight of 0 is not enough: what is not read may hold what is not finite.
+    read = jnp.moveaxis(jnp.any(mask, axis=(2, 3)), 1, 2)[..., None]
+    return softmax.attend_part(q, jnp.where(read, k, 0), jnp.where(read, v, 0), mask)
+
+  size = softmax.chunk_size(length, softmax.CHUNK)
+  chunks = (softmax.split(q, size), *(softmax.split(x, size, fill=-1) for x in (blocks, q_positions)))
+  out, lse = softmax.map_chunks(attend_chunk, chunks)
+  return softmax.join(out, length), softmax.join(lse, length)
+
+
+IMPLEMENTATION = Implementation(run, independent="BNK")

@@ -1,0 +1,49 @@
+"""A full cache: all keys and values, position p in row p."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from rat_jax.attention.terms import Heads, Held, Origin
+from rat_jax.axes import Array, Lengths
+from rat_jax.caches.slots import Slots, fill, write
+from rat_jax.caches.store import KV, NewTokens, Store
+from rat_jax.config import RATPlusConfig
+
+if TYPE_CHECKING:
+  from rat_jax.modes.base import Mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Store):
+  """Serves every form of the prompt. Rows: `KV`."""
+
+  @property
+  def slots(self) -> Slots:
+    """Which position each row holds."""
+    return Slots(self.max_length)
+
+  def empty(self, config: RATPlusConfig, layers: int, batch: int) -> Any:
+    shape = (layers, batch, config.num_kv_heads, self.slots.rows, config.head_dim)
+    return KV(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+  def of_prompt(self, heads: Heads, lengths: Lengths, origin: Origin) -> Any:
+    return KV(fill(self.slots, heads.k, lengths), fill(self.slots, heads.v, lengths))
+
+  def attend(self, rows: Any, layer: Array, mode: Mode, heads: Heads, new: NewTokens, origin: Origin) -> Array:
+    return mode.attend_cached(heads, self.held(rows, layer, new), new.positions, origin)
+
+  def held(self, rows: Any, layer: Array, new: NewTokens) -> Held:
+    """What a layer holds for new tokens to read."""
+    return Held(rows.keys, rows.values, layer, self.slots.readable(new.before), new.before, self.max_length)
+
+  def append(self, rows: Any, added: Any, new: NewTokens) -> Any:
+    keys, values = (write(self.slots, old, x, new.positions, new.after)
+                    for old, x in ((rows.keys, added.keys), (rows.values, added.values)))
+    return KV(keys, values)
+
+  def serves(self, form: Mode) -> bool:
+    return True

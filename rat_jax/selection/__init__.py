@@ -1,0 +1,1 @@
+"""What the modes that choose keys by the query share: summaries of blocks, scores, the choice, attention to it."""

@@ -1,0 +1,297 @@
+"""What every implementation of every operation must do: `test_suite.py` and `test_gpu.py` run these checks.
+
+An implementation is compared with the operation's reference in float64, values and gradients, on arguments that an
+ArgSpec describes. On a device that does not have it, or for arguments that it does not serve, it must say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from conftest import BFLOAT16, GRADIENT, OPERATION, WORST
+from pallas_kernels import devices, implementation, pattern
+from pallas_kernels.attention.softmax import NOTHING
+from pallas_kernels.decode import api as decode_api, arg_specs as decode_specs, reference as decode_reference
+from pallas_kernels.dilated import api as dilated_api, arg_specs as dilated_specs, reference as dilated_reference
+from pallas_kernels.scan import api as scan_api, arg_specs as scan_specs, reference as scan_reference
+from pallas_kernels.sparse import api as sparse_api, arg_specs as sparse_specs, reference as sparse_reference
+
+VALUES = {"float32": OPERATION, "bfloat16": BFLOAT16}
+GRADIENTS = {"float32": GRADIENT, "bfloat16": BFLOAT16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An operation as the checks see it: a function of what has gradients, by position, and of the rest, by name.
+
+  Attributes:
+    operation: what the table calls it, and how its arguments are cut.
+    run: the public function in that form; `reference` likewise.
+    draw: from an ArgSpec and a seed to (what has gradients, the rest).
+    poison: of such arguments, the same with NaN in what must not matter; and what of the results it must not matter to.
+    canonical: of such arguments, (the operation's arguments, its options), as its implementations take them.
+    small: the ArgSpecs of the suite.
+  """
+
+  operation: implementation.Operation
+  run: Callable[..., Any]
+  reference: Callable[..., Any]
+  draw: Callable[..., tuple[tuple, dict[str, Any]]]
+  poison: Callable[..., tuple[tuple, Callable[[Any], Any]]]
+  canonical: Callable[..., tuple[tuple, dict[str, Any]]]
+  small: dict[str, Any]
+
+
+def normal(rng, shape, dtype):
+  return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+# Of every operation: how to draw its arguments, and what of them must not matter.
+
+
+def draw_scan(spec, seed=0):
+  """Logits with infinities of both signs."""
+  rng = np.random.default_rng(seed)
+  logits, inputs, state, reset = spec.types()
+  drawn = 3 * rng.standard_normal(logits.shape)
+  drawn = np.where(rng.random(logits.shape) < 0.03, np.inf, np.where(rng.random(logits.shape) < 0.03, -np.inf, drawn))
+  reset = None if reset is None else jnp.asarray(rng.random(reset.shape) < 0.08)
+  return (jnp.asarray(drawn, logits.dtype), tuple(normal(rng, x.shape, x.dtype) for x in inputs),
+          tuple(normal(rng, x.shape, x.dtype) for x in state)), {"reset": reset}
+
+
+def poison_scan(arguments, rest):
+  """NaN in the state of the first row and in its tokens before the last but one, at which it is reset."""
+  logits, inputs, state = arguments
+  at = max(logits.shape[1] - 2, 0)
+  reset = jnp.zeros(logits.shape[:2], bool) if rest["reset"] is None else rest["reset"]
+  rest["reset"] = reset.at[0, at].set(True)
+  bad = tuple(x.at[0, :at].set(jnp.nan) for x in inputs), tuple(h.at[0].set(jnp.nan) for h in state)
+  keep = lambda results: (tuple(x[0, at:] for x in results[0]), tuple(x[1:] for x in results[0]), results[1])
+  return (logits, *bad), keep
+
+
+def draw_dilated(spec, seed=0):
+  rng = np.random.default_rng(seed)
+  q, k, v = (normal(rng, x.shape, x.dtype) for x in spec.types()[:3])
+  rest = dict(spec.pattern._asdict(), segment_ids=None)
+  if spec.packed:
+    ids = np.sort(rng.integers(1, 4, (spec.batch, spec.length)), axis=1)
+    ids[rng.random(ids.shape) < 0.1] = 0
+    rest["segment_ids"] = jnp.asarray(ids, jnp.int32)
+  return (q, k, v), rest
+
+
+def poison_dilated(arguments, rest):
+  """NaN in the padding of packed rows, and in queries' tokens after which no real one comes."""
+  if rest["segment_ids"] is None:
+    return arguments, lambda results: results
+  real = (rest["segment_ids"] != 0)[:, :, None, None]
+  return tuple(jnp.where(real, x, jnp.nan) for x in arguments), lambda results: results
+
+
+def draw_decode(spec, seed=0):
+  """Rows are ragged; the last one of several sees nothing but its own token. Blocks are in any order."""
+  rng = np.random.default_rng(seed)
+  types = spec.types()
+  q, keys, values = (normal(rng, x.shape, x.dtype) for x in types[:3])
+  visible, blocks, rest = rng.random(types[3].shape) < 0.6, None, {}
+  if spec.block:
+    count = -(-spec.rows // spec.block)
+    heads = types[3].shape[1]
+    blocks = np.stack([rng.permutation(count)[:spec.chosen] for _ in range(spec.batch * heads)])
+    blocks = blocks.reshape(spec.batch, heads, spec.chosen).astype(np.int32)
+    visible &= blocks[..., None] * spec.block + np.arange(spec.block) < spec.rows
+    visible[0, 0, spec.chosen // 2:], blocks[0, 0, spec.chosen // 2:] = False, count + 5
+  elif spec.batch > 1:
+    visible[0, ..., spec.rows * 2 // 3:] = False
+  if spec.batch > 1:
+    visible[-1] = False
+  own = None
+  if spec.own:
+    own = tuple(normal(rng, (spec.batch, spec.kv_heads, spec.width), spec.dtype) for _ in range(2))
+  rest = {"visible": jnp.asarray(visible), "layer": None if spec.layers is None else jnp.int32(spec.layers - 1),
+          "blocks": None if blocks is None else jnp.asarray(blocks)}
+  return (q, keys, values, own), rest
+
+
+def poison_decode(arguments, rest):
+  """NaN in rows that no head sees, and in other layers."""
+  q, keys, values, own = arguments
+  seen = rest["visible"]
+  if rest["blocks"] is not None:
+    seen = decode_reference.rows_of_blocks(seen, rest["blocks"], keys.shape[-2])
+    seen = seen.reshape(q.shape[0], keys.shape[-3], -1, keys.shape[-2]).any(axis=2)
+  seen = (seen[:, None] if seen.ndim == 2 else seen)[..., None]
+  if rest["layer"] is not None:
+    of_layer = jnp.arange(keys.shape[0]) == rest["layer"]
+    seen = of_layer.reshape(-1, 1, 1, 1, 1) & seen
+  return (q, *(jnp.where(seen, x, jnp.nan) for x in (keys, values)), own), lambda results: results
+
+
+def canonical_dilated(arguments, rest):
+  names = ("dilation", "window", "sinks")
+  return (*arguments, rest["segment_ids"]), {"pattern": pattern.Pattern(*(rest[name] for name in names))}
+
+
+def canonical_decode(arguments, rest):
+  q, keys, values, own = arguments
+  return (q, keys, values, rest["visible"], rest["layer"], own, rest["blocks"]), {}
+
+
+def draw_sparse(spec, seed=0):
+  """Blocks in any order, some twice, some not valid and then anything; queries that are padding."""
+  rng = np.random.default_rng(seed)
+  q, k, v, blocks, valid = spec.types()
+  count = -(-spec.length // spec.block)
+  drawn, is_valid = rng.integers(0, count, blocks.shape), rng.random(valid.shape) < 0.8
+  drawn = np.where(is_valid, drawn, rng.integers(-2, count + 3, blocks.shape))
+  at = None
+  if spec.queries is not None:
+    at = jnp.asarray(rng.integers(-1, spec.length, blocks.shape[:2]), jnp.int32)
+  return tuple(normal(rng, x.shape, x.dtype) for x in (q, k, v)), {
+      "blocks": jnp.asarray(drawn, jnp.int32), "valid": jnp.asarray(is_valid), "block": spec.block, "q_positions": at,
+      "rule": spec.rule}
+
+
+def poison_sparse(arguments, rest):
+  """NaN in the keys and values that no query of a head reads."""
+  q, k, v = arguments
+  at = rest["q_positions"]
+  at = jnp.arange(k.shape[1])[None, -q.shape[1]:] if at is None else at
+  t, s = at[:, :, None, None], jnp.arange(k.shape[1])
+  seen = jnp.any((rest["blocks"][..., None] == s // rest["block"]) & rest["valid"][..., None], axis=3)
+  seen = seen if rest["rule"] is None else seen | rest["rule"].sees(t, s)
+  read = jnp.any(seen & (s <= t), axis=1)  # [B, K or N, S]
+  read = jnp.any(read.reshape(k.shape[0], k.shape[2], -1, k.shape[1]), axis=2)
+  bad = (jnp.where(jnp.swapaxes(read, 1, 2)[..., None], x, jnp.nan) for x in (k, v))
+  return (q, *bad), lambda results: results
+
+
+def canonical_sparse(arguments, rest):
+  q, k, v = arguments
+  at = jnp.zeros(q.shape[:2], jnp.int32) if rest["q_positions"] is None else rest["q_positions"]
+  return (q, k, v, rest["blocks"], rest["valid"], at), {"block": rest["block"], "rule": rest["rule"]}
+
+
+def with_own(f):
+  """Decode attention in the form of `Case.run`."""
+  return lambda q, keys, values, own, visible, **rest: f(q, keys, values, visible, own=own, **rest)
+
+
+CASES = {
+    "gated_scan": Case(scan_api.OPERATION, pallas_kernels.gated_scan, scan_reference.gated_scan, draw_scan, poison_scan,
+                       lambda arguments, rest: ((*arguments, rest["reset"]), {}), scan_specs.SMALL),
+    "dilated_attention": Case(
+        dilated_api.OPERATION, pallas_kernels.dilated_attention, dilated_reference.dilated_attention, draw_dilated,
+        poison_dilated, canonical_dilated, dilated_specs.SMALL),
+    "decode_attention": Case(
+        decode_api.OPERATION, with_own(pallas_kernels.decode_attention), with_own(decode_reference.decode_attention),
+        draw_decode, poison_decode, canonical_decode, decode_specs.SMALL),
+    "sparse_attention": Case(
+        sparse_api.OPERATION, pallas_kernels.sparse_attention, sparse_reference.sparse_attention, draw_sparse,
+        poison_sparse, canonical_sparse, sparse_specs.SMALL),
+}
+
+
+# The checks.
+
+
+def in_float64(f, arguments, cotangents=None):
+  """(values, gradients) of f in float64, by the processor; without cotangents no gradients."""
+  wide = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+  with jax.enable_x64(), jax.default_device(jax.devices("cpu")[0]):
+    arguments, cotangents = jax.tree.map(wide, (arguments, cotangents))
+    if cotangents is None:
+      return jax.tree.map(np.asarray, jax.jit(f)(*arguments)), None
+    values, pull = jax.vjp(jax.jit(f), *arguments)
+    return jax.tree.map(np.asarray, (values, pull(cotangents)))
+
+
+def compare(ours, theirs, bound, *of):
+  """Notes and bounds the largest error, as a share of the largest entry of the other; log-sum-exps of nothing apart."""
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  chex.assert_equal_shape([ours, theirs])
+  nothing = theirs == NOTHING
+  np.testing.assert_array_equal(ours <= NOTHING / 2, nothing)
+  ours, theirs = np.where(nothing, 0, ours), np.where(nothing, 0, theirs)
+  assert np.isfinite(ours).all(), of
+  error = float(np.abs(ours - theirs).max(initial=0) / max(np.abs(theirs).max(initial=0), 1e-30))
+  WORST[of] = max(error, WORST.get(of, 0.0))
+  assert error <= bound, (of, error)
+
+
+def compare_results(case, ours, theirs, dtype, *of):
+  """`compare` of all results; log-sum-exps are sums in float32 whatever the type of the arguments."""
+  letters = jax.tree.map(lambda axes, part: jax.tree.map(lambda _: axes, part), case.operation.results, theirs)
+  for axes, one, other in zip(*map(jax.tree.leaves, (letters, ours, theirs)), strict=True):
+    if axes.endswith("N"):
+      compare(one, other, OPERATION, *of, "log-sum-exp")
+    else:
+      compare(one, other, VALUES[dtype], *of, "values")
+
+
+def reason(operation, name, spec):
+  """Why an implementation cannot be named here for arguments of a spec, as the error says it, or None."""
+  case, one = CASES[operation], implementation.load(operation, name)
+  arguments, options = case.canonical(*case.draw(spec))
+  found = [one.runs_on.unsupported(devices.device_of()), one.unsupported(*arguments, **options)]
+  return ", and ".join(filter(None, found)) or None
+
+
+def check_refusal(operation, name, spec):
+  """That an implementation which cannot serve says why; returns whether it cannot."""
+  why = reason(operation, name, spec)
+  if why is not None:
+    case = CASES[operation]
+    arguments, rest = case.draw(spec)
+    with pytest.raises(NotImplementedError, match=re.escape(f"implementation={name!r} of {operation} {why}. Pass")):
+      case.run(*arguments, **rest, implementation=name)
+  return why is not None
+
+
+def values_and_gradients(f, arguments, seed=1):
+  """(values, gradients of random cotangents, these cotangents) of a function, compiled."""
+  rng = np.random.default_rng(seed)
+  values, pull = jax.jit(functools.partial(jax.vjp, f))(*arguments)
+  empty = lambda x: x == NOTHING if x.dtype == jnp.float32 else False  # a log-sum-exp of nothing has no gradient
+  cotangents = jax.tree.map(lambda x: jnp.where(empty(x), 0, normal(rng, x.shape, x.dtype)), values)
+  return values, jax.jit(lambda pull, d: pull(d))(pull, cotangents), cotangents
+
+
+def check_numbers(operation, name, spec, seed=0):
+  """Values and gradients against the reference in float64; values without a gradient, too: another kernel may run."""
+  case, of = CASES[operation], (operation, name, spec.dtype)
+  arguments, rest = case.draw(spec, seed)
+  f = functools.partial(case.run, **rest, implementation=name)
+  values, gradients, cotangents = values_and_gradients(f, arguments)
+  expected, expected_gradients = in_float64(functools.partial(case.reference, **rest), arguments, cotangents)
+  for ours in (values, jax.jit(f)(*arguments)):
+    compare_results(case, ours, expected, spec.dtype, *of)
+  for one, other, x in zip(*map(jax.tree.leaves, (gradients, expected_gradients, arguments)), strict=True):
+    assert one.dtype == x.dtype
+    if np.abs(other).max() > 1e-9:  # else there is nothing for an error to be a share of: a softmax over one key
+      compare(one, other, GRADIENTS[spec.dtype], *of, "gradients")
+
+
+def check_poison(operation, name, spec, seed=0):
+  """Values beside NaN in what must not matter, against the reference without it."""
+  case = CASES[operation]
+  arguments, rest = case.draw(spec, seed)
+  bad, keep = case.poison(arguments, rest)
+  f = functools.partial(case.run, **rest, implementation=name)
+  results = keep(jax.jit(f)(*bad))
+  expected = keep(in_float64(functools.partial(case.reference, **rest), arguments)[0])
+  for one, other in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+    compare(one, other, VALUES[spec.dtype], operation, name, spec.dtype, "values beside NaN")

@@ -1,0 +1,84 @@
+"""The compact cache holds what `visible` says, for any dilation, window, sinks, length and way of writing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings, strategies as st
+
+import rat_jax
+from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, StreamingLLM, visible
+from rat_jax.caches.cache import empty_cache
+from rat_jax.caches.slots import Slots, fill, write
+
+patterns = st.builds(Dilated, st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 9), st.integers(0, 7))
+
+
+@given(patterns, st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=60)
+def test_readable_slots_are_what_the_next_query_sees(mode, max_length, data):
+  length = data.draw(st.integers(0, max_length))
+  slots = Slots.of(mode.pattern, max_length)
+  assert slots.rows <= min(max_length, mode.sinks + mode.window + 1 + max_length // (mode.dilation or max_length + 1))
+  positions = np.asarray(jax.jit(Slots.readable, static_argnums=0)(slots, np.array([length])))[0]
+  present = positions[positions >= 0]
+  assert len(set(present.tolist())) == len(present), "a position is read twice"
+  query = np.array([length])
+  seen = np.asarray(jax.jit(visible, static_argnums=0)(mode, query, np.arange(max_length + 1)))[0]
+  assert set(present[seen[present]].tolist()) == set(np.flatnonzero(seen[:length]).tolist())
+
+
+@given(patterns, st.integers(1, 24), st.data())
+@settings(deadline=None, max_examples=40)
+def test_filled_and_appended_caches_hold_the_same(mode, max_length, data):
+  lengths = np.array(data.draw(st.lists(st.integers(0, max_length), min_size=2, max_size=2)))
+  chunks = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+  slots = Slots.of(mode.pattern, max_length)
+  # The key of position p in row b: the number 100 b + p + 1.
+  values = (np.arange(max_length) + 1 + 100 * np.arange(2)[:, None]).astype(np.float32)[:, :, None, None]
+  whole = jax.jit(fill, static_argnums=0)(slots, values, lengths)
+  held = np.asarray(jax.jit(Slots.held, static_argnums=0)(slots, lengths))
+  expected = np.where(held >= 0, held + 1 + 100 * np.arange(2)[:, None], 0)
+  np.testing.assert_array_equal(whole[:, 0, :, 0], expected)
+
+  rows = jnp.zeros((1, 2, 1, slots.rows, 1))
+  done = np.zeros(2, int)
+  while (done < lengths).any():
+    size = chunks[int(done.max()) % len(chunks)]
+    at = done[:, None] + np.arange(size)
+    real = at < lengths[:, None]
+    new = np.take_along_axis(values, np.minimum(at, max_length - 1)[:, :, None, None], axis=1)[None]
+    done = np.minimum(done + size, lengths)
+    rows = jax.jit(write, static_argnums=0)(slots, rows, new, np.where(real, at, -1), done)
+  np.testing.assert_array_equal(rows[0], whole)
+
+
+def test_cache_bytes_are_what_is_allocated():
+  for config in (RATPlusConfig(31, 3, 32, 4, num_kv_heads=2), RATPlusConfig(31, 3, 32, 4, dtype="bfloat16"),
+                 RATPlusConfig(31, 3, 32, 4, memory=False)):
+    for mode in (Dense(), Dilated(8, 3, 2), StreamingLLM(5), PerLayer((Dense(), Dilated(4), Dilated(4)))):
+      leaves = jax.tree.leaves(empty_cache(config, mode, 2, 64))
+      assert rat_jax.cache_bytes(config, mode, 2, 64) == sum(leaf.nbytes for leaf in leaves)
+
+
+def test_a_dilated_cache_holds_sinks_ring_representatives_and_state_alone():
+  config = RATPlusConfig(31, 2, 32, 4)
+  row = 2 * 2 * 32 * 4  # layers, keys and values, N * H, float32
+  rows = 3 + (5 + 1) + 1000 // 16
+  assert rat_jax.cache_bytes(config, Dilated(16, 5, 3), 1, 1000) == row * (rows + 1) + 4  # 1: the state; 4: the length
+  no_dilation = dict(batch=1, max_length=1000)
+  assert rat_jax.cache_bytes(config, StreamingLLM(5, 3), **no_dilation) == row * (3 + 6 + 1) + 4
+
+
+def test_a_long_dilated_cache_is_a_sixtieth_of_the_dense_one():
+  config = RATPlusConfig.preset("ratplus-7b")
+  ratio = rat_jax.cache_bytes(config, Dense(), 1, 16384) / rat_jax.cache_bytes(config, Dilated(64), 1, 16384)
+  assert 60 < ratio < 64
+
+
+def test_tokens_read():
+  config = RATPlusConfig(31, 2, 32, 4)
+  assert rat_jax.tokens_read(config, Dense(), 100) == (100, 100)
+  assert rat_jax.tokens_read(config, Dilated(16), 100) == (7, 7)  # 6 representatives and the query's own token
+  assert rat_jax.tokens_read(config, PerLayer((StreamingLLM(8, 2), Dilated(50))), 100) == (11, 2)
