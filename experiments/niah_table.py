@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from rat_jax import Dense, Dilated, DilatedTopK, MoBA, Quest, SnapKV, StreamingLLM
+from rat_jax import Dense, Dilated, DilatedTopK, MoBA, Quest, SnapKV, StreamingLLM, TopK
 from rat_jax.modes import BlockMode, Mode
 
 
@@ -36,8 +36,8 @@ def blank(error: ValueError, length: int) -> dict[str, str]:
 
 # Rows that are also decoded greedily.
 CHECKED = ("dense", "Quest 16, 1/8", "MoBA 16 decode, 1/8", "MoBA 16 prompt, 1/8", "SnapKV aware, 1/8",
-           "SnapKV blind, 1/4", "Quest 16, 1/4, random", "DilatedTopK 16, 4 blocks", "dilated:16 everywhere",
-           "streaming_llm:60 everywhere", "Quest 64, 1/8, first", "MoBA 64 prompt, 1/8, first",
+           "SnapKV blind, 1/4", "Quest 16, 1/4, random", "DilatedTopK 16, 4 blocks", "TopK, 1/8",
+           "dilated:16 everywhere", "streaming_llm:60 everywhere", "Quest 64, 1/8, first", "MoBA 64 prompt, 1/8, first",
            "SnapKV, window of 64, 1/8")
 
 
@@ -73,6 +73,8 @@ def main_rows(length: int) -> list[Row]:
                                            selector=selector), at_question=True))
   for top_k in (4, 8):
     rows.append(step(f"DilatedTopK 16, {top_k} blocks", DilatedTopK, 16, top_k))
+  for n in (4, 8, 16, 32):
+    rows.append(step(f"TopK, 1/{n}", TopK, length // n))
   for mode in (Dilated(8), Dilated(16), Dilated(32), Dilated(16, window=32), StreamingLLM(60, 4)):
     rows.append(step(f"{mode} everywhere", dataclasses.replace, mode))
   rows.append(dataclasses.replace(step("dilated:16 question rows", Dilated, 16, prefill_mode=Dense()),

@@ -97,13 +97,9 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
   device = devices.device_of(*jax.tree.leaves(arguments))
   name = _FORCED.value or name
   if name is None:
-    name = _fastest(operation, device, arguments, options)
+    implementation, cut = _fastest(operation, device, arguments, options)
   else:
-    _check(operation, name, device, arguments, options)
-  implementation = load(operation.name, name)
-  if name == "xla":
-    return implementation.run(*arguments, **options)
-  cut = _cut(operation, implementation, arguments)
+    implementation, cut = _named(operation, name, device, arguments, options)
   return split.run(implementation.run, cut, arguments, operation.results, options)
 
 
@@ -113,11 +109,15 @@ def load(operation: str, name: str) -> Implementation:
   return found
 
 
+# An implementation, and how its arguments are cut over a mesh: None where they are not, or the compiler does it.
+Taken = tuple[Implementation, split.Cut | None]
+
+
 def _cut(operation: Operation, implementation: Implementation, arguments: Arguments) -> split.Cut | None:
   return split.cut(arguments, operation.axes(*arguments), implementation.independent)
 
 
-def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> str:
+def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> Taken:
   for name, least in FASTEST.get(device.kind, {}).get(operation.name, {}).items():
     implementation = load(operation.name, name)
     cut = _cut(operation, implementation, arguments)
@@ -125,12 +125,12 @@ def _fastest(operation: Operation, device: devices.Device, arguments: Arguments,
       continue
     share = cut.share(arguments) if cut else arguments
     if operation.size(*share, **options) >= least and not implementation.unsupported(*share, **options):
-      return name
-  return "xla"
+      return implementation, cut
+  return load(operation.name, "xla"), None
 
 
-def _check(operation: Operation, name: str, device: devices.Device, arguments: Arguments, options: dict[str, Any]
-           ) -> None:
+def _named(operation: Operation, name: str, device: devices.Device, arguments: Arguments, options: dict[str, Any]
+           ) -> Taken:
   available = tuple(IMPLEMENTATIONS[operation.name])
   if name not in known_names():
     raise ValueError(f"implementation={name!r} is unknown; use None or, for {operation.name}, one of {available}.")
@@ -142,9 +142,10 @@ def _check(operation: Operation, name: str, device: devices.Device, arguments: A
   except ImportError as error:
     raise NotImplementedError(f"implementation={name!r} of {operation.name} is no part of this installation: {error}."
                               f" {_OTHER}") from error
-  cut = _cut(operation, implementation, arguments)
+  cut = None if name == "xla" else _cut(operation, implementation, arguments)
   reasons = [implementation.runs_on.unsupported(device),
              implementation.unsupported(*(cut.share(arguments) if cut else arguments), **options)]
   if any(reasons):
     raise NotImplementedError(f"implementation={name!r} of {operation.name} {', and '.join(filter(None, reasons))}."
                               f" {_OTHER}")
+  return implementation, cut

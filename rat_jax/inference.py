@@ -1,4 +1,4 @@
-"""Prefill, extension and decoding on typed caches. All three are one function, `advance`, on a cache."""
+"""Prefill, extension and decoding on typed caches: `_start` takes whole prompts, `advance` all that follows a cache."""
 
 from __future__ import annotations
 
@@ -121,12 +121,16 @@ def _prefill(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, max_l
     cache = dataclasses.replace(cache, prompt_lengths=lengths)
   if chunk is None or chunk >= length:
     x, cache = _start(params, tokens, cache, lengths)
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    last = jnp.where(lengths[:, None] > 0, last, 0)  # an empty row has no last token
+    last = jnp.where(lengths[:, None] > 0, _last(x, lengths), 0)  # an empty row has no last token
   else:
     last, cache = _in_pieces(params, tokens, arriving(cache, length), lengths, chunk)
     cache = arrived(cache)
   return transformer.logits(config, params, last), cache
+
+
+def _last(x: Stream, count: Lengths) -> Array:
+  """The stream [B, E] at the last of the first `count` [B] tokens; of an empty row that of any."""
+  return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def _in_pieces(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, chunk: int) -> tuple[Array, Cache]:
@@ -138,8 +142,7 @@ def _in_pieces(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, c
     count = jnp.clip(lengths - start, 0, chunk)
     x, cache = advance(params, tokens, cache, count, prompt=True)
     ends_here = (count > 0) & (lengths <= start + chunk)
-    x = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return (cache, jnp.where(ends_here[:, None], x, last)), None
+    return (cache, jnp.where(ends_here[:, None], _last(x, count), last)), None
 
   pieces = softmax.split(tokens, chunk)
   starts = jnp.arange(pieces.shape[0], dtype=jnp.int32) * chunk
@@ -161,7 +164,7 @@ def _start(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tu
 
   Attention takes the fast forms for whole sequences, and every layer makes its part of the cache at once.
   """
-  batch = dataclasses.replace(batches.following(tokens, cache.lengths, lengths, _row_ids(cache)), plain=True)
+  batch = dataclasses.replace(batches.following(tokens, cache.lengths, lengths, cache.numbers), plain=True)
   stores = dict(zip(cache.plan, cache.stores, strict=True))
 
   def layer(x: Stream, at: AtLayer) -> tuple[Stream, tuple[State | None, Any]]:
@@ -182,7 +185,7 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
   The layers read the cache as it was and the new tokens; what is new is written once, after the last layer of a
   run, so that the compiler can do it in place. `prompt` runs the tokens in the prompt's form.
   """
-  batch, after = batches.following(tokens, cache.lengths, lengths, _row_ids(cache)), cache.lengths + lengths
+  batch, after = batches.following(tokens, cache.lengths, lengths, cache.numbers), cache.lengths + lengths
   new = NewTokens(batch.positions, cache.lengths, after, cache.prompt_lengths)
   parts = dict(zip(cache.plan, zip(cache.stores, cache.runs, strict=True), strict=True))
 
@@ -205,7 +208,3 @@ def _with(cache: Cache, lengths: Lengths, made: list[tuple[State | None, Any]], 
   """The cache with other lengths and rows, and with the memory's states that layers made besides."""
   state = jax.tree.map(lambda *s: jnp.concatenate(s), *(state for state, _ in made)) if cache.config.memory else None
   return dataclasses.replace(cache, lengths=lengths, runs=tuple(runs), state=state)
-
-
-def _row_ids(cache: Cache) -> RowIds:
-  return checks.as_row_ids(cache.row_ids, cache.lengths.shape[0])

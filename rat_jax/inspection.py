@@ -13,7 +13,7 @@ from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, ArrayLike, Params, Stream
 from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
-from rat_jax.model import RATPlusLM, checked_batch
+from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.modes.snapkv import Kept
 from rat_jax.plan import Run, layer_runs
@@ -34,10 +34,8 @@ def inspect(model: RATPlusLM, params: Params, tokens: ArrayLike, mode: Mode, **a
   """
   if {arguments.get(name, "memory") for name in ("select_from", "attend_to")} != {"memory"}:
     raise ValueError("inspect takes no select_from and attend_to but \"memory\"; it shows the model as it is.")
-  jax.eval_shape(lambda p: model.apply({"params": p}, tokens, mode=mode, **arguments), params)  # checks them all
-  how = Forward(mode, arguments.get("prefill_mode"))
-  of_batch = arguments.keys() - {"prefill_mode", "select_from", "attend_to", "remat", "unroll"}
-  batch = checked_batch(model.config, how, tokens, **{name: arguments[name] for name in of_batch})
+  given: Any = model.apply({"params": params}, tokens, mode=mode, method="checked", **arguments)
+  how, batch = given
   if batch.documents is not None:
     return []  # no mode that chooses serves packed rows
   found = _choices(model.config, how, params, batch)

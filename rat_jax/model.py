@@ -30,20 +30,29 @@ class RATPlusLM(nn.Module):
     self.weights = {name: self.param(name, draw) for name, draw in transformer.initializers(self.config).items()}
 
   def __call__(self, tokens: ArrayLike, **arguments: Any) -> Logits:
-    """Logits of whole sequences, float32 [B, T, V]; arguments and errors as in `stream`.
+    """Logits of whole sequences, float32 [B, T, V]; arguments and errors as in `checked`.
 
     Rows of padding are finite and otherwise unspecified.
     """
     logits: Logits = transformer.logits(self.config, self.weights, self.stream(tokens, **arguments))
     return logits
 
-  def stream(self, tokens: ArrayLike, *, mode: Mode = Dense(), segment_ids: ArrayLike | None = None,
-             positions: ArrayLike | None = None, lengths: ArrayLike | None = None,
-             prompt_lengths: ArrayLike | None = None, prefill_mode: Mode | None = None,
-             row_ids: ArrayLike | None = None,
-             select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory",
-             remat: transformer.Remat = "products", unroll: bool = False) -> Stream:
+  def stream(self, tokens: ArrayLike, **arguments: Any) -> Stream:
     """The residual stream of whole sequences after the last layer, float32 [B, T, E]: logits but for norm and head.
+
+    Arguments and errors as in `checked`.
+    """
+    how, batch = self.checked(tokens, **arguments)
+    stream: Stream = transformer.hidden_states(self.config, how, self.weights, batch)
+    return stream
+
+  def checked(self, tokens: ArrayLike, *, mode: Mode = Dense(), segment_ids: ArrayLike | None = None,
+              positions: ArrayLike | None = None, lengths: ArrayLike | None = None,
+              prompt_lengths: ArrayLike | None = None, prefill_mode: Mode | None = None,
+              row_ids: ArrayLike | None = None,
+              select_from: Literal["memory", "plain"] = "memory", attend_to: Literal["memory", "plain"] = "memory",
+              remat: transformer.Remat = "products", unroll: bool = False) -> tuple[Forward, Batch]:
+    """How a call runs, and its batch: all of its arguments, checked before anything is computed.
 
     Args:
       tokens: int [B, T].
@@ -69,16 +78,12 @@ class RATPlusLM(nn.Module):
     """
     how = Forward(mode, prefill_mode, Sources(select_from, attend_to), remat, unroll)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.weights, tokens)))
-    batch = checked_batch(self.config, how, tokens, segment_ids=segment_ids, positions=positions, lengths=lengths,
-                          prompt_lengths=prompt_lengths, row_ids=row_ids, traced=traced)
-    stream: Stream = transformer.hidden_states(self.config, how, self.weights, batch)
-    return stream
+    return how, _batch(self.config, how, tokens, segment_ids=segment_ids, positions=positions, lengths=lengths,
+                       prompt_lengths=prompt_lengths, row_ids=row_ids, traced=traced)
 
 
-def checked_batch(config: RATPlusConfig, how: Forward, given_tokens: ArrayLike, *,
-                  segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None,
-                  prompt_lengths: ArrayLike | None = None, **arguments: Any) -> Batch:
-  """The batch of a call, all of whose arguments were checked; they and the errors are those of `RATPlusLM.stream`."""
+def _batch(config: RATPlusConfig, how: Forward, given_tokens: ArrayLike, *, segment_ids: ArrayLike | None,
+           positions: ArrayLike | None, prompt_lengths: ArrayLike | None, **arguments: Any) -> Batch:
   mode, prefill_mode = how.mode, how.prefill_mode
   tokens = checks.as_tokens(given_tokens, config.vocab_size)
   if positions is not None:

@@ -69,7 +69,6 @@ def select(q: ArrayLike, k: ArrayLike, mode: Mode, *, q_positions: ArrayLike | N
     ValueError: a mode that chooses no blocks, shapes that do not match.
   """
   mode = mode_of_layer(mode, layer)
-  mode.check_selects()
   heads = Heads(jnp.asarray(q), jnp.asarray(k), jnp.asarray(k))
   at = _placement(mode, heads.q, heads.k, q_positions, lengths)
   return mode.select(heads, at, _origin(heads.q, layer, row_ids))
@@ -90,7 +89,6 @@ def compress(q_window: ArrayLike, k: ArrayLike, v: ArrayLike, mode: Mode, *, len
     ValueError: another mode, shapes that do not match.
   """
   mode = mode_of_layer(mode, layer)
-  mode.check_compresses()
   heads = Heads(jnp.asarray(q_window), jnp.asarray(k), jnp.asarray(v))
   checks.check_heads_fit(heads.q, heads.k)
   return mode.compress(heads, checks.as_lengths(lengths, heads.k.shape), _origin(heads.q, layer, row_ids))

@@ -24,24 +24,40 @@ from rat_jax.convert import from_ratplus_state_dict
 # processors it would wait for ever. XLA reads this when its first array is made.
 os.environ.setdefault("NPROC", "16")
 
-# The tests compile many small programs and run each a few times. On a GPU they are about what is compiled. The older of
-# XLA's two emitters of fusions takes half the time to compile; jax 0.12 knows it no more, and stops at unknown flags.
+# The tests compile many small programs and run each a few times. On a GPU they are about what is compiled. XLA compiles
+# such programs fastest in one piece. The older of its two emitters of fusions takes half the time; jax 0.12 knows that
+# emitter no more, and stops at unknown flags.
 _ON_CPU = os.environ.get("JAX_PLATFORMS") == "cpu"
-_QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+_QUICK_TO_COMPILE = " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
+if jax.__version_info__ < (0, 11):
+  _QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_disable_most_optimizations", _ON_CPU)
-if _ON_CPU and _QUICK_TO_COMPILE:  # XLA takes a value that names no flag, a blank even, for a file of flags
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_TO_COMPILE}"
+if _ON_CPU:
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK_TO_COMPILE
 
 # Every compiled program holds memory maps, of which Linux allows a process 65530; XLA aborts when they are used up.
-_TESTS_BETWEEN_CLEARINGS = 12
+_MOST_MAPS = 30000
+_TESTS_BETWEEN_COUNTS = 12  # which hold some 10000 at the most
 _tests_done = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def _bounded_number_of_programs():
   yield
-  if next(_tests_done) % _TESTS_BETWEEN_CLEARINGS == 0:
+  if next(_tests_done) % _TESTS_BETWEEN_COUNTS == 0 and _memory_maps() > _MOST_MAPS:
     jax.clear_caches()
+
+
+def _memory_maps():
+  """How many this process holds; 0 where the system does not say."""
+  maps = pathlib.Path("/proc/self/maps")
+  return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def first_quick(count, cases):
+  """Cases for `parametrize`: the first `count` of them run in `make test`, the others in `make test-slow`."""
+  return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if i < count else pytest.mark.slow)
+          for i, case in enumerate(cases)]
 
 
 def programs_for(kind, platform="gpu"):
@@ -116,7 +132,7 @@ def run_python(*arguments, devices=1, check=True, optimize=False, kill_at=None):
                               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                               "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimize)),
                               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-                                           f"{'' if optimize else ' ' + _QUICK_TO_COMPILE}"}
+                                           f"{'' if optimize else _QUICK_TO_COMPILE}"}
   with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE, text=True) as process:
     if kill_at:

@@ -139,16 +139,15 @@ def attend_masked(
     mask: maps a chunk of `q_info` to a mask for `attend_part`. Filled-up queries have -1 everywhere.
     isolated: as `attend_isolated`, for keys of several documents, and keys that are none.
   """
-  length = q.shape[1]
-  size = chunk_size(length, chunk)
   part = attend_isolated if isolated else attend_part
-  info: Tree = jax.tree.map(lambda a: split(a, size, fill=-1), q_info)
-  out, lse = map_chunks(lambda c: part(c[0], k, v, mask(c[1])), (split(q, size), info))
-  return join(out, length), join(lse, length)
+  return by_chunks(lambda c: part(c[0], k, v, mask(c[1])), (q, q_info), chunk=chunk)
 
 
 def by_chunks(f: Callable[[Tree], Results], queries: Tree, *, chunk: int = CHUNK) -> Results:
-  """`f` of a pytree of arrays [B, T, ...] that belong to queries, which pass in chunks; results [B, T, ...]."""
+  """`f` of a pytree of arrays [B or 1, T, ...] that belong to queries, which pass in chunks; results [B, T, ...].
+
+  Filled-up queries have -1 everywhere.
+  """
   length = jax.tree.leaves(queries)[0].shape[1]
   size = chunk_size(length, chunk)
   chunks: Tree = jax.tree.map(lambda x: split(x, size, fill=-1), queries)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import softmax
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packing import number_documents
-from pallas_kernels.pattern import Pattern
+from pallas_kernels.pattern import Pattern, seen
 
 Array = jax.Array
 _SCORES = 1 << 19  # scores of a head that are in flight at a time, with queries enough to fill a device
@@ -42,9 +42,8 @@ def _attend_all_keys(q: Array, k: Array, v: Array, segment_ids: Array | None, pa
     documents, positions = number_documents(segment_ids)
 
   def mask(query: dict[str, Array]) -> Array:
-    t, s = query["position"][:, :, None], positions[:, None, :]
     same = query["document"][:, :, None] == documents[:, None, :]
-    return (pattern.sees(t, s) & same & (s >= 0) & (s <= t))[:, None]
+    return (seen(pattern, query["position"], positions) & same)[:, None]
 
   out, _ = softmax.attend_masked(q, k, v, {"position": positions, "document": documents}, mask,
                                  isolated=segment_ids is not None)

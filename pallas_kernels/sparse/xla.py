@@ -19,7 +19,6 @@ Array = jax.Array
 def run(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, *, block: int,
         rule: Rule | None) -> softmax.Part:
   """As `api.sparse_attention`."""
-  length = q.shape[1]
   blocks = jnp.where(valid, blocks, -1)  # no block
 
   def attend_chunk(chunk: tuple[Array, ...]) -> softmax.Part:
@@ -29,10 +28,7 @@ def run(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: 
     read = jnp.moveaxis(jnp.any(mask, axis=(2, 3)), 1, 2)[..., None]
     return softmax.attend_part(q, jnp.where(read, k, 0), jnp.where(read, v, 0), mask)
 
-  size = softmax.chunk_size(length, softmax.CHUNK)
-  chunks = (softmax.split(q, size), *(softmax.split(x, size, fill=-1) for x in (blocks, q_positions)))
-  out, lse = softmax.map_chunks(attend_chunk, chunks)
-  return softmax.join(out, length), softmax.join(lse, length)
+  return softmax.by_chunks(attend_chunk, (q, blocks, q_positions))
 
 
 IMPLEMENTATION = Implementation(run, independent="BNK")

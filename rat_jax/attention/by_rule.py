@@ -14,7 +14,7 @@ from pallas_kernels.devices import AMPERE
 from pallas_kernels.dilated import cudnn_call
 from pallas_kernels.pattern import Pattern, Rule, seen
 from rat_jax.attention.terms import Heads, Held, Placement
-from rat_jax.axes import Array, Keys, Mask, Positions
+from rat_jax.axes import Array, Mask, Positions
 
 # Below this length the scores of dense attention [T, T] are small enough to be held at once.
 _WHOLE_DENSE = 1024
@@ -77,18 +77,13 @@ def _attend_step(rule: Rule, heads: Heads, held: Held, positions: Positions) -> 
   """One token a row: the cache of all layers is read where it lies."""
   of_layer = held.positions
   readable = seen(rule, positions if of_layer.ndim == 2 else positions[:, None], of_layer)
-  own = own_of_each_head(heads, held.keys.shape[2])
+  own = _own_of_each_head(heads, held.keys.shape[2])
   out, _ = decode_attention(heads.q[:, 0], held.keys, held.values, jnp.squeeze(readable, -2), layer=held.layer,
                             own=own)
   return out[:, None]
 
 
-def own_of_each_head(heads: Heads, count: int) -> tuple[Array, Array]:
+def _own_of_each_head(heads: Heads, count: int) -> tuple[Array, Array]:
   """Key and value [B, count, H] of the first new token; a compressed cache may have a head for every query head."""
   k, v = (jnp.repeat(x[:, 0], count // x.shape[2], axis=1) for x in (heads.k, heads.v))
   return k, v
-
-
-def rows_first(x: Keys) -> Array:
-  """[B, S, K, H] -> [B, K, S, H], as caches keep them."""
-  return jnp.swapaxes(x, 1, 2)

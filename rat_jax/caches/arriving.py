@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.attention.terms import Heads, Origin
-from rat_jax.axes import Array, CacheRows, Keys, Lengths, Queries, RowIds
+from rat_jax.axes import Array, CacheRows, Lengths, Queries, RowIds
 from rat_jax.caches.full import Full
 from rat_jax.caches.store import NewTokens, Store
 from rat_jax.config import RATPlusConfig
@@ -45,17 +45,10 @@ class Arriving(Full):
     return ArrivingKV(keys, values, queries)
 
   def finish(self, rows: ArrivingKV, lengths: Lengths, row_ids: RowIds, first_layer: int) -> Any:
-    """The wanted store's rows of the prompt; the run's layers are numbered from `first_layer` on."""
-
     def of_layer(_: None, at_layer: tuple[ArrivingKV, Array]) -> tuple[None, Any]:
       rows, layer = at_layer
-      heads = Heads(rows.queries, _tokens_first(rows.keys), _tokens_first(rows.values))
+      heads = Heads(rows.queries, jnp.swapaxes(rows.keys, 1, 2), jnp.swapaxes(rows.values, 1, 2))
       return None, self.wanted.of_prompt(heads, lengths, Origin(row_ids, layer))
 
     layers = first_layer + jnp.arange(rows.keys.shape[0])
     return jax.lax.scan(of_layer, None, (rows, layers))[1]
-
-
-def _tokens_first(rows: Array) -> Keys:
-  """[B, K, R, H] -> [B, R, K, H]."""
-  return jnp.swapaxes(rows, 1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -31,7 +32,8 @@ class Cache:
     prompt_lengths: int32 [B], where a prompt was compressed; None elsewhere.
     config, mode, prefill_mode, max_length: static: what the cache was made for.
     prompt_width: static: the padded length of the prompt that was compressed.
-    arriving: static: the prompt comes in in pieces, and is kept whole where a run's own store would not hold it.
+    arriving: static: the most tokens of a prompt that comes in in pieces, which is kept whole where a run's own store
+      would not hold it; None before and after.
   """
 
   lengths: Lengths
@@ -62,10 +64,15 @@ class Cache:
       return store
     return Arriving(self.arriving, store)
 
+  @property
+  def numbers(self) -> RowIds:
+    """The rows' numbers, int32 [B]; zeros where nothing is drawn."""
+    return checks.as_row_ids(self.row_ids, self.lengths.shape[0])
+
   def room(self) -> Array:
     """int32 [B], how many tokens every row can still take."""
-    rooms = [store.room(self.lengths, self.prompt_lengths) for store in self.stores]
-    return jnp.min(jnp.stack(rooms), axis=0)
+    kinds = dict.fromkeys(self.stores)  # most runs have the same
+    return functools.reduce(jnp.minimum, (store.room(self.lengths, self.prompt_lengths) for store in kinds))
 
   def rows(self, index: ArrayLike) -> Cache:
     """The cache whose row b is row index[b] of this one; int [B'], which may repeat, drop and reorder rows."""
@@ -113,12 +120,9 @@ def arriving(cache: Cache, length: int) -> Cache:
 
 def arrived(cache: Cache) -> Cache:
   """The cache that was wanted, when all of the prompt has come in."""
-  whole = dataclasses.replace(cache, arriving=None)
-  row_ids = checks.as_row_ids(cache.row_ids, cache.lengths.shape[0])
-  runs = tuple(
-      store.finish(rows, cache.lengths, row_ids, run.start) if isinstance(store, Arriving) else rows
-      for store, rows, run in zip(cache.stores, cache.runs, cache.plan, strict=True))
-  return dataclasses.replace(whole, runs=runs)
+  runs = tuple(store.finish(rows, cache.lengths, cache.numbers, run.start)
+               for store, rows, run in zip(cache.stores, cache.runs, cache.plan, strict=True))
+  return dataclasses.replace(cache, runs=runs, arriving=None)
 
 
 def cache_bytes(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, prompt_length: int | None = None

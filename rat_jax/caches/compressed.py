@@ -88,5 +88,5 @@ class Compressed(Store):
 
 def take_kept(x: Keys, positions: Positions) -> CacheRows:
   """x [B, S, K, H] at positions [B, M, X] of each head: [B, M, X, H]; zeros for position -1."""
-  taken = take_rows(by_rule.rows_first(x), jnp.maximum(positions, 0))
+  taken = take_rows(jnp.swapaxes(x, 1, 2), jnp.maximum(positions, 0))
   return jnp.where((positions >= 0)[..., None], taken, 0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.attention.terms import Heads, Origin
-from rat_jax.axes import Array, CacheRows, Lengths, Positions
+from rat_jax.axes import Array, CacheRows, Lengths, Positions, RowIds
 from rat_jax.config import RATPlusConfig
 
 if TYPE_CHECKING:
@@ -82,6 +82,14 @@ class Store:
     `added` is what `added` returned, with a layer axis in front. Position -1 is not written.
     """
     raise NotImplementedError
+
+  def finish(self, rows: Any, lengths: Lengths, row_ids: RowIds, first_layer: int) -> Any:
+    """The rows that decoding goes on with, when a prompt that came in in pieces has ended.
+
+    `row_ids` [B] are the rows' numbers; the run's layers are numbered from `first_layer` on.
+    """
+    del lengths, row_ids, first_layer
+    return rows
 
   def serves(self, form: Mode) -> bool:
     """Whether it holds all that a form of the prompt reads, so that a prompt can go through it in pieces."""

@@ -112,21 +112,16 @@ class Mode:
 
   # What was chosen, and what is read.
 
-  def check_selects(self) -> None:
-    """Raises ValueError where the mode chooses no blocks."""
+  def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
+    """What queries choose. Raises ValueError where the mode chooses no blocks."""
     raise ValueError(f"select: mode={self} chooses no blocks; give Quest, MoBA or DilatedTopK (SnapKV: `compress`).")
 
-  def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
-    """What queries choose."""
-    raise NotImplementedError
-
-  def check_compresses(self) -> None:
-    """Raises ValueError where the mode compresses no prompt."""
-    raise ValueError(f"compress: mode={self}; give a SnapKV.")
-
   def compress(self, heads: Heads, lengths: Lengths, origin: Origin) -> Kept:
-    """What is kept of prompts of `lengths` [B] tokens; `heads.q` are their last queries, right-aligned."""
-    raise NotImplementedError
+    """What is kept of prompts of `lengths` [B] tokens; `heads.q` are their last queries, right-aligned.
+
+    Raises ValueError where the mode compresses no prompt, and for misshapen arrays.
+    """
+    raise ValueError(f"compress: mode={self}; give a SnapKV.")
 
   def choices(self, heads: Heads, batch: Batch, origin: Origin) -> Selection | Kept | None:
     """What the tokens of a batch chose, as `inspect` shows it; None where nothing is chosen."""

@@ -9,7 +9,6 @@ Such a mode is a file with its fields and three answers:
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from rat_jax.caches.blocks import Blocks
 from rat_jax.caches.full import Full
 from rat_jax.caches.store import Store
 from rat_jax.modes.base import Mode
-from rat_jax.modes.selecting import SelectingMode
+from rat_jax.modes.selecting import SelectingMode, by_length
 from rat_jax.selection import attention
 from rat_jax.selection.choice import Selection, select_blocks
 from rat_jax.selection.summary import Summary
@@ -78,9 +77,13 @@ class BlockMode(SelectingMode):
     own = (length - 1) // self.block
     return sum(bool(self.forced(block, own)) for block in {0, own})
 
+  def count_at(self, length: int) -> int:
+    """How many blocks the query at position length-1 reads, as far as there are so many."""
+    return max(self.blocks_at(length), self.forced_at(length))
+
   def block_counts(self, max_length: int) -> np.ndarray:
-    """int32 [max_length]: how many blocks the query at each position reads, as far as there are so many."""
-    return _block_counts(self, max_length)
+    """int32 [max_length]: `count_at` of the query at each position."""
+    return by_length(BlockMode.count_at, self, range(1, max_length + 1))
 
   def attend(self, heads: Heads, at: Placement, origin: Origin) -> Array:
     return attention.attend_blocks(self, heads, at, origin)
@@ -105,11 +108,6 @@ class BlockMode(SelectingMode):
       by_rule = np.asarray(seen(self.rule, jnp.array([length - 1]), jnp.arange(length)))[0]
     adds = np.bincount(np.arange(length) // self.block, weights=~by_rule, minlength=count).astype(int)
     forced = np.asarray(self.forced(np.arange(count), own))
-    chosen = max(self.blocks_at(length), self.forced_at(length)) - int(forced.sum())
+    chosen = self.count_at(length) - int(forced.sum())
     free = np.sort(adds[~forced])[::-1]
     return int(by_rule.sum() + adds[forced].sum() + free[:max(chosen, 0)].sum())
-
-
-@functools.lru_cache(maxsize=256)
-def _block_counts(mode: BlockMode, max_length: int) -> np.ndarray:
-  return np.array([max(mode.blocks_at(n), mode.forced_at(n)) for n in range(1, max_length + 1)], np.int32)

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import numbers
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array
@@ -66,9 +68,6 @@ class SelectingMode(Mode):
     without: dict[str, Any] = {"dense_layers": ()}  # a field of the mode, not of this base
     return dataclasses.replace(self, **without) if self.dense_layers else self
 
-  def check_selects(self) -> None:
-    """It does."""
-
   def choices(self, heads: Heads, batch: Batch, origin: Origin) -> Any:
     return self.select(heads, Placement.of(batch), origin)
 
@@ -87,6 +86,12 @@ def of_share(budget: int | float, length: int, block: int = 1) -> int:
     return budget
   exact = _exact(budget)
   return -(-exact.numerator * length // (exact.denominator * block))
+
+
+@functools.lru_cache(maxsize=256)
+def by_length(count: Callable[[Any, int], int], mode: SelectingMode, lengths: range) -> np.ndarray:
+  """int32 [lengths]: `count` of the mode at every length, for compiled programs to look up."""
+  return np.array([count(mode, length) for length in lengths], np.int32)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -18,8 +17,7 @@ from rat_jax.axes import Array, Keys, Lengths, Mask, Positions, Queries
 from rat_jax.batch import Batch
 from rat_jax.caches.compressed import Compressed, take_kept
 from rat_jax.caches.store import Store
-from rat_jax.modes.base import Mode
-from rat_jax.modes.selecting import SelectingMode, of_share
+from rat_jax.modes.selecting import SelectingMode, by_length, of_share
 from rat_jax.selection import scores as scoring
 
 
@@ -78,9 +76,7 @@ class SnapKV(SelectingMode):
 
   def capacity_at(self, prompt_length: int) -> int:
     """The tokens that are kept of a prompt, as far as it has so many."""
-    if not isinstance(self.capacity, float):
-      return self.capacity
-    return max(of_share(self.capacity, prompt_length, 1), self.obs_window + 1)
+    return max(of_share(self.capacity, prompt_length), self.obs_window + 1)
 
   def kept_rows(self, length: int) -> int:
     """The most rows that a prompt in an array of `length` tokens is compressed to."""
@@ -100,7 +96,8 @@ class SnapKV(SelectingMode):
     q_window, k = jax.lax.stop_gradient((q_window, k))
     window, length = q_window.shape[1], k.shape[1]
     scores = self._votes(q_window, k, lengths, origin)
-    rows, capacity = self.kept_rows(length), jnp.asarray(_capacities(self, length))[lengths]
+    rows = self.kept_rows(length)
+    capacity = jnp.asarray(by_length(SnapKV.capacity_at, self, range(length + 1)))[lengths]
     top, best = jax.lax.top_k(scores, max(rows - window, 0))
     chosen = (jnp.arange(top.shape[-1]) < (capacity - window)[:, None, None]) & (top > -jnp.inf)
     in_window = jnp.broadcast_to(_window_positions(lengths, window)[:, None], (*scores.shape[:2], window))
@@ -110,7 +107,7 @@ class SnapKV(SelectingMode):
 
   def _votes(self, q_window: Queries, k: Keys, lengths: Lengths, origin: Origin) -> Array:
     """The scores of the keys before the window: float32 [B, M, S - obs_window]; -inf where there is none."""
-    (batch, window, heads, _), (length, kv_heads) = q_window.shape, k.shape[1:3]
+    window, (length, kv_heads) = q_window.shape[1], k.shape[1:3]
     earlier = max(length - window, 0)
     real = (jnp.arange(earlier) < lengths[:, None] - window)[:, None]
     if self.selector == "random":
@@ -123,7 +120,7 @@ class SnapKV(SelectingMode):
       scores = jnp.sum(weights, axis=1)[..., :earlier]
       if self.selector == "score":
         scores = self._pooled(jnp.where(real[:, None], scores, 0.0))
-      scores = jnp.mean(scores, axis=2) if self.group == "kv" else scores.reshape(batch, heads, earlier)
+      scores = scoring.by_group(self, scores[:, None])[:, 0]
     return jnp.where(real, scores, -jnp.inf)
 
   def _pooled(self, scores: Array) -> Array:
@@ -167,12 +164,6 @@ class SnapKV(SelectingMode):
     assert prompt_width is not None
     return Compressed(max_length, self, prompt_width)
 
-  def check_selects(self) -> None:
-    Mode.check_selects(self)  # no blocks
-
-  def check_compresses(self) -> None:
-    """It does."""
-
   def compress(self, heads: Heads, lengths: Lengths, origin: Origin) -> Kept:
     q_window, k, v = heads[:3]
     if k.shape != v.shape or q_window.shape[1] != self.obs_window:
@@ -192,12 +183,6 @@ class SnapKV(SelectingMode):
     if prompt_length is None:
       raise ValueError(f"mode={self} needs prompt_length: {self.after_prompt}.")
     return self.kept_rows(prompt_length) + lengths - prompt_length
-
-
-@functools.lru_cache(maxsize=64)
-def _capacities(mode: SnapKV, length: int) -> np.ndarray:
-  """int32 [length + 1]: the capacity of a prompt of 0..length tokens."""
-  return np.array([mode.capacity_at(n) for n in range(length + 1)], np.int32)
 
 
 def _window_positions(lengths: Lengths, window: int) -> Positions:

@@ -7,7 +7,6 @@ Quest: what a method loses to TopK it loses by its estimate, what TopK loses to 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import jax
@@ -19,7 +18,7 @@ from pallas_kernels.attention.masks import to_groups
 from pallas_kernels.pattern import Pattern, seen
 from rat_jax.attention.terms import Heads, Held, Origin, Placement
 from rat_jax.axes import Array, Keys, Mask, Positions, Queries
-from rat_jax.modes.selecting import SelectingMode, of_share
+from rat_jax.modes.selecting import SelectingMode, by_length, of_share
 from rat_jax.selection import scores as scoring
 from rat_jax.selection.attention import joined
 from rat_jax.selection.choice import Selection
@@ -61,6 +60,10 @@ class TopK(SelectingMode):
     """How many keys the query at position length-1 reads."""
     return min(max(of_share(self.budget, length), self.window + 1 + self.sinks), length)
 
+  def _counts(self, length: int) -> np.ndarray:
+    """int32 [length]: how many keys the query at each position reads."""
+    return by_length(TopK.keys_at, self, range(1, length + 1))
+
   def _scores(self, q: Queries, k: Keys, positions: Positions, origin: Origin) -> Array:
     """float32 [B, T, M, S], every key's own score or draw; -inf for keys after the query."""
     q, k = jax.lax.stop_gradient((q, k))
@@ -71,18 +74,13 @@ class TopK(SelectingMode):
       scores = scoring.by_group(self, scoring.product("btkgh,bskh->btkgs")(scoring.grouped(q, kv_heads), k))
     return jnp.where(seen(None, positions, jnp.arange(count))[:, :, None], scores, -jnp.inf)
 
-  def _best(self, scores: Array, positions: Positions) -> tuple[Array, Array, Array]:
-    """(priorities [B, T, M, S], the largest of them [B, T, M, n], how many of these are read [B, T, 1, 1])."""
+  def _read(self, scores: Array, positions: Positions) -> Mask:
+    """Which keys are read: bool [B, T, M, S]. A threshold for each query; of keys that just reach it the first ones."""
     count = scores.shape[-1]
     forced = seen(self.forced, positions, jnp.arange(count))[:, :, None]
     priority = jnp.where(forced, jnp.inf, scores)
-    most = _keys_at(self, count)
-    allowed = jnp.asarray(most)[jnp.clip(positions, 0, count - 1)][:, :, None, None]
-    return priority, jax.lax.top_k(priority, int(most.max()))[0], allowed
-
-  def _read(self, scores: Array, positions: Positions) -> Mask:
-    """Which keys are read: bool [B, T, M, S]. A threshold for each query; of keys that just reach it the first ones."""
-    priority, top, allowed = self._best(scores, positions)
+    allowed = jnp.asarray(self._counts(count))[jnp.clip(positions, 0, count - 1)][:, :, None, None]
+    top, _ = jax.lax.top_k(priority, int(self._counts(count).max()))
     least = jnp.take_along_axis(top, jnp.broadcast_to(allowed - 1, (*top.shape[:3], 1)), axis=-1)
     above, level = priority > least, priority == least
     left = allowed - jnp.sum(above, axis=-1, keepdims=True)
@@ -110,7 +108,7 @@ class TopK(SelectingMode):
 
     def rows(query: dict[str, Array]) -> Selection:
       scores = self._scores(query["q"], keys, query["positions"], origin)
-      read, most = self._read(scores, query["positions"]), int(_keys_at(self, count).max())
+      read, most = self._read(scores, query["positions"]), int(self._counts(count).max())
       blocks = jnp.sort(jnp.where(read, jnp.arange(count, dtype=jnp.int32), count), axis=-1)[..., :most]
       return Selection(blocks, blocks < count, scores, jnp.sum(read, axis=-1, dtype=jnp.int32))
 
@@ -118,9 +116,3 @@ class TopK(SelectingMode):
 
   def most_read(self, lengths: np.ndarray, prompt_length: int | None = None) -> np.ndarray:
     return np.array([self.keys_at(int(length)) for length in lengths])
-
-
-@functools.lru_cache(maxsize=256)
-def _keys_at(mode: TopK, max_length: int) -> np.ndarray:
-  """int32 [max_length]: how many keys the query at each position reads."""
-  return np.array([mode.keys_at(n) for n in range(1, max_length + 1)], np.int32)

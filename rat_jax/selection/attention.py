@@ -76,7 +76,10 @@ def _attend_step(mode: BlockMode, heads: Heads, held: Held, positions: Positions
                  origin: Origin) -> Array:
   """One token a row: of the cache it reads the blocks that it chooses, what the mode's rule adds, and no more."""
   count, kv_heads = summaries[0].shape[2], heads.k.shape[2]
-  keys = _with_own_key(heads, held, positions) if mode.selector == "oracle" else (heads.k, positions)
+  keys = (heads.k, positions)
+  if mode.selector == "oracle":  # which alone looks at the keys of the cache
+    everything, at = joined(heads, held, positions)
+    keys = (everything.k, at.keys)
   scores = score_blocks(mode, Choosers(heads.q, positions, own), summaries, keys, origin)
   blocks, valid = pick(mode, scores, positions, held.max_length)
 
@@ -111,9 +114,3 @@ def _attend_besides(mode: BlockMode, heads: Heads, held: Held, positions: Positi
   k, v = (jnp.swapaxes(take_rows(jax.lax.dynamic_index_in_dim(x, held.layer, keepdims=False), at), 1, 2)
           for x in (held.keys, held.values))
   return softmax.attend_part(heads.q, k, v, to_groups(besides[:, None], kv_heads))
-
-
-def _with_own_key(heads: Heads, held: Held, positions: Positions) -> tuple[Keys, Positions]:
-  """All keys of the cache and the new token's, and where they stand, for the oracle."""
-  k, _ = held.of_layer()
-  return jnp.concatenate([k, heads.k], axis=1), jnp.concatenate([held.positions, positions], axis=1)

@@ -66,7 +66,8 @@ def grouped(q: Queries, kv_heads: int) -> Array:
 
 def by_group(mode: SelectingMode, scores: Array) -> Array:
   """[B, T, K, G, X] -> one score per query head [B, T, N, X], or their mean over the group [B, T, K, X]."""
-  return jnp.mean(scores, axis=3) if mode.group == "kv" else scores.reshape(*scores.shape[:2], -1, scores.shape[-1])
+  batch, length, kv_heads, group, count = scores.shape
+  return jnp.mean(scores, axis=3) if mode.group == "kv" else scores.reshape(batch, length, kv_heads * group, count)
 
 
 def product(subscripts: str) -> Product:

@@ -114,6 +114,7 @@ def test_what_did_not_fit_is_not_drawn(tmp_path):
   assert not (tmp_path / "one.png").exists()
 
 
+@pytest.mark.slow
 def test_a_model_unlike_the_authors_is_refused(tmp_path):
   """Before their code is looked for, or ours runs."""
   small = ("-m", "experiments.bench_model", f"--torch-reference={tmp_path}", f"--workdir={tmp_path}", "--layers=1",

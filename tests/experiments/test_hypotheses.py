@@ -128,6 +128,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   assert {name: seeds[0] for name, seeds in found["dense"]["multikey_1"].items()} == right
 
 
+@pytest.mark.slow
 def test_the_age_of_the_memory_is_that_of_its_weights():
   model, params = trained()
   tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in hypotheses.TASKS])

@@ -62,6 +62,7 @@ def test_a_memory_starts_where_the_model_is_and_then_moves(attention):
     add_memory(config, params)
 
 
+@pytest.mark.slow
 def test_rates_multiply_updates_and_nothing_else(attention):
   """Updates of several rates are those of optax, parameter by parameter, with the norm of what is not frozen."""
   config, params = add_memory(CONFIG, attention, gate_bias=-1.0)

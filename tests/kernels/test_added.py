@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import pallas_kernels
-from conftest import run_python
+from conftest import first_quick, run_python
 from kernels import copies, suite
 from pallas_kernels import crossovers, table
 
@@ -30,7 +30,7 @@ def test_the_suite_runs_on_it(operation, add):
   suite.check_poison(operation, "copied", spec)
 
 
-@pytest.mark.parametrize("operation", ADDED)
+@pytest.mark.parametrize("operation", first_quick(2, ADDED))
 def test_it_is_taken_as_others_are(operation, add, monkeypatch):
   case = suite.CASES[operation]
   arguments, rest = case.draw(case.small["bfloat16" if "bfloat16" in case.small else "one input"])
@@ -50,8 +50,7 @@ def test_it_is_taken_as_others_are(operation, add, monkeypatch):
     other.run(*arguments, **rest, implementation="copied")
 
 
-@pytest.mark.parametrize("operation", [
-    "gated_scan", *(pytest.param(name, marks=pytest.mark.slow) for name in ADDED if name != "gated_scan")])
+@pytest.mark.parametrize("operation", first_quick(1, ADDED))
 def test_on_eight_devices(operation):
   """On one of them, in `jax.shard_map`, and over a mesh: values and gradients of plain JAX, and the copy taken."""
   run_python("-m", "kernels.eight_devices", operation, devices=8)

@@ -10,8 +10,10 @@ import pytest
 from kernels import suite
 from pallas_kernels.table import IMPLEMENTATIONS
 
-EVERY = [pytest.param(operation, name, spec, id=f"{operation}, {name}, {of}") for operation in IMPLEMENTATIONS
-         for name in IMPLEMENTATIONS[operation] for of, spec in suite.CASES[operation].small.items()]
+EVERY = [pytest.param(operation, name, spec, id=f"{operation}, {name}, {of}",
+                      marks=() if i % 2 == 0 else pytest.mark.slow)
+         for operation in IMPLEMENTATIONS for name in IMPLEMENTATIONS[operation]
+         for i, (of, spec) in enumerate(suite.CASES[operation].small.items())]
 
 
 @pytest.mark.usefixtures("true_float32")

@@ -18,6 +18,7 @@ from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM, Streamin
 VOCAB, LAYERS, LENGTH = 61, 3, 24
 MODES = [Dense(), Dilated(4), Dilated(5, window=3, sinks=2), Dilated(None, 2, 3), Dilated(64), StreamingLLM(6, 2),
          PerLayer((Dilated(4), Dilated(4), Dense()))]
+QUICK = [MODES[i] for i in (2, 3, 6)]
 PROMPT = np.array([9, 16, 1, 0])  # the rows' prompt lengths; the rest of each row is decoded
 
 
@@ -41,11 +42,11 @@ def rows_from(tokens, start, width):
 
 
 def matrix():
-  """Grouped RAT+ in float32 always, one mode also in bfloat16 and of plain attention; the rest in the slow run."""
+  """Some modes of grouped RAT+ in float32, one also of plain attention; the rest in the slow run."""
   for mode, memory, kv_heads, dtype in itertools.product(MODES, (True, False), (4, 2), ("float32", "bfloat16")):
     setting = memory, kv_heads, dtype
-    quick = setting == (True, 2, "float32") or (
-        mode == MODES[2] and setting in ((True, 2, "bfloat16"), (False, 4, "float32")))
+    quick = (mode in QUICK and setting == (True, 2, "float32")) or (
+        mode == MODES[2] and setting == (False, 4, "float32"))
     name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
     yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
 
@@ -100,7 +101,8 @@ def test_modes_that_see_everything_are_dense(mode, memory):
   assert_close(apply(model, params, tokens, mode), apply(model, params, tokens), WHOLE_MODEL)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode in QUICK else pytest.mark.slow)
+                                  for mode in MODES], ids=str)
 def test_packed_documents_equal_separate_ones(mode):
   model, params, tokens = setup(True, 2)
   # Documents of 7, 1 and 9 tokens, padding between and at the end; the third has the first one's id.
@@ -131,8 +133,10 @@ def test_a_gate_of_zero_is_plain_attention():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(mlp="swiglu"), dict(norm_placement="post"), dict(qk_norm=True), dict(tie_embeddings=False),
-    dict(output_gate=False), dict(gate_bias=-4.0), dict(head_dim=16, num_kv_heads=1),
+    *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        dict(mlp="swiglu"), dict(norm_placement="post"), dict(qk_norm=True), dict(tie_embeddings=False),
+        dict(output_gate=False), dict(gate_bias=-4.0))),
+    dict(head_dim=16, num_kv_heads=1, gate_bias=-4.0),
     dict(mlp="swiglu", norm_placement="post", qk_norm=True, tie_embeddings=False, output_gate=False, memory=False)])
 def test_every_option_decodes_as_it_runs(changes):
   config = RATPlusConfig(VOCAB, 2, 32, 4, **{"init_std": 0.25, **changes})
@@ -211,7 +215,7 @@ def test_lists_serve_as_arrays():
                                 model.apply({"params": params}, tokens, lengths=np.array([5, 6, 7, 8])))
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_steps_of_a_gpu_give_the_same_logits(rows, monkeypatch):
   """There layers are compiled one by one and single rows are doubled; the results do not depend on it."""
   model, params, tokens = setup(True, 2)

@@ -35,7 +35,8 @@ def test_a_call_is_compiled_once(setting, mode, arguments):
 
 
 def test_a_model_is_drawn_by_programs_that_are_compiled_once(setting):
-  params, tokens = setting
+  _, tokens = setting
+  params = MODEL.init(jax.random.key(1), tokens)["params"]
   with compilations() as compiled:
     again = MODEL.init(jax.random.key(1), tokens)["params"]
     other = MODEL.init(jax.random.key(2), tokens)["params"]

@@ -41,9 +41,9 @@ def check(spec, tuning=None, scale=1.0, relative=OPERATION):
     (ArgSpec(2, 37, 2, 2, 64), Tuning(tile_rows=16)),                    # tiles that do not divide the rows
     (ArgSpec(3, 19, 2, 1, 128), Tuning(tile_rows=8, stages=3)),          # grouped heads; a row without a tile to read
     (ArgSpec(2, 33, 5, 1, 256), Tuning(tile_rows=12, splits=2)),         # a group that is cut into blocks; two splits
-    (ArgSpec(1, 30, 2, 2, 128, "float32"), Tuning(tile_rows=4, stages=1, splits=3)),
-    (ArgSpec(2, 9, 1, 1, 256, "float32"), None),
-    (ArgSpec(2, 21, 3, 1, 64, "float32"), Tuning(tile_rows=8)),
+    pytest.param(ArgSpec(1, 30, 2, 2, 128, "float32"), Tuning(tile_rows=4, stages=1, splits=3), marks=pytest.mark.slow),
+    pytest.param(ArgSpec(2, 9, 1, 1, 256, "float32"), None, marks=pytest.mark.slow),
+    pytest.param(ArgSpec(2, 21, 3, 1, 64, "float32"), Tuning(tile_rows=8), marks=pytest.mark.slow),
     (ArgSpec(2, 20, 4, 2, 64, per_head=True), Tuning(tile_rows=16)),
     (ArgSpec(2, 10, 2, 1, 64, "float32", layers=3), None),
 ], ids=str)
@@ -60,11 +60,13 @@ def test_the_own_key_is_one_more_row_of_the_cache(spec):
 
 @pytest.mark.parametrize(("spec", "tuning"), [
     (ArgSpec(2, 90, 2, 2, 128, block=16, chosen=3), None),                          # the cache ends within a block
-    (ArgSpec(2, 64, 4, 2, 128, block=32, chosen=2), Tuning(tile_rows=16, stages=3)),  # of two tiles, grouped heads
+    # Of two tiles, grouped heads:
+    pytest.param(ArgSpec(2, 64, 4, 2, 128, block=32, chosen=2), Tuning(tile_rows=16, stages=3), marks=pytest.mark.slow),
     (ArgSpec(1, 70, 4, 2, 64, block=16, chosen=4, apart=True), Tuning(splits=2)),   # query heads that choose apart
-    (ArgSpec(2, 10, 1, 1, 128, "float32", block=16, chosen=1), None),               # a cache smaller than a block
-    (ArgSpec(2, 50, 2, 1, 256, block=8, chosen=5, apart=True), None),
-    (ArgSpec(2, 40, 4, 2, 64, "float32", block=8, chosen=3, own=True), None),
+    # A cache smaller than a block:
+    pytest.param(ArgSpec(2, 10, 1, 1, 128, "float32", block=16, chosen=1), None, marks=pytest.mark.slow),
+    pytest.param(ArgSpec(2, 50, 2, 1, 256, block=8, chosen=5, apart=True), None, marks=pytest.mark.slow),
+    pytest.param(ArgSpec(2, 40, 4, 2, 64, "float32", block=8, chosen=3, own=True), None, marks=pytest.mark.slow),
     (ArgSpec(2, 40, 4, 2, 64, "float32", block=8, chosen=3, apart=True, own=True, layers=3), None),
 ], ids=str)
 def test_the_kernel_reads_chosen_blocks(spec, tuning):
@@ -118,7 +120,8 @@ def test_masks_set_every_visible_row_once():
 
 
 @pytest.mark.usefixtures("on_h200")
-@pytest.mark.parametrize("spec", ARG_SPECS.values(), ids=ARG_SPECS)
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=name, marks=() if i % 4 == 0 else pytest.mark.slow)
+                                  for i, (name, spec) in enumerate(ARG_SPECS.items())])
 def test_lowers_for_cuda(spec):
   """The public function; no GPU is needed."""
   run = jax.jit(functools.partial(decode_attention, implementation="mosaic_gpu"))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import pallas_kernels
-from conftest import GRADIENT, OPERATION, assert_close
+from conftest import GRADIENT, OPERATION, assert_close, first_quick
 from pallas_kernels.attention import softmax
 from pallas_kernels.dilated import folding
 
@@ -73,10 +73,10 @@ def check(length, pattern, heads, groups, seed=0):
     assert_close(gradient, theirs, GRADIENT, f"{name} {pattern}")
 
 
-@pytest.mark.parametrize(("length", "pattern"), [
-    (24, (4, 0, 0)), (23, (4, 0, 0)), (3, (4, 0, 0)), (4, (4, 0, 0)), (5, (4, 0, 0)), (25, (4, 3, 0)),
-    (25, (4, 0, 3)), (25, (4, 5, 4)), (26, (4, 2, 9)), (21, (4, 40, 2)), (21, (4, 19, 2)), (21, (4, 0, 40)),
-    (20, (None, 5, 2)), (20, (None, 0, 0)), (17, (1, 0, 0)), (17, (1, 3, 2)), (30, (16, 1, 1))])
+@pytest.mark.parametrize(("length", "pattern"), first_quick(7, [
+    (23, (4, 0, 0)), (3, (4, 0, 0)), (25, (4, 5, 4)), (26, (4, 2, 9)), (21, (4, 40, 2)), (20, (None, 5, 2)),
+    (17, (1, 3, 2)), (24, (4, 0, 0)), (4, (4, 0, 0)), (5, (4, 0, 0)), (25, (4, 3, 0)), (25, (4, 0, 3)),
+    (21, (4, 19, 2)), (21, (4, 0, 40)), (20, (None, 0, 0)), (17, (1, 0, 0)), (30, (16, 1, 1))]))
 def test_values_and_gradients_in_float64(length, pattern):
   check(length, folding.Pattern(*pattern), 2, 3)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import rat_jax
-from conftest import FIXTURES
+from conftest import FIXTURES, first_quick
 from rat_jax import batch as batches, transformer
 from rat_jax.attention.terms import Origin, Placement
 from rat_jax.convert import from_ratplus_state_dict, to_ratplus_state_dict
@@ -21,7 +21,9 @@ from rat_jax.train import cross_entropy
 
 LOGITS, INTERMEDIATE, LOSS, GRADIENT, WEIGHT, NORM, RATE = 3e-5, 2e-5, 2e-6, 2e-6, 5e-6, 1e-5, 1e-9
 MEMORY = 3e-6  # relative to the channel's largest entry
-BOTH = pytest.mark.parametrize("backbone", ["ratplus", "attention"])
+BACKBONES = ["ratplus", "attention"]
+BOTH = pytest.mark.parametrize("backbone", BACKBONES)
+FIRST = pytest.mark.parametrize("backbone", first_quick(1, BACKBONES))
 
 
 def assert_within(actual, expected, tolerance, message=""):
@@ -43,7 +45,7 @@ def test_logits_of_every_configuration(authors, backbone):
       assert_within(logits, fixture[f"logits{suffix}/{name}"], LOGITS, name)
 
 
-@BOTH
+@FIRST
 def test_intermediates(authors, backbone):
   fixture = authors(f"model_{backbone}")
   config, params, modes = fixture.config, fixture.params(), fixture.modes()
@@ -73,7 +75,7 @@ def test_intermediates(authors, backbone):
   assert compared == sum(key.startswith("inter/") for key in fixture.arrays)
 
 
-@BOTH
+@FIRST
 def test_gradients(authors, backbone):
   fixture = authors(f"grads_{backbone}")
   model, params, tokens, labels = fixture.model, fixture.params(), fixture["tokens"], fixture["labels"]
@@ -91,7 +93,7 @@ def test_gradients(authors, backbone):
       assert_within(ours[key], value, GRADIENT, f"{name} {key}")
 
 
-@pytest.mark.parametrize("name", ["train_arl", "train_plain"])
+@pytest.mark.parametrize("name", first_quick(1, ["train_arl", "train_plain"]))
 def test_training_weights(authors, name):
   fixture = authors(name)
   model, params = fixture.model, fixture.params()
@@ -126,7 +128,7 @@ def test_schedule():
     assert_within(rates, case["lr_per_step"], RATE, case)
 
 
-@pytest.mark.parametrize("name", ["decode", "decode_attention"])
+@pytest.mark.parametrize("name", first_quick(1, ["decode", "decode_attention"]))
 def test_decoding(authors, name):
   fixture = authors(name)
   weights = authors(str(fixture["model"]).removesuffix(".npz"))

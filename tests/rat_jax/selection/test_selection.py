@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rat_jax
-from conftest import OPERATION, assert_close
+from conftest import OPERATION, assert_close, first_quick
 from rat_jax import (
   Dense,
   Dilated,
@@ -82,7 +82,7 @@ def block_modes(draw):
 
 
 @given(block_modes(), st.integers(1, 40), st.sampled_from([(4, 4), (4, 2)]), st.integers(0, 50))
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=7)
 def test_choices_and_outputs_equal_a_plain_reading_of_the_rules(mode, length, heads, seed):
   q, k, v = draw(1, length, *heads, seed=seed)
   selection, out = select(q, k, mode), np.asarray(attend(q, k, v, mode))
@@ -112,7 +112,7 @@ def test_choices_and_outputs_equal_a_plain_reading_of_the_rules(mode, length, he
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 20), st.sampled_from([1, 3, 5]),
        st.sampled_from(["avg", "max"]), st.sampled_from(["head", "kv"]), st.integers(0, 20))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_what_snapkv_keeps(length, window, extra, kernel, pool, group, seed):
   mode = SnapKV(window + extra, obs_window=window, kernel=kernel, pool=pool, group=group)
   q, k, v = draw(2, length, 4, 2, seed=seed)
@@ -172,8 +172,8 @@ def test_dilation_with_top_k_is_the_union_of_a_rule_and_a_selection():
     assert_close(attend(q, k, v, DilatedTopK(4, 3, 2, 1, score=score)), attend(q, k, v, union), OPERATION)
 
 
-@pytest.mark.parametrize("build", [lambda **o: Quest(12, 4, **o), lambda **o: MoBA(3, 4, **o),
-                                   lambda **o: DilatedTopK(4, 3, 2, **o)])
+@pytest.mark.parametrize("build", first_quick(1, [lambda **o: DilatedTopK(4, 3, 2, **o), lambda **o: Quest(12, 4, **o),
+                                                  lambda **o: MoBA(3, 4, **o)]))
 @pytest.mark.parametrize("group", ["head", "kv"])
 def test_the_oracle_chooses_the_most_mass(build, group):
   q, k, _ = draw(2, 48, 4, 2)
