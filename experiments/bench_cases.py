@@ -227,10 +227,10 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
     return out.astype(q.dtype)
 
   functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill, "sparse": sparse}
-  return functools.partial(_with_gradients, functions[case.op]) if case.gradient else functions[case.op]
+  return functools.partial(with_gradients, functions[case.op]) if case.gradient else functions[case.op]
 
 
-def _with_gradients(f: Callable[..., Any], cotangent: Any, **made: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+def with_gradients(f: Callable[..., Any], cotangent: Any, **made: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
   values, pull = jax.vjp(lambda made: f(**made), made)
   return values, pull(cotangent)[0]
 
@@ -285,7 +285,7 @@ def _check_gradients(case: Case, made: dict[str, Any], result: Any) -> float:
     return jax.tree.map(first_and_last, arrays)
 
   with jax.default_matmul_precision("highest"):
-    expected = jax.jit(lambda made: _with_gradients(functools.partial(_whole_reference, case), **few(made)))(made)
+    expected = jax.jit(lambda made: with_gradients(functools.partial(_whole_reference, case), **few(made)))(made)
   finite = jax.jit(lambda result: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(result)]).all())(result)
   if not finite:
     raise ValueError(f"{case}: the result is not finite; it is not timed.")

@@ -49,9 +49,9 @@ def heads(model: RATPlusLM, params: Any, method: str) -> dict[str, Any]:
   for name, task in TASKS.items():
     made, (mode, _) = eval_niah.sequences(name), row.build(task.query_length)
     batches = [jax.tree.map(lambda x, i=i: x[i:i + size], made) for i in range(0, COUNT.value, size)]
-    seeds = [np.concatenate([_hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
+    seeds = [np.concatenate([hits(model, one, batch, task, mode, row.at_answer) for batch in batches])
              for one in _seeds(params)]
-    found[name] = [(100 * hits.mean(axis=0)).tolist() for hits in seeds]
+    found[name] = [(100 * of_seed.mean(axis=0)).tolist() for of_seed in seeds]
   return {method: found}
 
 
@@ -71,7 +71,7 @@ def _seeds(params: Any) -> list[Any]:
   return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(len(jax.tree.leaves(params)[0]))]
 
 
-def _hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task, mode: Mode, aware: bool) -> np.ndarray:
+def hits(model: RATPlusLM, params: Any, made: dict[str, jax.Array], task: Task, mode: Mode, aware: bool) -> np.ndarray:
   """bool [B, layers, heads]: whether a head has chosen every symbol of the answer at the step that needs it."""
   first = LENGTH.value - task.answer_length
   prompt = first if aware else first - task.query_length

@@ -159,7 +159,7 @@ def stages(steps: int) -> list[Stage]:
 
 
 def text() -> tuple[np.ndarray, ...]:
-  """The tokens of --lm_data, for `_batch`; empty without. Raises ValueError for text that is not bytes."""
+  """The tokens of --lm_data, for `batch_of`; empty without. Raises ValueError for text that is not bytes."""
   if not LM_ROWS.value:
     common.refuse(("lm_data",), "without --lm_rows none of it is read; give some.")
     return ()
@@ -174,7 +174,7 @@ def text() -> tuple[np.ndarray, ...]:
   return (np.asarray(file.tokens),)
 
 
-def _batch(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Array) -> dict[str, jax.Array]:
+def batch_of(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Array) -> dict[str, jax.Array]:
   """The batch [B, T] of a step and a seed; answers weigh as much as they are rare, rows of `text` as much again."""
   made = mini_niah.batch(stage.mixture, stage.length, seed, step)
   answers, counted = made["answers"], made["targets"] != IGNORED
@@ -238,8 +238,8 @@ def train() -> None:
     return
   drop_metrics(run.folder / "metrics.jsonl", step + 1)
   model = RATPlusLM(run.config)
-  programs = Programs(model, run.optimizer, run.plan[run.notes["stage"]:], run.sets, run.state, run.seeds, batch=_batch,
-                      accuracy=functools.partial(_accuracy, model, run.sets[0][-1]), text=text())
+  programs = Programs(model, run.optimizer, run.plan[run.notes["stage"]:], run.sets, run.state, run.seeds,
+                      batch=batch_of, accuracy=functools.partial(_accuracy, model, run.sets[0][-1]), text=text())
   state, step, at = through_stages(run, programs, step, steps)
   finish(run, state, step, 100 * programs.final_accuracy(run.plan[at], state.params, step))
 

@@ -74,7 +74,7 @@ def _continue(max_new_tokens: int, sampled: bool, truncated: bool, eos_id: int |
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
     if truncated:
-      logits = _keep_nucleus(logits, top_p)
+      logits = keep_nucleus(logits, top_p)
     keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(row_keys)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
@@ -97,7 +97,7 @@ def _continue(max_new_tokens: int, sampled: bool, truncated: bool, eos_id: int |
   return last[-1]
 
 
-def _keep_nucleus(logits: Array, top_p: Array) -> Array:
+def keep_nucleus(logits: Array, top_p: Array) -> Array:
   """-inf for all but the likeliest tokens of each row [B, V] whose probability first reaches top_p."""
   order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
   probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)

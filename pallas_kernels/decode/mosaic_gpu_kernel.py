@@ -63,12 +63,12 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
   # The layers are rows of the batch to the kernel: it reads its own, where a slice would be a copy.
   keys, values = (x.reshape(-1, *x.shape[-3:]) for x in (keys, values))
   start = jnp.full(1, 0 if layer is None else layer, jnp.int32) * batch
-  masks = _masks(cut, visible) if blocks is None else _masks_of_blocks(cut, visible, blocks)
+  masks = tile_masks(cut, visible) if blocks is None else _tile_masks_of_blocks(cut, visible, blocks)
   out, lse = _kernel(cut, own is not None, interpret)(q, keys, values, start, *masks, *(own or ()))
   return merge_parts(list(zip(out, lse, strict=True))) if cut.splits > 1 else (out[0], lse[0])
 
 
-def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
+def tile_masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
   """Of visible [B, 1 or K, R]: each tile's rows as 0 and 1, int32 [B, 1 or K, tiles, flags], and the tiles to read.
 
   A row that stands in two tiles is set in the first. The second result, int32 [B, 1 or K], counts the tiles up to the
@@ -83,8 +83,8 @@ def _masks(cut: Cut, visible: Array) -> tuple[Array, Array]:
   return seen.astype(jnp.int32), last // cut.tile + 1
 
 
-def _masks_of_blocks(cut: Cut, visible: Array, blocks: Array) -> tuple[Array, Array, Array]:
-  """`_masks` of the tiles of chosen blocks [B, M, n], `visible` [B, M, n, S]; and where these start, [B, M, tiles]."""
+def _tile_masks_of_blocks(cut: Cut, visible: Array, blocks: Array) -> tuple[Array, Array, Array]:
+  """`tile_masks` of the tiles of chosen blocks [B, M, n], visible [B, M, n, S]; and where they start [B, M, tiles]."""
   pieces = visible.shape[3] // cut.tile
   seen = visible.reshape(*blocks.shape[:2], cut.tiles, cut.tile)
   begin = blocks[..., None] * visible.shape[3] + jnp.arange(pieces, dtype=jnp.int32) * cut.tile

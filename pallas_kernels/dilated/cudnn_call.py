@@ -7,7 +7,6 @@ as `jax.nn.dot_product_attention` gives them to XLA. `jax.ffi.ffi_call` is the p
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -61,7 +60,6 @@ def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, **_: An
   return _of_this_jax()
 
 
-@functools.cache
 def _of_this_jax() -> str | None:
   """Why this jax cannot make the calls, or None. The arguments are public, but jax promises no old kind of call."""
   call = getattr(getattr(jax, "ffi", None), "ffi_call", None)

@@ -43,7 +43,7 @@ def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
   made = eval_niah.sequences("single_2")
-  hits = lambda mode: hypotheses._hits(model, one, made, task, mode, isinstance(mode, SnapKV))
+  hits = lambda mode: hypotheses.hits(model, one, made, task, mode, isinstance(mode, SnapKV))
   assert hits(Quest(LENGTH, block=16)).all()
   assert hits(SnapKV(LENGTH, obs_window=3)).all()
   random = hits(Quest(64, block=8, keep_first=False, selector="random")).mean()

@@ -46,7 +46,7 @@ def test_a_small_trained_model_under_the_modes(small, quick):
       "MoBA 16 everywhere, 1/4": ((75, 98), (45, 80)), "SnapKV aware, 1/4": ((80, 100), (65, 95)),
       "SnapKV blind, 1/4": ((3, 40), (3, 40)), "Quest 16, 1/4, random": ((3, 40), (3, 40)),
       "Quest 16, 1/4, oracle": ((97, 100), (70, 95)), "DilatedTopK 16, 4 blocks": ((50, 85), (35, 70)),
-      "TopK, 1/4": ((0, 0), (0, 0)),
+      "TopK, 1/4": ((97, 100), (75, 97)),
       "dilated:8 everywhere": ((97, 100), (80, 100)), "dilated:16 everywhere": ((45, 80), (35, 70)),
       "dilated:16,window=32 everywhere": ((25, 60), (20, 55)), "streaming_llm:60 everywhere": ((30, 65), (40, 75))}
   tasks = [TASKS["single_2"], TASKS["multikey_1"]]

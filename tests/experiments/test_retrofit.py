@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +153,7 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   assert "is not empty" in run_python(*convert, f"--output={tmp_path}/folder", check=False)
   config, loaded = rat_jax.load_pretrained(tmp_path / "folder")
   assert config == found
-  jax.tree.map(np.testing.assert_array_equal, loaded, after)
+  chex.assert_trees_all_equal(loaded, after)
   card = (tmp_path / "folder" / "README.md").read_text()
   assert f"* trained: {json.dumps(notes)}" in card
   assert common.load_model(str(tmp_path / "folder"))[2] == notes
@@ -174,7 +175,7 @@ def test_a_release_in_float32_becomes_a_folder_in_bfloat16(tmp_path):
   config, params = rat_jax.load_pretrained(tmp_path / "folder")
   released, expected = rat_jax.convert.load_olmo2(OLMO2)
   assert config == dataclasses.replace(released, dtype="bfloat16", param_dtype="bfloat16")
-  jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected))
+  chex.assert_trees_all_equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected))
   card = (tmp_path / "folder" / "README.md").read_text()
   digest = hashlib.sha256((OLMO2 / "model.safetensors").read_bytes()).hexdigest()
   for line in (f"* sha256 of model.safetensors: {digest}", "* parameters: float32 in the source, bfloat16 here",

@@ -12,7 +12,6 @@ import pytest
 import pallas_kernels
 from conftest import programs_for
 from pallas_kernels import crossovers, implementation, table
-from pallas_kernels.dilated import cudnn_call
 from pallas_kernels.implementation import Implementation, Operation
 
 X = np.zeros((1, 8, 2, 64), jnp.bfloat16)
@@ -57,18 +56,14 @@ def test_what_is_not_installed_is_named_and_done_without(monkeypatch):
 def test_a_jax_that_cannot_call_cudnn_is_named_and_done_without(monkeypatch):
   monkeypatch.setitem(crossovers.FASTEST, "cpu", {"dilated_attention": {"mosaic_gpu": 1, "cudnn": 1}})
   monkeypatch.setattr(jax.ffi, "ffi_call", lambda target_name, result_shape_dtypes: None)
-  cudnn_call._of_this_jax.cache_clear()
-  try:
-    for name in ("cudnn", "cudnn_masked", "mosaic_gpu"):
-      with programs_for("NVIDIA H200"), pytest.raises(
-          NotImplementedError, match=r"needs jax\.ffi\.ffi_call with custom_call_api_version and"
-          rf" legacy_backend_config, which jax {jax.__version__} does not have; install a jax"):
-        jax.eval_shape(functools.partial(CALLS["dilated_attention"], implementation=name))
-    ones = X + 1
-    for name in (None, "xla"):
-      assert (pallas_kernels.dilated_attention(ones, ones, ones, dilation=4, implementation=name) == 1).all()
-  finally:
-    cudnn_call._of_this_jax.cache_clear()
+  for name in ("cudnn", "cudnn_masked", "mosaic_gpu"):
+    with programs_for("NVIDIA H200"), pytest.raises(
+        NotImplementedError, match=r"needs jax\.ffi\.ffi_call with custom_call_api_version and"
+        rf" legacy_backend_config, which jax {jax.__version__} does not have; install a jax"):
+      jax.eval_shape(functools.partial(CALLS["dilated_attention"], implementation=name))
+  ones = X + 1
+  for name in (None, "xla"):
+    assert (pallas_kernels.dilated_attention(ones, ones, ones, dilation=4, implementation=name) == 1).all()
 
 
 def test_a_few_tokens_are_no_work_for_a_kernel():

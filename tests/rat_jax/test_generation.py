@@ -9,7 +9,7 @@ import pytest
 import rat_jax
 from conftest import compilations
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.generation import _keep_nucleus
+from rat_jax.generation import keep_nucleus
 
 CONFIG = RATPlusConfig(23, 2, 16, 2, init_std=0.5)
 MODEL = RATPlusLM(CONFIG)
@@ -60,9 +60,9 @@ def test_sampling_is_seeded_per_row_and_follows_the_distribution():
 
 def test_the_nucleus():
   logits = np.log(np.array([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]]))
-  kept = np.isfinite(np.asarray(_keep_nucleus(logits, np.float32(0.75))))
+  kept = np.isfinite(np.asarray(keep_nucleus(logits, np.float32(0.75))))
   np.testing.assert_array_equal(kept, [[1, 0, 1, 0], [0, 1, 1, 1]])
-  assert np.isfinite(np.asarray(_keep_nucleus(logits, np.float32(1e-6)))).sum() == 2
+  assert np.isfinite(np.asarray(keep_nucleus(logits, np.float32(1e-6)))).sum() == 2
 
 
 def test_a_tiny_nucleus_is_greedy():

@@ -42,13 +42,14 @@ def rows_from(tokens, start, width):
 
 
 def matrix():
-  """Some modes of grouped RAT+ in float32, one also of plain attention; the rest in the slow run."""
-  for mode, memory, kv_heads, dtype in itertools.product(MODES, (True, False), (4, 2), ("float32", "bfloat16")):
-    setting = memory, kv_heads, dtype
-    quick = (mode in QUICK and setting == (True, 2, "float32")) or (
-        mode == MODES[2] and setting == (False, 4, "float32"))
-    name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
-    yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
+  """Every mode on grouped RAT+ in float32 and in two other settings in turn; some of them in the quick run."""
+  others = itertools.product((True, False), (4, 2), ("float32", "bfloat16"))
+  others = itertools.cycle([setting for setting in others if setting != (True, 2, "float32")])
+  for mode in MODES:
+    for memory, kv_heads, dtype in ((True, 2, "float32"), next(others), next(others)):
+      quick = mode in QUICK and kv_heads == 2 and dtype == "float32"
+      name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
+      yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("mode", "memory", "kv_heads", "dtype"), list(matrix()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def test_lists_are_arrays():
   logits, k, v, _ = draw(1, 5)
   reset = [[False, False, True, False, False]]
   ours = gated_scan(logits, [k, v], [np.zeros((1, 2, 4)).tolist()] * 2, reset)
-  jax.tree.map(np.testing.assert_array_equal, ours, gated_scan(logits, (k, v), reset=np.array(reset)))
+  chex.assert_trees_all_equal(ours, gated_scan(logits, (k, v), reset=np.array(reset)))
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_a_model_is_drawn_by_programs_that_are_compiled_once(setting):
     again = MODEL.init(jax.random.key(1), tokens)["params"]
     other = MODEL.init(jax.random.key(2), tokens)["params"]
   assert not compiled
-  jax.tree.map(np.testing.assert_array_equal, params, again)
+  chex.assert_trees_all_equal(params, again)
   assert (np.asarray(other["embedding"]) != np.asarray(params["embedding"])).all()
 
 

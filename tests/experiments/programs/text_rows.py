@@ -16,8 +16,8 @@ stage = sft_niah.stages(8)[0]
 assert [sum(rows.count for rows in sft_niah.Stage(64, n, 1).mixture) for n in (4, 5, 7)] == [4, 5, 7]
 with pytest.raises(ValueError, match="less than two rows for each of 2 tasks"):
   print(sft_niah.Stage(64, 3, 1).mixture)
-made = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5, text).items()}
-alone = {name: np.asarray(x) for name, x in sft_niah._batch(stage, 3, 5).items()}
+made = {name: np.asarray(x) for name, x in sft_niah.batch_of(stage, 3, 5, text).items()}
+alone = {name: np.asarray(x) for name, x in sft_niah.batch_of(stage, 3, 5).items()}
 assert (made["tokens"].shape, alone["tokens"].shape) == ((10, 96), (8, 96))
 for name in made:
   np.testing.assert_array_equal(made[name][:8], alone[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experiments import bench_cases, bench_ops, common
 
-right = bench_cases._with_gradients
+right = bench_cases.with_gradients
 
 
 def scaled(*arguments, **made):
@@ -12,5 +12,5 @@ def scaled(*arguments, **made):
   return values, gradients | {"k": (1.2 if made["k"].dtype == "bfloat16" else 1) * gradients["k"]}
 
 
-bench_cases._with_gradients = scaled
+bench_cases.with_gradients = scaled
 common.run(bench_ops.main)

@@ -107,7 +107,7 @@ def test_the_kernel_has_the_gradient_of_plain_jax(with_own, monkeypatch):
 
 
 def test_masks_set_every_visible_row_once():
-  masks_of = jax.jit(mosaic_gpu_kernel._masks, static_argnums=0)
+  masks_of = jax.jit(mosaic_gpu_kernel.tile_masks, static_argnums=0)
   for rows in (1, 64, 65, 130):
     for tile_rows in (8, 60):
       cut = Cut(1, 2, 2, rows, 128, jnp.dtype("bfloat16"), Tuning(tile_rows))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,7 +203,7 @@ def test_older_and_compiled_state_dicts_are_read(authors):
       value, gate = value[:4 * width], value[4 * width:]
       old["_orig_mod." + name.replace("in_proj", "fgate_proj")] = gate
     old["_orig_mod." + name] = value
-  jax.tree.map(np.testing.assert_array_equal, from_ratplus_state_dict(old, fixture.config), fixture.params())
+  chex.assert_trees_all_equal(from_ratplus_state_dict(old, fixture.config), fixture.params())
 
 
 def test_bad_state_dicts_are_refused(authors):

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_converted_by_the_script_and_back(name, tmp_path):
   config, params = rat_jax.load_pretrained(tmp_path / "model")
   read, expected = load_ratplus(FOLDER / f"{name}.pth")
   assert config == read
-  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  chex.assert_trees_all_equal(params, expected)
   task = contents_of(FOLDER / f"{name}.pth")["task"]
   theirs = {own.removeprefix("_orig_mod."): value.numpy() for own, value in task.items()}
   gates = {own: theirs.pop(own) for own in list(theirs) if "fgate_proj" in own}
@@ -70,7 +71,7 @@ def test_converted_by_the_script_and_back(name, tmp_path):
   for own, value in theirs.items():
     np.testing.assert_array_equal(ours[own], value)
   torch.save({"task": {own: torch.from_numpy(value) for own, value in ours.items()}}, tmp_path / "back.pth")
-  jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "back.pth", config)[1], params)
+  chex.assert_trees_all_equal(load_ratplus(tmp_path / "back.pth", config)[1], params)
   card = (tmp_path / "model" / "README.md").read_text()
   assert hashlib.sha256((FOLDER / f"{name}.pth").read_bytes()).hexdigest() in card
   trained = json.loads(card.split("* trained by the authors: ")[1].split("\n")[0])
@@ -143,7 +144,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
   with pytest.raises(ValueError, match="holds no config; give one"):
     load_ratplus(tmp_path / "bare.pth")
   assert read_ratplus(tmp_path / "bare.pth", config)[2] == {}
-  jax.tree.map(np.testing.assert_array_equal, load_ratplus(tmp_path / "bare.pth", config)[1], params)
+  chex.assert_trees_all_equal(load_ratplus(tmp_path / "bare.pth", config)[1], params)
   torch.save({name: value.bfloat16() for name, value in weights.items()}, tmp_path / "bare.pth")  # weights alone
   halves = load_ratplus(tmp_path / "bare.pth", dataclasses.replace(config, param_dtype="bfloat16"))[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=1e-2), halves, params)
@@ -215,7 +216,7 @@ def test_a_config_beside_the_files_own(tmp_path):
   assert again == dataclasses.replace(config, dtype="bfloat16")
   trained = read_ratplus(tmp_path / "model.pth")[2]  # of what is there, and is a setting
   assert {name.split(".")[0] for name in trained} == {"wandb", "trainer", "optim", "model"}
-  jax.tree.map(np.testing.assert_array_equal, read, params)
+  chex.assert_trees_all_equal(read, params)
   layer["_name_"] = "ratplus16local"  # an older file
   del layer["apply_re"]
   torch.save({"task": task, "config": theirs}, tmp_path / "model.pth")

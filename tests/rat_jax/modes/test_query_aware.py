@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -102,9 +103,10 @@ def check_every_way(mode, prefill_mode, memory, kv_heads, chunks=(None, 5)):
 
 
 def matrix():
-  """Every mode on every backbone; on grouped RAT+ a part of them in the quick run, the rest in the slow one."""
-  for memory, kv_heads in ((True, 2), (True, 4), (False, 4), (False, 2)):
-    for mode in CHOOSING:
+  """Every mode on grouped RAT+, a part of them in the quick run, and on one of the other backbones in turn."""
+  others = itertools.cycle([(True, 4), (False, 4), (False, 2)])
+  for mode, other in zip(CHOOSING, others, strict=False):
+    for memory, kv_heads in ((True, 2), other):
       name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{mode}"
       quick = memory and kv_heads == 2 and mode in QUICK
       yield pytest.param(mode, memory, kv_heads, id=name, marks=() if quick else pytest.mark.slow)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,14 +174,14 @@ def test_stop_and_resume_is_bitwise_equal(tmp_path):
   assert notes == {"seed": 5, "step": 3}
   resumed = train(MODEL, OPTIMIZER, resumed, batch_at, steps=6, modes=MODES, checkpoints=checkpoints,
                   metrics_path=tmp_path / "metrics.jsonl")
-  jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+  chex.assert_trees_all_equal(resumed, straight)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(6))
   assert all(len(line["loss"]) == 2 and line["tokens_per_second"] > 0 for line in lines)
   assert all(line["utilisation"] is None for line in lines)  # a CPU's peak is not known
   config, params, _ = checkpoints.load_params()
   assert config == CONFIG
-  jax.tree.map(np.testing.assert_array_equal, params, straight.params)
+  chex.assert_trees_all_equal(params, straight.params)
 
 
 def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
@@ -190,7 +191,7 @@ def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
   with pytest.raises(ValueError, match=r"checkpoints of steps \[2\], and this state is at step 0"):
     train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=1, modes=MODES, checkpoints=checkpoints)
   restored, _ = checkpoints.restore(fresh_state(), CONFIG)
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  chex.assert_trees_all_equal(restored, state)
   for bad in (dict(log_every=0), dict(save_every=-1), dict(steps=0)):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
       train(MODEL, OPTIMIZER, state, batch_at, **(dict(steps=3) | bad))
@@ -235,7 +236,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     checkpoints.save(poisoned, CONFIG, {})
   assert checkpoints.steps() == [2]
   again, _ = checkpoints.restore(fresh_state(wild), CONFIG)
-  jax.tree.map(np.testing.assert_array_equal, again, state)
+  chex.assert_trees_all_equal(again, state)
 
 
 def test_a_checkpoint_of_another_config_or_optimizer_is_refused(tmp_path):
@@ -267,12 +268,12 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
   with pytest.warns(UserWarning, match="CHECKPOINT 1 .* IS DAMAGED"):
     restored, notes = checkpoints.restore(fresh_state(), CONFIG)
   assert notes == {"step": 0}
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  chex.assert_trees_all_equal(restored, state)
   assert checkpoints.steps() == [0]
   assert (tmp_path / "damaged-1").is_dir()
   checkpoints.save(later, CONFIG, {"step": 1})  # training goes on past the damaged step
   restored, _ = checkpoints.restore(fresh_state(), CONFIG)
-  jax.tree.map(np.testing.assert_array_equal, restored, later)
+  chex.assert_trees_all_equal(restored, later)
 
 
 def test_parameters_are_read_a_leaf_at_a_time(tmp_path):
