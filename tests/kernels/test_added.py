@@ -50,7 +50,8 @@ def test_it_is_taken_as_others_are(operation, add, monkeypatch):
     other.run(*arguments, **rest, implementation="copied")
 
 
-@pytest.mark.parametrize("operation", first_quick(1, ADDED))
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ADDED)
 def test_on_eight_devices(operation):
   """On one of them, in `jax.shard_map`, and over a mesh: values and gradients of plain JAX, and the copy taken."""
   run_python("-m", "kernels.eight_devices", operation, devices=8)

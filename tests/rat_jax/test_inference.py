@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import rat_jax
-from conftest import WHOLE_MODEL, assert_close, assert_logits_close
+from conftest import WHOLE_MODEL, assert_close, assert_logits_close, first_quick
 from pallas_kernels import devices
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM, StreamingLLM
 
@@ -42,14 +42,13 @@ def rows_from(tokens, start, width):
 
 
 def matrix():
-  """Every mode on grouped RAT+ in float32 and in two other settings in turn; some of them in the quick run."""
-  others = itertools.product((True, False), (4, 2), ("float32", "bfloat16"))
-  others = itertools.cycle([setting for setting in others if setting != (True, 2, "float32")])
-  for mode in MODES:
-    for memory, kv_heads, dtype in ((True, 2, "float32"), next(others), next(others)):
-      quick = mode in QUICK and kv_heads == 2 and dtype == "float32"
-      name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
-      yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if quick else pytest.mark.slow)
+  """Every mode in every setting: some quickly, all of grouped RAT+ and a third of the others in the slow run."""
+  settings = itertools.product(MODES, (True, False), (4, 2), ("float32", "bfloat16"))
+  for i, (mode, memory, kv_heads, dtype) in enumerate(settings):
+    grouped = memory and kv_heads == 2 and dtype == "float32"
+    name = f"{mode}-{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{dtype}"
+    yield pytest.param(mode, memory, kv_heads, dtype, id=name, marks=() if grouped and mode in QUICK else (
+        [pytest.mark.slow] if grouped or i % 3 == 0 else [pytest.mark.slow, pytest.mark.matrix]))
 
 
 @pytest.mark.parametrize(("mode", "memory", "kv_heads", "dtype"), list(matrix()))
@@ -133,12 +132,11 @@ def test_a_gate_of_zero_is_plain_attention():
     assert_close(apply(model, params, tokens, mode), expected, WHOLE_MODEL)
 
 
-@pytest.mark.parametrize("changes", [
-    *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
-        dict(mlp="swiglu"), dict(norm_placement="post"), dict(qk_norm=True), dict(tie_embeddings=False),
-        dict(output_gate=False), dict(gate_bias=-4.0))),
-    dict(head_dim=16, num_kv_heads=1, gate_bias=-4.0),
-    dict(mlp="swiglu", norm_placement="post", qk_norm=True, tie_embeddings=False, output_gate=False, memory=False)])
+@pytest.mark.parametrize("changes", first_quick(2, [
+    dict(head_dim=16, num_kv_heads=1),
+    dict(mlp="swiglu", norm_placement="post", qk_norm=True, tie_embeddings=False, output_gate=False, memory=False),
+    dict(mlp="swiglu"), dict(norm_placement="post"), dict(qk_norm=True), dict(tie_embeddings=False),
+    dict(output_gate=False), dict(gate_bias=-4.0)]))
 def test_every_option_decodes_as_it_runs(changes):
   config = RATPlusConfig(VOCAB, 2, 32, 4, **{"init_std": 0.25, **changes})
   model, tokens = RATPlusLM(config), setup(True, 4)[2]
@@ -216,7 +214,7 @@ def test_lists_serve_as_arrays():
                                 model.apply({"params": params}, tokens, lengths=np.array([5, 6, 7, 8])))
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("rows", first_quick(1, [2, 1]))
 def test_the_steps_of_a_gpu_give_the_same_logits(rows, monkeypatch):
   """There layers are compiled one by one and single rows are doubled; the results do not depend on it."""
   model, params, tokens = setup(True, 2)

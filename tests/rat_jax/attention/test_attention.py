@@ -104,7 +104,7 @@ def test_memory_grows_with_the_length_and_not_its_square(pattern, gradient):
 
 
 @given(patterns, st.lists(st.integers(0, 3), min_size=1, max_size=40))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=25)
 def test_packed_rows(pattern, ids):
   q, k, v = draw(1, len(ids), 2, 2, 8)
   dilation, window, sinks = pattern

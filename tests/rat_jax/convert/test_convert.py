@@ -124,7 +124,7 @@ def test_an_export_is_checked_and_takes_the_tokens_of_its_source(tmp_path):
   assert not (tmp_path / "new").exists()
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(layers=st.integers(1, 3), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]), tied=st.booleans(),
        dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.booleans())
 def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype, memory):

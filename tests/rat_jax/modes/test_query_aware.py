@@ -46,6 +46,7 @@ CHOOSING = [
     TopK(5), TopK(0.3, window=2, sinks=1, group="kv"), TopK(4, selector="random", seed=1, dense_layers=(0,)),
 ]
 QUICK = [CHOOSING[i] for i in (0, 12)]
+BACKBONES = [(True, 2), (True, 4), (False, 4), (False, 2)]  # (memory, kv_heads)
 # (mode, prefill_mode)
 OVERRIDDEN = [
     (Dense(), MoBA(3, block=4)), (Dilated(4, 1), Dense()), (Dilated(4, 1), Dilated(8)), (Quest(8, block=3), Dilated(4)),
@@ -103,13 +104,12 @@ def check_every_way(mode, prefill_mode, memory, kv_heads, chunks=(None, 5)):
 
 
 def matrix():
-  """Every mode on grouped RAT+, a part of them in the quick run, and on one of the other backbones in turn."""
-  others = itertools.cycle([(True, 4), (False, 4), (False, 2)])
-  for mode, other in zip(CHOOSING, others, strict=False):
-    for memory, kv_heads in ((True, 2), other):
-      name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{mode}"
-      quick = memory and kv_heads == 2 and mode in QUICK
-      yield pytest.param(mode, memory, kv_heads, id=name, marks=() if quick else pytest.mark.slow)
+  """Every mode on every backbone: some quickly, all on grouped RAT+ and a third of the others in the slow run."""
+  for i, (mode, (memory, kv_heads)) in enumerate(itertools.product(CHOOSING, BACKBONES)):
+    grouped = memory and kv_heads == 2
+    name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{mode}"
+    yield pytest.param(mode, memory, kv_heads, id=name, marks=() if grouped and mode in QUICK else (
+        [pytest.mark.slow] if grouped or i % 3 == 0 else [pytest.mark.slow, pytest.mark.matrix]))
 
 
 @pytest.mark.parametrize(("mode", "memory", "kv_heads"), list(matrix()))

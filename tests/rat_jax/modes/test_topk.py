@@ -49,7 +49,7 @@ MODES = st.builds(
 
 
 @given(MODES, st.integers(1, 17), st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=40)
 def test_the_best_keys_are_read(mode, length, seed):
   q, k, _ = draw(length, seed=seed, whole=True)
   chosen = select(q, k, mode)
