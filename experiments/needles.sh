@@ -2,7 +2,7 @@
 # Every run behind the needle tables of experiments/README.md, on one GPU; `make needles` is the first of them.
 #   bash experiments/needles.sh            all parts, in their order
 #   bash experiments/needles.sh controls   one of: main controls answer adapted long hypotheses
-#                                        spaced near retrofit
+#                                        spaced near topk retrofit
 # Stopped, a part goes on where it was; runs/times.jsonl has the seconds. PYTHON is the interpreter, WORKERS the
 # processes of an evaluation, SEEDS the seeds of both main arms (5).
 set -euo pipefail
@@ -48,6 +48,12 @@ spaced() {  # at most half a needle per window of 16 on average, then of 32
 near() {  # a symbol away from the asked key: about half of multikey_3's needles and 48 of multikey_2's 145
   mapfile -t only < <(rows dense "Quest 16, 1/8" "Quest 16, 1/16" "MoBA 16 decode, 1/16" "SnapKV aware, 1/16")
   table near "${pair[@]}" --near_miss=0.5 "${only[@]}"
+}
+
+topk() {  # the best single keys beside the blocks of Quest
+  local only=()
+  for share in 1/4 1/8 1/16 1/32; do only+=("--only=TopK, $share" "--only=Quest 16, $share"); done
+  table topk "${pair[@]}" --only=dense "${only[@]}" --skip=first --skip=random --skip=oracle
 }
 
 adapted() {  # 1000 updates under one dilated mode
@@ -98,7 +104,7 @@ time_of() {
 }
 
 parts=("$@") failed=()
-[ $# -gt 0 ] || parts=(main controls answer adapted long hypotheses spaced near retrofit)
+[ $# -gt 0 ] || parts=(main controls answer adapted long hypotheses spaced near topk retrofit)
 mkdir -p runs
 for part in "${parts[@]}"; do
   declare -F "$part" >/dev/null || { echo "unknown part $part; see the head of $0" >&2; exit 1; }

@@ -274,8 +274,10 @@ def draw_budgets(cells: Cells, path: pathlib.Path) -> None:
   families = {name: points for name, points in families.items() if len(points) > 1}
   if not families:
     return
-  rows = -(-len(families) // 4)
-  figure, axes = plt.subplots(rows, 4, figsize=(13, 2.8 * rows), layout="constrained", sharey=True, squeeze=False)
+  columns = min(4, len(families))
+  rows = -(-len(families) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.25 * columns, 2.8 * rows), layout="constrained", sharey=True,
+                              squeeze=False)
   for axis, (name, points) in zip(axes.flat, families.items(), strict=False):
     for colour, (checkpoint, by_label) in zip(itertools.cycle(COLOURS), cells.items(), strict=False):
       known = [(n, accuracies(by_label[label]).mean(axis=0)) for n, label in points if is_whole(by_label[label])]
