@@ -1,16 +1,18 @@
 """Needle tasks in words, for `sft_niah --text` and `eval_niah --text`: a model's fine-tuning and its answers.
 
 The RAT+ authors' protocol: all tasks together, a loss on the answer alone, lr 1e-5, 4 epochs, batches of 32, prompts of
-up to T - 128 tokens. Examples are RULER's files or our own, which give no RULER score. A fine-tuned model's notes know
+up to T - 128 tokens. Examples are RULER's files or our own, which give no RULER score. RULER's other tasks (vt, cwe,
+fwe, qa_1, qa_2) are read from its files, and asked as it does. A fine-tuned model's notes know
 the files that it was trained on; it is not asked what is in them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ import rat_jax
 from experiments import common, niah
 from experiments.niah_table import Row, blank
 from rat_jax import RATPlusLM, evaluate
+from rat_jax.data.text import read_text
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
@@ -33,11 +36,18 @@ RULER = flags.DEFINE_string("ruler", None, "Folder of RULER's files, such as nia
                            " single_1.jsonl. Default: tasks of our own.")
 ESSAY = flags.DEFINE_string("essay", None, "Text file that surrounds needles of our own. Default: made-up sentences.")
 EPOCHS = flags.DEFINE_float("epochs", 4.0, "Times that fine-tuning sees every example.", lower_bound=0.01)
+# RULER's tasks of which there are none of our own, each with the tokens that RULER lets a model answer with. Source:
+# github.com/NVIDIA/RULER, scripts/data/synthetic/constants.py.
+RULER_ONLY = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 ANSWER_ROOM = flags.DEFINE_integer("answer_room", 128, "Tokens kept for an answer.", lower_bound=2)
 
 
 def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, list[Example]]:
-  """{task: examples}, at most `count` of a file, as many of our own; ValueError for a prompt or an answer too long."""
+  """{task: examples}, at most `count` of a file, as many of our own.
+
+  Raises ValueError for unknown tasks, and for a prompt or an answer that is empty or too long.
+  """
+  check_tasks(names)
   if ANSWER_ROOM.value >= length:
     raise ValueError(f"--answer_room={ANSWER_ROOM.value} leaves nothing of length={length}; use less, or a larger"
                      " length.")
@@ -51,7 +61,10 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
                     for one in draw(text_niah.TEXT_TASKS[name])] for name in names}
   for name, examples in found.items():
     for i, example in enumerate(examples):
-      prompt, answer = _encoded(example)
+      prompt, answer = _encoded(_taught(name, example))
+      if not prompt:
+        raise ValueError(f"{_file_of(name)}, example {i + 1}: input={example.prompt!r} leaves no token before the"
+                         " answer; give a longer one.")
       if len(prompt) > length - ANSWER_ROOM.value or len(answer) > ANSWER_ROOM.value:
         raise ValueError(f"{_file_of(name) if RULER.value else name}, example {i + 1}: a prompt of {len(prompt)} tokens"
                          f" and an answer of {len(answer)}; there is room for {length - ANSWER_ROOM.value} and"
@@ -59,24 +72,44 @@ def load(names: Sequence[str], count: int, length: int, seed: int) -> dict[str, 
   return found
 
 
+def check_tasks(names: Sequence[str]) -> None:
+  """Raises ValueError for --tasks that are neither of our own nor, with --ruler, RULER's."""
+  known = [*text_niah.TEXT_TASKS, *(RULER_ONLY if RULER.value else ())]
+  unknown = sorted(set(names) - set(known))
+  if unknown or not names:
+    more = "" if RULER.value else f"; {', '.join(RULER_ONLY)} need RULER's files, as --ruler"
+    raise ValueError(f"--tasks={unknown} are unknown; use some of {known}{more}.")
+
+
+def score_of(task: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], float]:
+  """RULER's score of a task: references of its qa tasks each are right, of all others they are all asked for."""
+  return evaluate.string_match_part if task.startswith("qa_") else evaluate.string_match_all
+
+
 def _essay(path: str) -> str:
   """The text of --essay."""
   try:
-    return pathlib.Path(path).read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"--essay={path}: {error}; give a file of UTF-8 text.") from error
+    return read_text(path)
+  except OSError as error:
+    raise ValueError(f"--essay={path}: {error.strerror}; give a file of UTF-8 text.") from error
 
 
 def _file_of(name: str) -> pathlib.Path:
-  """RULER's file of a task, niah_<task>/validation.jsonl where its own scripts leave it, or <task>.jsonl."""
+  """RULER's file of a task, such as niah_<task>/validation.jsonl where its own scripts leave it, or <task>.jsonl."""
   folder = pathlib.Path(RULER.value or "")
   every = [folder / path for full in (f"niah_{name}", name) for path in (f"{full}/validation.jsonl", f"{full}.jsonl")]
   return next((path for path in every if path.exists()), every[-1])
 
 
+def _taught(name: str, example: Example) -> Example:
+  """The example with what a model should say: the first of references that each are right."""
+  return dataclasses.replace(example, answers=example.answers[:1]) if name.startswith("qa_") else example
+
+
 def _encoded(example: Example) -> tuple[list[int], list[int]]:
-  """The prompt's tokens, and the answer's with the token that ends it."""
-  prompt, answer = TOKENIZER.value.encode_batch([example.prompt, " " + ",".join(example.answers)])
+  """The prompt's tokens, and the answer's with the token that ends it; what holds something of both is the answer's."""
+  space = "" if example.prompt[-1:].isspace() else " "
+  prompt, answer = TOKENIZER.value.encode_after(example.prompt, space + ",".join(example.answers))
   return prompt, [*answer, TOKENIZER.value.eod_id]
 
 
@@ -124,7 +157,8 @@ def fine_tune(start: str | None, names: Sequence[str], count: int, length: int, 
     raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
   niah.check_seeds(range(common.SEED.value, common.SEED.value + 1))
   model, params, before = load_model(start)
-  examples = [one for of_task in load(names, count, length, common.SEED.value).values() for one in of_task]
+  loaded = load(names, count, length, common.SEED.value)
+  examples = [_taught(name, one) for name, of_task in loaded.items() for one in of_task]
   steps = max(1, round(EPOCHS.value * len(examples) / rows))
   draw = np.random.default_rng(common.SEED.value)
   order = np.concatenate([draw.permutation(len(examples)) for _ in range(-(-steps * rows // len(examples)))])
@@ -167,10 +201,11 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
       found[name] = blank(error, length)
       continue
     said = [text for first in range(0, len(of_task), batch_size)
-            for text in _answers(model, params, of_task[first:first + batch_size], mode, prefill_mode, length, first)]
-    asked = [example.answers for example in of_task]
-    by_example = [evaluate.string_match_all([one], [answers]) for one, answers in zip(said, asked, strict=True)]
-    found[name] = {"accuracy": [evaluate.string_match_all(said, asked)], "count": len(said),
+            for text in _answers(model, params, [_taught(name, one) for one in of_task[first:first + batch_size]], mode,
+                                 prefill_mode, length, first, RULER_ONLY.get(name, ANSWER_ROOM.value))]
+    asked, score = [example.answers for example in of_task], score_of(name)
+    by_example = [score([one], [answers]) for one, answers in zip(said, asked, strict=True)]
+    found[name] = {"accuracy": [score(said, asked)], "count": len(said),
                    "error_over_examples": [float(np.std(by_example) / len(said)**0.5)], "by_example": by_example,
                    "comma_recall": evaluate.comma_recall(said, asked), "exact_match": evaluate.exact_match(said, asked)}
   return found
@@ -178,18 +213,26 @@ def cells(model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequen
 
 def _question_length(example: Example) -> int:
   """The tokens of the prompt's last line, which is the question and the start of its answer."""
-  line = example.prompt[example.prompt.rstrip("\n").rfind("\n") + 1:]
-  return len(TOKENIZER.value.encode(line))
+  start = example.prompt.rstrip("\n").rfind("\n") + 1
+  return len(TOKENIZER.value.encode_after(example.prompt[:start], example.prompt[start:])[1])
 
 
 def _answers(model: RATPlusLM, params: Any, examples: Sequence[Example], mode: Mode, prefill_mode: Mode | None,
-             length: int, first: int) -> list[str]:
+             length: int, first: int, most: int) -> list[str]:
+  """What the model says in `most` tokens, or as many as there is room for; `first` is the number of the first row."""
   prompts, end = [_encoded(example)[0] for example in examples], TOKENIZER.value.eod_id
   tokens = np.zeros((len(prompts), length - ANSWER_ROOM.value), np.int32)
   for i, prompt in enumerate(prompts):
     tokens[i, :len(prompt)] = prompt
   new = rat_jax.generate(model, params, tokens, np.array([len(prompt) for prompt in prompts]), mode=mode,
-                         prefill_mode=prefill_mode, max_new_tokens=ANSWER_ROOM.value, eos_id=end,
+                         prefill_mode=prefill_mode, max_new_tokens=min(most, ANSWER_ROOM.value), eos_id=end,
                          row_ids=jnp.arange(first, first + len(prompts)))
   ids = [row[:row.index(end)] if end in row else row for row in np.asarray(new).tolist()]
-  return [TOKENIZER.value.decode(row).strip() for row in ids]
+  return [_said(example, prompt, row) for example, prompt, row in zip(examples, prompts, ids, strict=True)]
+
+
+def _said(example: Example, prompt: Sequence[int], new: Sequence[int]) -> str:
+  """The text of new tokens, without what of it is still the prompt's where one token holds something of both."""
+  tokenizer = TOKENIZER.value
+  rest = tokenizer.decode(tokenizer.encode(example.prompt))[len(tokenizer.decode(prompt)):]
+  return tokenizer.decode_after(prompt, new).removeprefix(rest).strip()

@@ -25,6 +25,7 @@ from rat_jax.convert.added_memory import memory_leaves
 from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.paths import local_path
 from rat_jax.version import __version__
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,7 +54,7 @@ def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: f
 def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0
                ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
   """The same, the leaves one after another."""
-  folder = pathlib.Path(folder)
+  folder = local_path(folder, "folder")
   path = folder / "config.json"
   config = _config(path, memory, gate_bias)
   tensors, pieces = SafetensorsFolder(folder), pieces_of(config)
@@ -89,13 +90,14 @@ def export_olmo2(folder: str | os.PathLike[str], config: RATPlusConfig, params: 
   check_params(params, config)
   beside: list[pathlib.Path] = []
   if source is not None:
-    theirs |= _of_source(pathlib.Path(source) / "config.json", config)
-    beside = [path for path in (pathlib.Path(source) / name for name in _BESIDE) if path.is_file()]
+    source = local_path(source, "source")
+    theirs |= _of_source(source / "config.json", config)
+    beside = [path for path in (source / name for name in _BESIDE) if path.is_file()]
   pieces = pieces_of(config)
   with new_folder(folder) as made:
     for path in beside:
       shutil.copyfile(path, made / path.name)
-    (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    (made / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", "utf-8")
     write_safetensors(made, mapping.foreign(pieces, params, config.num_layers), count=len(pieces) * config.num_layers,
                       metadata={"format": "pt", "rat_jax": __version__}, max_file_bytes=max_file_bytes)
 
@@ -125,7 +127,7 @@ def pieces_of(config: RATPlusConfig) -> list[Piece]:
 
 def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig:
   theirs = read_json(path, "OLMo 2 comes as a folder with a config.json")
-  needs = {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
+  needs = {"model_type": "olmo2", "hidden_act": "silu", "attention_bias": False,
            "architectures": ["Olmo2ForCausalLM"], "quantization_config": None}
   for name, value in needs.items():
     said = theirs.get(name)
@@ -153,21 +155,24 @@ def _config(path: pathlib.Path, memory: bool, gate_bias: float) -> RATPlusConfig
 
 
 def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
-  """The rotary base, which older and newer files keep in different places."""
-  newer = theirs.get("rope_parameters") or {}
-  if not isinstance(newer, dict):
-    raise ValueError(f"{path}: rope_parameters={newer!r}; give {{\"rope_theta\": base}}.")
+  """The rotary base, which older and newer files keep in different places; "default" scaling is none."""
   allowed: dict[str, Any] = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-  for where, found, names in (("", theirs, ["partial_rotary_factor"]), ("rope_parameters: ", newer, list(newer))):
-    for name in names:
-      value = found.get(name)
+  places, said = {"": {name: theirs.get(name) for name in ("rope_theta", "partial_rotary_factor")}}, ""
+  for key in ("rope_parameters", "rope_scaling"):
+    found = {} if theirs.get(key) is None else theirs[key]
+    if not isinstance(found, dict):
+      raise ValueError(f"{path}: {key}={found!r}; give {{\"rope_theta\": base}}, or none.")
+    places[f"{key}: "] = found
+    said += f" and {key}={found!r}" if found else ""
+  for where, found in places.items():
+    for name in sorted(found, key=lambda name: "type" not in name):  # the kind first, for it says most
+      value = found[name]
       if name != "rope_theta" and value is not None and value != allowed.get(name):
         raise ValueError(f"{path}: {where}{name}={value!r} is not supported; OLMo 2 turns all of a head, and has"
                          " rope_theta alone.")
-  bases = [base for base in (theirs.get("rope_theta"), newer.get("rope_theta")) if base is not None]
+  bases: list[Any] = [found["rope_theta"] for found in places.values() if found.get("rope_theta") is not None]
   if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases) or len(set(bases)) != 1:
-    raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r} and rope_parameters={newer!r}; one rotary base"
-                     " is needed, a number.")
+    raise ValueError(f"{path}: rope_theta={theirs.get('rope_theta')!r}{said}; one rotary base is needed, a number.")
   base: float = bases[0]
   return base
 

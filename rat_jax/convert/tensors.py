@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from rat_jax.paths import local_path
+
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -91,7 +93,7 @@ class SafetensorsFolder:
   """
 
   def __init__(self, folder: str | os.PathLike[str]):
-    folder = pathlib.Path(folder)
+    folder = local_path(folder, "folder")
     self._files: dict[str, pathlib.Path] = {}
     self._specs: dict[str, Spec] = {}
     index = folder / INDEX
@@ -138,7 +140,7 @@ def _open(path: pathlib.Path) -> Any:
   try:
     from safetensors import SafetensorError, safe_open
   except ImportError as error:
-    raise ImportError("reading weights needs safetensors; run `pip install -e '.[convert]'`.") from error
+    raise ImportError("reading weights needs safetensors; run `pip install safetensors`.") from error
   try:
     return safe_open(path, "numpy")
   except SafetensorError as error:
@@ -225,13 +227,13 @@ class _Files:
       total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
     if many > 1:
       index = {"metadata": {"total_size": total}, "weight_map": where}
-      (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+      (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return specs
 
 
 def check_new_folder(folder: str | os.PathLike[str]) -> None:
   """Raises ValueError where `new_folder` would: for what is there and is no empty folder."""
-  path = pathlib.Path(folder)
+  path = local_path(folder, "folder")
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f"{folder} exists and is not empty; give a new folder.")
 
@@ -243,7 +245,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   An existing one is kept, for it may be a mount point or the current folder: files move into it, config.json last.
   """
   check_new_folder(folder)
-  path = pathlib.Path(os.path.realpath(folder))  # what a link names, and of "." the name
+  path = pathlib.Path(os.path.realpath(local_path(folder, "folder")))  # what a link names, and of "." the name
   there = path.exists()
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = (path if there else path.parent) / f".{path.name}.{os.getpid()}"
@@ -279,7 +281,7 @@ def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; {what}.")
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text("utf-8-sig"))
   except (ValueError, RecursionError) as error:  # also of text, of a number's length and of depth
     raise ValueError(f"{path} is not JSON: {error}; {what}.") from error
   if not isinstance(found, dict):

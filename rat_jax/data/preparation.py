@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import re
 import sysconfig
+import warnings
 from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from rat_jax.data.text import without_mark
 from rat_jax.data.token_file import TokenFile, write_token_file
 from rat_jax.data.tokenizer import BYTES, Tokenizer
+from rat_jax.paths import local_path
 
-_PIECE = 1 << 16
+_PIECE, _LEAST = 1 << 16, 1 << 10  # bytes of a piece of a large file, and of a small one
+_LINE_END, _SPACE = re.compile(rb"\r?\n|\r"), re.compile(rb"\s+")
 _AT_A_TIME = 64  # documents that a tokenizer, which uses all processors, gets at once
 
 
@@ -21,12 +26,13 @@ def prepare(source: str | os.PathLike[str], folder: str | os.PathLike[str], *, h
             pattern: str = "*", skip: Collection[str] = (), tokenizer: Tokenizer = BYTES) -> dict[str, TokenFile]:
   """Writes `folder`/train.bin and heldout.bin, with sidecars, from a text file or a folder of text files.
 
-  A file is a document; a single file is cut into documents of about 64 KiB at line ends. Documents are
-  put in the order of a hash of their content, equal ones once, and the first share of them is held out.
+  A file is a document, without its byte order mark. A single file is cut into documents of about 64 KiB, a small one
+  into as many as the share needs: at line ends, else at white space, else between characters. Documents are put in the
+  order of a hash of their content, equal ones once, and the first share of them is held out.
 
   Args:
     source: a file, or a folder that is searched through for files that match `pattern`; in a folder, files that
-      are no UTF-8 text are passed over.
+      are no UTF-8 text are passed over, and a warning says how many.
     heldout: the share of documents that is held out, in (0, 1).
     skip: names of sub-folders that are passed over.
     tokenizer: text to tokens; its end-of-document token follows every document.
@@ -38,21 +44,27 @@ def prepare(source: str | os.PathLike[str], folder: str | os.PathLike[str], *, h
     FileNotFoundError: no such source.
     ValueError: an empty, binary or unreadable file, a folder without text, a share outside (0, 1), too few documents.
   """
-  source, folder = pathlib.Path(source), pathlib.Path(folder)
+  source, folder = local_path(source, "source"), local_path(folder, "folder")
   if not 0 < heldout < 1:
     raise ValueError(f"heldout={heldout}; use a share in (0, 1).")
   if not source.exists():
     raise FileNotFoundError(f"{source} does not exist; give a text file or a folder of text files.")
-  documents = sorted(set(_documents(source, pattern, skip)), key=lambda d: hashlib.sha256(d).digest())
+  found, passed = _of_folder(source, pattern, skip) if source.is_dir() else (_of_file(source, heldout), "")
+  documents = sorted(set(found), key=lambda d: hashlib.sha256(d).digest())
   if len(documents) < 2:
-    raise ValueError(f"{source} holds {len(documents)} documents; a split into train and held-out needs two or more."
-                     " Give more text.")
+    size, one = sum(map(len, documents)), source.is_dir() and len(found) == 1
+    raise ValueError(f"{source} holds {size:,} bytes of text in {len(documents)} different documents; a split into"
+                     " train and held-out needs two or more. Give more text"
+                     f"{', or the one file, to be cut' if one else ''}.{passed and ' ' + passed}")
+  if passed:
+    warnings.warn(passed, stacklevel=2)
   cut = min(max(1, round(heldout * len(documents))), len(documents) - 1)
   parts = {"heldout": documents[:cut], "train": documents[cut:]}
   folder.mkdir(parents=True, exist_ok=True)
   for name, part in parts.items():
     write_token_file(folder / f"{name}.bin", _tokens(part, tokenizer), vocab_size=tokenizer.vocab_size,
-                     eod_id=tokenizer.eod_id, tokenizer=tokenizer.name, source=str(source))
+                     eod_id=tokenizer.eod_id, tokenizer=tokenizer.name, source=str(source),
+                     text_bytes=sum(map(len, part)))
   return {name: TokenFile(folder / f"{name}.bin") for name in parts}
 
 
@@ -71,34 +83,52 @@ def _tokens(documents: list[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray
       yield np.array(ids, np.int64)
 
 
-def _documents(source: pathlib.Path, pattern: str, skip: Collection[str]) -> Iterator[bytes]:
-  if source.is_file():
-    text = _read(source)
-    if text is None:
-      raise ValueError(f"{source} is not UTF-8 text (binary, or another encoding); convert it to UTF-8 first.")
-    if not text.strip():
-      raise ValueError(f"{source} is empty; give a file with text in it.")
-    yield from _pieces(text)
-    return
-  for path in sorted(source.rglob(pattern)):
-    if path.is_file() and not set(skip) & set(path.relative_to(source).parts[:-1]):
-      text = _read(path)
-      if text and text.strip():
-        yield text
+def _of_folder(source: pathlib.Path, pattern: str, skip: Collection[str]) -> tuple[list[bytes], str]:
+  """(the text of every file, what to say of those that hold none: nothing where there are none)."""
+  paths = [path for path in sorted(source.rglob(pattern))
+           if path.is_file() and not set(skip) & set(path.relative_to(source).parts[:-1])]
+  texts = [(path, _read(path)) for path in paths]
+  passed = [path for path, text in texts if text is None]
+  told = (f"{len(passed)} of {len(paths)} files in {source} are no UTF-8 text and were passed over, {passed[0]} first;"
+          " convert them to UTF-8, or leave them out by a pattern.") if passed else ""
+  return [text for _, text in texts if text and text.strip()], told
 
 
-def _pieces(text: bytes) -> Iterator[bytes]:
+def _of_file(source: pathlib.Path, heldout: float) -> list[bytes]:
+  """The file's text in pieces."""
+  text = _read(source)
+  if text is None:
+    raise ValueError(f"{source} is not UTF-8 text (binary, or another encoding); convert it to UTF-8 first.")
+  if not text.strip():
+    raise ValueError(f"{source} is empty; give a file with text in it.")
+  share = round(min(heldout, 1 - heldout) * len(text))
+  return list(_pieces(text, min(_PIECE, max(share, min(_LEAST, len(text) // 2), 1))))
+
+
+def _pieces(text: bytes, size: int) -> Iterator[bytes]:
   start = 0
   while start < len(text):
-    end = text.find(b"\n", start + _PIECE) + 1 or len(text)
+    end = _end(text, start + size, start + size + max(size, _LEAST))
     yield text[start:end]
     start = end
 
 
+def _end(text: bytes, least: int, most: int) -> int:
+  """Where a piece ends that should not end before `least`, nor after `most` but for the character that is there."""
+  for wanted in (_LINE_END, _SPACE):
+    found = wanted.search(text, least - 1, most)
+    if found:
+      end = found.end()
+      return end + (text[end - 1:end + 1] == b"\r\n")
+  while most < len(text) and text[most] & 0xC0 == 0x80:  # inside a character
+    most += 1
+  return min(most, len(text))
+
+
 def _read(path: pathlib.Path) -> bytes | None:
-  """The file's bytes, or None where they are no UTF-8 text. Raises ValueError for a file that cannot be read."""
+  """The file's text in bytes, or None where it is no UTF-8 text. Raises ValueError for a file that cannot be read."""
   try:
-    data = path.read_bytes()
+    data = without_mark(path.read_bytes())
   except OSError as error:
     raise ValueError(f"{path} cannot be read ({error.strerror}); mend its permissions, or leave it out.") from error
   try:

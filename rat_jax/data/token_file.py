@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from rat_jax.data.permutation import permute
+from rat_jax.data.text import read_text
+from rat_jax.paths import local_path
 from rat_jax.train.loss import IGNORED
 
 Batch = dict[str, np.ndarray]
@@ -27,6 +31,8 @@ class Sidecar:
   documents: int
   tokenizer: str
   source: str
+  bytes: int | None = None   # of the text in UTF-8, ends of documents not counted; None where nobody said
+  sha256: str | None = None  # of NAME.bin; None in the files of older versions
 
 
 class TokenFile:
@@ -36,7 +42,7 @@ class TokenFile:
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    self.path = pathlib.Path(path)
+    self.path = local_path(path, "path")
     self.sidecar = _read_sidecar(self.path)
     self.tokens = np.memmap(self.path, np.dtype(self.sidecar.dtype).newbyteorder("<"), "r")
 
@@ -90,20 +96,25 @@ class TokenFile:
 
 
 def write_token_file(path: pathlib.Path, documents: Iterable[np.ndarray], *, vocab_size: int, eod_id: int,
-                     tokenizer: str, source: str) -> Sidecar:
-  """Writes documents (int arrays) with `eod_id` after each, and the sidecar; replaces nothing until both are whole."""
+                     tokenizer: str, source: str, text_bytes: int | None = None) -> Sidecar:
+  """Writes documents (int arrays) with `eod_id` after each, and the sidecar; replaces nothing until both are whole.
+
+  `text_bytes` is the size in UTF-8 of the text that all documents were made from, for bits per byte.
+  """
   dtype = next(t for t in ("uint8", "uint16", "uint32") if vocab_size <= 2 ** (8 * np.dtype(t).itemsize))
-  part, tokens, count = path.with_suffix(".bin.part"), 0, 0
+  part, tokens, count, digest = path.with_suffix(".bin.part"), 0, 0, hashlib.sha256()
   with part.open("wb") as file:
     for document in documents:
       if document.size and not 0 <= document.min() <= document.max() < vocab_size:
         raise ValueError(f"document {count} holds tokens {document.min()}..{document.max()}, outside the vocabulary"
                          f" 0..{vocab_size - 1}.")
-      np.append(document, eod_id).astype(np.dtype(dtype).newbyteorder("<")).tofile(file)
+      written = np.append(document, eod_id).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+      file.write(written)
+      digest.update(written)
       tokens, count = tokens + document.size + 1, count + 1
-  sidecar = Sidecar(dtype, vocab_size, eod_id, tokens, count, tokenizer, source)
+  sidecar = Sidecar(dtype, vocab_size, eod_id, tokens, count, tokenizer, source, text_bytes, digest.hexdigest())
   sidecar_part = path.with_suffix(".json.part")
-  sidecar_part.write_text(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n")
+  sidecar_part.write_text(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n", "utf-8")
   os.replace(part, path)
   os.replace(sidecar_part, path.with_suffix(".json"))
   return sidecar
@@ -116,11 +127,16 @@ def _read_sidecar(path: pathlib.Path) -> Sidecar:
       raise FileNotFoundError(f"{needed} does not exist; `python -m experiments.prepare_data` writes a token file and"
                               " its sidecar.")
   try:
-    sidecar = Sidecar(**json.loads(beside.read_text()))
-  except (json.JSONDecodeError, TypeError) as error:
+    sidecar = Sidecar(**json.loads(read_text(beside)))
+  except (ValueError, TypeError) as error:
     raise ValueError(f"{beside} is no sidecar of a token file: {error}.") from error
   if sidecar.dtype not in ("uint8", "uint16", "uint32"):
     raise ValueError(f"{beside}: dtype={sidecar.dtype!r}; use uint8, uint16 or uint32.")
+  size, digest = sidecar.bytes, sidecar.sha256
+  if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+    raise ValueError(f"{beside}: bytes={size!r}; give the number of bytes of the text, or none.")
+  if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+    raise ValueError(f"{beside}: sha256={digest!r}; give 64 hexadecimal digits, or none.")
   expected = sidecar.tokens * np.dtype(sidecar.dtype).itemsize
   if path.stat().st_size != expected or not expected:
     raise ValueError(f"{path} has {path.stat().st_size} bytes, its sidecar says tokens={sidecar.tokens} of"

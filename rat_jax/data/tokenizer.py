@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,10 +12,13 @@ from types import ModuleType
 
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert.tensors import read_json
+from rat_jax.paths import local_path
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _HUB = "hub:"
 _PADDING = 1024  # models round their vocabulary up by less than this
+
+Spans = tuple[list[int], list[tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Tokenizer:
     eod_id: the id that ends a document or an answer.
     encode_batch: texts -> a list of ids for each.
     decode: ids -> text; ids that it does not know are left out.
+    encode_spans: a text -> its ids, and of each the first character that it holds and the one after its last. None
+      where the library does not say.
   """
 
   source: str
@@ -36,6 +42,7 @@ class Tokenizer:
   eod_id: int
   encode_batch: Callable[[Sequence[str]], list[list[int]]]
   decode: Callable[[Sequence[int]], str]
+  encode_spans: Callable[[str], Spans] | None = None
 
   def __str__(self) -> str:
     return self.source
@@ -43,11 +50,40 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0]
 
+  def encode_after(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """(the prompt's ids, the ids of the text after it): together they are `encode(prompt + text)`.
+
+    A token that holds a character of `text` belongs to it, whatever of the prompt is in that token too. Without
+    `encode_spans` the cut is before the first token that the prompt alone does not have, which may be earlier.
+    """
+    if self.encode_spans is None:
+      alone, ids = self.encode_batch([prompt, prompt + text])
+      cut = _shared(alone, ids)
+    else:
+      ids, spans = self.encode_spans(prompt + text)
+      cut = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
+    return ids[:cut], ids[cut:]
+
+  def decode_after(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text that new tokens add to a prompt: a piece alone may lose its first space, or begin inside a character.
+
+    It is the text of all tokens without the longest beginning that the prompt's own text shares with it. So a character
+    that the prompt begins and the new tokens complete belongs to the new text, as does all that they change of the
+    prompt's text, to its end.
+    """
+    before, whole = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
+    return whole[_shared(before, whole):]
+
   def check(self, config: RATPlusConfig) -> None:
     """Raises ValueError where a model's vocabulary is not this one, rounded up a little or not."""
     if not 0 <= config.vocab_size - self.vocab_size < _PADDING:
       raise ValueError(f"vocab_size={config.vocab_size} of the model does not fit the tokenizer {self.name} of"
                        f" {self.vocab_size} tokens; use the tokenizer that the model was trained with.")
+
+
+def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+  """How many entries two sequences have in common from their start on."""
+  return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _decode_bytes(ids: Sequence[int]) -> str:
@@ -73,9 +109,10 @@ def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> To
   """
   if source == "bytes":
     return BYTES
-  path = pathlib.Path(source)
   if str(source).startswith(_HUB):
     path = _downloaded(str(source).removeprefix(_HUB))
+  else:
+    path = local_path(source, "tokenizer")
   if path.is_dir():
     inside = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
     if not inside:
@@ -95,6 +132,8 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   made.encode_special_tokens = True  # "</s>" in a text is four characters
   made.no_truncation()
   made.no_padding()
+  # It has nothing to add without special tokens, but may take spaces out of what a token holds.
+  made.post_processor = library.processors.ByteLevel(trim_offsets=False)
   ids = made.get_vocab(with_added_tokens=True)
   beside = path.with_name("tokenizer_config.json")
   if end is None and beside.is_file():
@@ -104,9 +143,14 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
   if not ends or ends[0] not in ids:
     raise ValueError(f"{path} has no end-of-document token {end or 'of the common ones'}; name one of its tokens.")
   size = max(ids.values()) + 1
+
+  def encode_spans(text: str) -> Spans:
+    one = made.encode(text, add_special_tokens=False)
+    return one.ids, one.offsets
+
   return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
-                   lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True))
+                   lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True), encode_spans)
 
 
 def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
+import re
+
+from rat_jax.data.text import read_text
+from rat_jax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +25,11 @@ def load_ruler(path: str | os.PathLike[str]) -> list[Example]:
 
   Raises FileNotFoundError, and ValueError that names the line for what is no example.
   """
-  path = pathlib.Path(path)
+  path = local_path(path, "path")
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give a .jsonl file of RULER.")
-  try:
-    text = path.read_text("utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is no UTF-8 text: {error}; give a .jsonl file of RULER.") from error
-  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+  lines = re.split(r"\r\n?|\n", read_text(path))  # JSON has none of these inside a text
+  examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
   if not examples:
     raise ValueError(f"{path} holds no example.")
   return examples

@@ -16,6 +16,15 @@ def string_match_all(predictions: Sequence[str], references: References) -> floa
       answer.lower() in prediction.lower() for answer in answers) / len(answers))
 
 
+def string_match_part(predictions: Sequence[str], references: References) -> float:
+  """RULER's score of its qa tasks: the share of predictions with a reference as a substring, whatever the case.
+
+  Each reference is a right answer; the best one counts. Source: as of `string_match_all`.
+  """
+  return _mean(predictions, references, lambda prediction, answers: float(
+      any(answer.lower() in prediction.lower() for answer in answers)))
+
+
 def comma_recall(predictions: Sequence[str], references: References) -> float:
   """The RAT+ authors' score: the share of references among the prediction's parts between commas, as sets.
 

@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import random
 import re
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
+
+from rat_jax.paths import local_path
 
 _NOISE = ("The lamp is lit.", "Rain falls on the roof.", "Somebody walks up the stairs.", "A door closes.",
           "Then all is quiet again.")
@@ -97,7 +98,7 @@ def _parts(sentence: str, most: int = 40) -> list[str]:
 
 def write_jsonl(path: str | os.PathLike[str], made: Iterable[dict[str, Any]]) -> None:
   """Writes examples as RULER does, one JSON object a line."""
-  pathlib.Path(path).write_text("".join(json.dumps(one) + "\n" for one in made))
+  local_path(path, "path").write_text("".join(json.dumps(one) + "\n" for one in made), "utf-8")
 
 
 @functools.cache
@@ -177,7 +178,8 @@ def _example(task: TextTask, index: int, room: int, tokenizer: Tokenizer, senten
   ends = [" ".join(words[:n]) for n in range(max(len(words), 1))]  # what may still fit of the next sentence
   end = ends[bisect.bisect_right(ends, room, lo=1, key=lambda end: tokens(size, end)) - 1]
   text, prefix, answers = made(size, end)
-  answer = len(tokenizer.encode(", ".join(answers)))
+  prompt = text + prefix  # with which an answer is encoded, for alone it may have other tokens
+  answer = len(tokenizer.encode(f"{prompt} {', '.join(answers)}")) - len(tokenizer.encode(prompt))
   if answer > answer_room:
     raise ValueError(f"{task.name}: an answer takes {answer} tokens, more than answer_room={answer_room}.")
   length = tokens(size, end) + answer_room

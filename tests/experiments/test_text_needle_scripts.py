@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from absl.testing import flagsaver
 
 import rat_jax
@@ -14,6 +15,8 @@ from conftest import run_python
 from experiments import eval_niah, niah, niah_table, text_needles
 from needle_model import trained
 from rat_jax import Dense, RATPlusConfig, RATPlusLM
+from rat_jax.data import load_tokenizer
+from rat_jax.evaluate import Example
 
 
 @pytest.mark.slow
@@ -41,13 +44,19 @@ def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   assert (tmp_path / "asked" / "results.json").read_text() == before
 
 
+def one_model():
+  """(model, parameters) of the first seed of a model of needles."""
+  model, params = trained()
+  return model, jax.tree.map(lambda x: x[0], params)
+
+
 def test_a_model_is_not_asked_what_it_was_fine_tuned_on(parsed_flags, tmp_path, monkeypatch):
   for folder, answer in (("seen", 1), ("copy", 1), ("new", 2)):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "single_1.jsonl").write_text(json.dumps({"input": "What is it?", "outputs": [answer]}))
   kept = {}  # the notes of a model that is not in fact trained
   monkeypatch.setattr(text_needles, "train", lambda *_, notes, **__: kept.update(notes))
-  monkeypatch.setattr(text_needles, "load_model", lambda _: (*trained(), dict(kept)))
+  monkeypatch.setattr(text_needles, "load_model", lambda _: (*one_model(), dict(kept)))
   tune = lambda: text_needles.fine_tune("start", ["single_1"], 1, 512, 1, [Dense()], 1e-5)
   with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), length=512, count=1, tasks=["single_1"]):
     with flagsaver.flagsaver(ruler=str(tmp_path / "seen")):
@@ -127,3 +136,80 @@ def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(parsed_fla
   with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"), \
       flagsaver.flagsaver(answer_room=8):
     text_needles.load(names[:1], 1, length, 0)
+
+
+def write_ruler(folder, name, *examples):
+  """RULER's file of a task: (prompt, answers) for each example."""
+  (folder / name).mkdir()
+  (folder / name / "validation.jsonl").write_text("".join(
+      json.dumps({"input": prompt, "outputs": answers}) + "\n" for prompt, answers in examples), "utf-8")
+
+
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(parsed_flags, tmp_path, monkeypatch):
+  """The end of a prompt and the start of an answer are one token here: a target, and not asked but said."""
+  merges = [("i", "s"), ("is", " "), ("is ", "1")]
+  vocab = dict.fromkeys(["</s>", *"What is1234?I", "is", "is ", "is 1"])
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: i for i, piece in enumerate(vocab)}, merges=merges))
+  made.decoder = tokenizers.decoders.Fuse()
+  made.save(str(tmp_path / "tokenizer.json"))
+  one, example = load_tokenizer(tmp_path / "tokenizer.json"), Example("What is it? It is", ("123",), None)
+  ids = lambda *pieces: [made.token_to_id(piece) for piece in pieces]
+  said = []
+
+  def generate(model, params, tokens, lengths, *, max_new_tokens, **_):
+    said.append(tokens[0, :lengths[0]].tolist())
+    return np.array([[*ids("is 1", "2", "3"), one.eod_id, *ids("4")]])
+
+  monkeypatch.setattr(rat_jax, "generate", generate)
+  prompt = one.encode("What is it? It ")
+  with flagsaver.flagsaver(tokenizer=one, answer_room=8):
+    batch = jax.tree.map(np.asarray, text_needles.answer_batch([example], 32))
+    assert batch["tokens"][0].tolist()[:len(prompt) + 3] == prompt + ids("is 1", "2", "3")
+    assert batch["targets"][0].tolist() == [-100] * (len(prompt) - 1) + ids("is 1", "2", "3", "</s>") + [-100] * (
+        32 - len(prompt) - 3)
+    row = niah_table.Row("", lambda question: (Dense(), None))
+    cell = text_needles.cells(None, None, row, {"single_1": [example]}, 32, 1)["single_1"]
+  assert said == [prompt]
+  assert (cell["accuracy"], cell["exact_match"]) == ([100], 100)
+
+
+def test_rulers_other_tasks_are_read_and_scored_as_it_does(parsed_flags, tmp_path, monkeypatch):
+  answers = {"vt": ["AB", "CD"], "cwe": ["one", "two"], "fwe": ["x", "y"], "qa_1": ["France", "in France"],
+             "qa_2": ["yes", "no"], "single_1": ["1", "2"]}
+  for name, of_task in answers.items():
+    write_ruler(tmp_path, name, ("Long ago. Answer: ", of_task))
+  asked = []
+
+  def generate(model, params, tokens, lengths, *, max_new_tokens, **_):
+    asked.append((bytes(tokens[0, :lengths[0]].tolist()), max_new_tokens))
+    return np.array([[*(answers[list(answers)[len(asked) - 1]][0] + "\0").encode()]])
+
+  monkeypatch.setattr(rat_jax, "generate", generate)
+  row = niah_table.Row("", lambda question: (Dense(), None))
+  with flagsaver.flagsaver(ruler=str(tmp_path)):
+    examples = text_needles.load(list(answers), 1, 512, 0)
+    cells = text_needles.cells(None, None, row, examples, 512, 1)
+    assert {name: cell["accuracy"] for name, cell in cells.items()} == {
+        "vt": [50], "cwe": [50], "fwe": [50], "qa_1": [100], "qa_2": [100], "single_1": [50]}
+    assert asked == [(b"Long ago. Answer: ", most) for most in (30, 120, 50, 32, 32, 128)]
+    for names, told in ((["qa_3"], r"--tasks=\['qa_3'\] are unknown; use some of .*'single_1'.*'qa_2'\]\."),
+                        ([], r"--tasks=\[\] are unknown")):
+      with pytest.raises(ValueError, match=told):
+        text_needles.load(names, 1, 512, 0)
+    write_ruler(tmp_path, "multiquery", ("", ["1"]))
+    with pytest.raises(ValueError, match=r"multiquery.*example 1: input='' leaves no token before the answer"):
+      text_needles.load(["multiquery"], 1, 512, 0)
+  with pytest.raises(ValueError, match=r"'vt'\] are unknown; .*; vt, cwe, fwe, qa_1, qa_2 need RULER's files"):
+    text_needles.load(list(answers), 1, 512, 0)
+
+
+def test_the_first_of_several_right_answers_is_taught(parsed_flags, tmp_path, monkeypatch):
+  write_ruler(tmp_path, "qa_1", ("Where? Answer:", ["France", "in France"]))
+  write_ruler(tmp_path, "vt", ("Which? They are:", ["AB", "CD"]))
+  batches = []
+  monkeypatch.setattr(text_needles, "train", lambda model, optimizer, state, batch_at, **_: batches.append(batch_at(0)))
+  monkeypatch.setattr(text_needles, "load_model", lambda _: (*one_model(), {}))
+  with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), ruler=str(tmp_path)):
+    text_needles.fine_tune("start", ["qa_1", "vt"], 1, 512, 2, [Dense()], 1e-5)
+  taught = {bytes(row[row >= 0].astype(np.uint8).tolist()) for row in np.asarray(batches[0]["targets"])}
+  assert taught == {b" France\0", b" AB,CD\0"}

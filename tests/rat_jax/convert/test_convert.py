@@ -148,7 +148,10 @@ def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype,
     (lambda c: c.update(num_hidden_layers=3), r"lack 'model\.layers\.2\."),
     (lambda c: c.update(num_hidden_layers=1), r"has no place for: \['model\.layers\.1\."),
     (lambda c: c.update(intermediate_size=150), r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(160, 64\)"),
-    (lambda c: c.update(rope_scaling={"type": "yarn"}), "rope_scaling="),
+    (lambda c: c.update(rope_scaling={"factor": 8.0, "type": "yarn"}), "rope_scaling: type='yarn' is not supported"),
+    (lambda c: c.update(rope_scaling={"rope_type": "default", "factor": 2.0}), "rope_scaling: factor=2.0 is not supp"),
+    (lambda c: c.update(rope_scaling={"rope_type": "default", "rope_theta": 1.0}), "one rotary base is needed"),
+    (lambda c: c.update(rope_scaling="linear"), r"config\.json: rope_scaling='linear'; give {\"rope_theta\": base}"),
     (lambda c: c.update(rope_theta="abc"), r"config\.json: rope_theta='abc' and .* is needed, a number"),
     (lambda c: c.update(rope_theta=[1]), r"config\.json: rope_theta=\[1\] and"),
     (lambda c: c.update(rope_parameters=[1]), r"config\.json: rope_parameters=\[1\]; give"),
@@ -171,6 +174,18 @@ def test_configs_that_contradict_the_weights_are_refused(tmp_path, change, messa
   (tmp_path / "model" / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=message):
     load_olmo2(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": {"type": "default", "rope_theta": 500000}},
+    {"rope_scaling": {}, "rope_parameters": None}, {"rope_theta": None},
+    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000}},
+])
+def test_scaling_by_default_is_none(tmp_path, change):
+  shutil.copytree(OLMO2, tmp_path / "model")
+  path = tmp_path / "model" / "config.json"
+  path.write_text("\ufeff" + json.dumps(json.loads(path.read_text()) | change), "utf-8")  # with a byte order mark
+  assert load_olmo2(tmp_path / "model")[0] == load_olmo2(OLMO2)[0]
 
 
 def test_broken_folders_are_refused(tmp_path):

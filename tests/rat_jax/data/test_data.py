@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import locale
 import pathlib
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from rat_jax.data import TokenFile, permute, prepare, prepare_standard_library
+from rat_jax.convert.tensors import read_json
+from rat_jax.data import BYTES, TokenFile, permute, prepare, prepare_standard_library
+from rat_jax.data.text import read_text
 from rat_jax.data.token_file import write_token_file
+from rat_jax.evaluate import load_ruler
+
+# Files in Latin-1 and binary ones lie in the corpus of these tests.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are no UTF-8 text and were passed over")
 
 
 @pytest.fixture
@@ -50,6 +60,94 @@ def test_one_file_is_cut_at_line_ends(tmp_path):
   pieces = documents(files["train"]) + documents(files["heldout"])
   assert all(piece.endswith(b"\n") for piece in pieces)
   assert sum(map(len, pieces)) == len(text)
+
+
+def test_the_token_files_of_a_folder_are_as_they_were(tmp_path):
+  """Digests are of the version before the one that reads byte order marks and cuts small files finer."""
+  (tmp_path / "texts").mkdir()
+  for i in range(20):
+    (tmp_path / "texts" / f"{i}.txt").write_bytes(f"Größe {i}\r\n".encode() * (i + 1))
+  files = prepare(tmp_path / "texts", tmp_path / "out", heldout=0.2)
+  digests = {name: file.sidecar.sha256[:16] for name, file in files.items()}
+  assert digests == {"train": "29e237237045fac4", "heldout": "ef56763d12a76763"}
+
+
+@pytest.mark.parametrize(("line", "count", "most"), [
+    ("word " * 20, 17, 65536 + 4),  # a megabyte and more in one line
+    ("line of text\r" * 20, 16, 65536 + 13), ("line of text\r\n" * 20, 16, 65536 + 14),
+    ("€" * 40, 9, 2 * 65536 + 2),   # without white space
+])
+def test_any_long_file_is_cut_and_never_inside_a_character(line, count, most, tmp_path):
+  text = "".join(f"{i:06}" + line for i in range(1_000_000 // len(line.encode())))
+  (tmp_path / "one.txt").write_bytes(text.encode())
+  files = prepare(tmp_path / "one.txt", tmp_path / "out", heldout=0.1)
+  pieces = [piece.decode() for piece in documents(files["train"]) + documents(files["heldout"])]
+  assert len(pieces) == count
+  assert "".join(sorted(pieces, key=text.index)) == text
+  assert max(len(piece.encode()) for piece in pieces) <= most
+  if line[-1].isspace():
+    assert {piece[-1] for piece in pieces} == {line[-1]}
+
+
+@pytest.mark.parametrize(("lines", "heldout", "shares"), [
+    (3000, 0.05, (1, 19)), (3000, 0.25, (1, 3)), (100, 0.05, (1, 1)), (2, 0.05, (1, 1)), (3000, 0.9, (9, 1))])
+def test_small_files_are_cut_finer(lines, heldout, shares, tmp_path):
+  (tmp_path / "one.txt").write_text("".join(f"line {i:06}\n" for i in range(lines)))
+  files = prepare(tmp_path / "one.txt", tmp_path / "out", heldout=heldout)
+  assert tuple(files[name].sidecar.documents for name in ("heldout", "train")) == shares
+  assert sum(file.sidecar.bytes for file in files.values()) == 12 * lines
+
+
+def test_files_that_are_passed_over_are_told_of(corpus, tmp_path):
+  told = r"^2 of 33 files in .*texts are no UTF-8 text and were passed over, .*/binary.bin first; convert them to"
+  with pytest.warns(UserWarning, match=told + r" UTF-8, or leave them out by a pattern\.$"):
+    prepare(corpus, tmp_path / "out")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    prepare(corpus, tmp_path / "out", pattern="[0-9]*.txt")
+  with pytest.raises(ValueError, match=r"holds 0 bytes .* Give more text\. 1 of 1 files in .*latin.txt first"):
+    prepare(corpus, tmp_path / "none", pattern="latin*")
+  assert not (tmp_path / "none").exists()
+
+
+def test_one_file_in_a_folder_is_a_document(tmp_path):
+  (tmp_path / "one.txt").write_text("line\n" * 99)
+  with pytest.raises(ValueError, match=r"holds 495 bytes .* Give more text, or the one file, to be cut\.$"):
+    prepare(tmp_path, tmp_path / "out")
+
+
+def test_an_ascii_locale_changes_nothing(tmp_path):
+  """Neither what is read nor what is written."""
+  source, file, ruler, sidecar = (tmp_path / name for name in ("Größe", "a.txt", "b.jsonl", "out/train.json"))
+  source.mkdir()
+  for name in "ab":
+    (source / name).write_text(f"é {name}", "utf-8")
+  file.write_text("é", "utf-8")
+  ruler.write_text('{"input": "é", "outputs": ["ü"]}', "utf-8")
+  before = locale.setlocale(locale.LC_CTYPE)
+  try:
+    locale.setlocale(locale.LC_CTYPE, "C")
+    with pytest.raises(UnicodeDecodeError):
+      file.read_text()  # so a file would be read that nobody says the encoding of
+    assert prepare(source, tmp_path / "out")["train"].sidecar.source == str(source)
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text("utf-8")), ensure_ascii=False), "utf-8")
+    assert TokenFile(tmp_path / "out" / "train.bin").sidecar.source == str(source)
+    assert (read_text(file), read_json(ruler, "")["input"]) == ("é", "é")
+    assert load_ruler(ruler)[0].answers == ("ü",)
+  finally:
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(tmp_path):
+  (tmp_path / "texts").mkdir()
+  for name, data in (("a", b"\xef\xbb\xbfone\r\ntwo\r"), ("b", b"one\r\ntwo\r"), ("c", "é".encode())):
+    (tmp_path / "texts" / name).write_bytes(data)
+  files = prepare(tmp_path / "texts", tmp_path / "out")
+  assert sorted(documents(files["train"]) + documents(files["heldout"])) == [b"one\r\ntwo\r", "é".encode()]
+  assert read_text(tmp_path / "texts" / "a") == read_text(tmp_path / "texts" / "b") == "one\r\ntwo\r"
+  (tmp_path / "latin").write_bytes(b"caf\xe9")
+  with pytest.raises(ValueError, match=r"latin is no UTF-8 text: .* position 3: .*; convert it to UTF-8 first\.$"):
+    read_text(tmp_path / "latin")
 
 
 def test_the_standard_library_is_there(tmp_path):
@@ -118,7 +216,8 @@ def test_permutations_differ_and_mix():
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "is empty"), (b"  \n ", "is empty"), (b"a\0b", "not UTF-8 text"), (b"\xff\xfe", "not UTF-8 text"),
-    (b"short", "needs two or more"),
+    (b"short", r"holds 5 bytes of text in 1 different documents; .* needs two or more\. Give more text\.$"),
+    (b"one line\n" * 2, "holds 9 bytes"), (b"\xef\xbb\xbf", "is empty"),
 ])
 def test_bad_files_are_refused_and_harm_nothing(content, message, corpus, tmp_path):
   good = prepare(corpus, tmp_path / "out")["train"].path
@@ -144,7 +243,7 @@ def test_bad_sources(tmp_path):
   with pytest.raises(FileNotFoundError, match="does not exist"):
     prepare(tmp_path / "nowhere", tmp_path)
   (tmp_path / "empty").mkdir()
-  with pytest.raises(ValueError, match="holds 0 documents"):
+  with pytest.raises(ValueError, match=r"empty holds 0 bytes of text in 0 different documents; .* Give more text\.$"):
     prepare(tmp_path / "empty", tmp_path / "out")
   with pytest.raises(ValueError, match=r"heldout=1\.5"):
     prepare(tmp_path, tmp_path / "out", heldout=1.5)
@@ -158,6 +257,8 @@ def change_sidecar(path, **fields):
 @pytest.mark.parametrize(("fields", "message"), [
     (dict(tokens=5), "sidecar says tokens=5"), (dict(dtype="uint16"), "of uint16"),
     (dict(dtype="float32"), "dtype='float32'"), (dict(eod_id=256), "eod_id=256"), (dict(colour="red"), "no sidecar"),
+    (dict(bytes=-1), r"train\.json: bytes=-1; give"), (dict(bytes="9"), "bytes='9'"), (dict(bytes=True), "bytes=True"),
+    (dict(sha256="12"), "sha256='12'; give 64"), (dict(sha256=5), "sha256=5"),
 ])
 def test_a_sidecar_that_does_not_fit(fields, message, corpus, tmp_path):
   path = prepare(corpus, tmp_path / "out")["train"].path
@@ -188,3 +289,31 @@ def test_wide_vocabularies(tmp_path):
   with pytest.raises(ValueError, match="outside the vocabulary"):
     write_token_file(path, [np.array([7])], vocab_size=5, eod_id=0, tokenizer="t", source="s")
   np.testing.assert_array_equal(TokenFile(path).tokens, [1, 100351, 0])
+
+def test_a_sidecar_knows_the_bytes_of_the_text_and_the_file(tmp_path):
+  """Whatever the tokens are: bits per byte then are the same for all tokenizers."""
+  (tmp_path / "texts").mkdir()
+  for name, text in (("a", "\ufeffcafé"), ("b", "caffè"), ("c", "€")):
+    (tmp_path / "texts" / name).write_text(text, "utf-8")
+  pairs = dataclasses.replace(BYTES, name="pairs", encode_batch=lambda texts: [[1, 2] for _ in texts])
+  for one, tokens in ((BYTES, 17), (pairs, 9)):
+    files = prepare(tmp_path / "texts", tmp_path / one.name, tokenizer=one).values()
+    assert sum(file.sidecar.bytes for file in files) == 14
+    assert sum(file.sidecar.tokens for file in files) == tokens
+    for file in files:
+      assert file.sidecar.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
+
+
+def test_sidecars_of_older_versions_are_read(corpus, tmp_path):
+  path = prepare(corpus, tmp_path / "out")["train"].path
+  beside = path.with_suffix(".json")
+  fields = json.loads(beside.read_text())
+  older = {name: value for name, value in fields.items() if name not in ("bytes", "sha256")}
+  beside.write_text("\ufeff" + json.dumps(older), "utf-8")
+  sidecar = TokenFile(path).sidecar
+  assert (sidecar.bytes, sidecar.sha256, sidecar.tokens) == (None, None, fields["tokens"])
+  written = write_token_file(path, [np.array([1])], vocab_size=256, eod_id=0, tokenizer="t", source="s")
+  assert (TokenFile(path).sidecar, written.bytes) == (written, None)
+  beside.write_bytes(b"\xff")
+  with pytest.raises(ValueError, match=r"train\.json is no sidecar of a token file: .*train\.json is no UTF-8 text"):
+    TokenFile(path)

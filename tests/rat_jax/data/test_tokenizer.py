@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -32,6 +33,20 @@ def folder(tmp_path_factory):
       input=str(made / "text.txt"), model_prefix=str(made / "sp" / "tokenizer"), vocab_size=300, byte_fallback=True,
       hard_vocab_limit=False, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2)
   return made
+
+
+def pieces_tokenizer(path, *merges, **settings):
+  """A `tokenizers` JSON as LLaMA's: "▁" for a space and before a text, bytes for what its vocabulary lacks."""
+  vocab = {name: i for i, name in enumerate(["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256))])}
+  for piece in [*"▁abcdefghijklmnopqrstuvwxyzT0123456789,.;:", *("".join(merge) for merge in merges)]:
+    vocab[piece] = len(vocab)
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>",
+                                                    byte_fallback=True))
+  to, back = tokenizers.normalizers, tokenizers.decoders
+  made.normalizer = to.Sequence([to.Prepend("▁"), to.Replace(" ", "▁")])
+  made.decoder = back.Sequence([back.Replace("▁", " "), back.ByteFallback(), back.Fuse(), back.Strip(" ", 1, 0)])
+  made.save(str(path))
+  return load_tokenizer(path)
 
 
 @pytest.mark.parametrize("source", ["hf", "hf/tokenizer.json", "sp", "sp/tokenizer.model"])
@@ -143,3 +158,72 @@ def test_a_saved_model_refuses_a_tokenizer_that_it_was_not_trained_with(folder, 
   common.check_tokenizer(BYTES, larger, {"tokenizer": "bytes"})
   with pytest.raises(ValueError, match="vocab_size=2000 of the model does not fit"):
     common.check_tokenizer(BYTES, larger, {})
+
+
+def test_a_continuation_is_what_it_adds_to_its_prompt(folder, tmp_path):
+  """A piece alone loses the space that it begins with; a prompt of so many tokens may end inside a character."""
+  text = "The ocean is blue; é 4711 €"
+  files = load_tokenizer(folder / "hf"), load_tokenizer(folder / "sp"), pieces_tokenizer(tmp_path / "t.json")
+  for one in (BYTES, *files):
+    ids = one.encode(text)
+    for n in range(len(ids) + 1):
+      before, added = one.decode(ids[:n]), one.decode_after(ids[:n], ids[n:])
+      assert text.endswith(added)
+      assert len(text) - len(added) == len(before.rstrip("\ufffd"))
+  at = one.encode("The ocean is")
+  assert one.decode(one.encode("The ocean is blue")[len(at):]) == "blue"
+  assert one.decode_after(at, one.encode("The ocean is blue")[len(at):]) == " blue"
+
+
+@pytest.mark.parametrize(("prompt", "new", "added"), [
+    (b"caf\xc3", b"\xa9 au lait", "é au lait"), (b"caf\xc3", b"", ""), (b"caf\xc3", b"x", "x"), (b"", b"a", "a"),
+    (b"caf", b"\xc3", "\ufffd"), (b"5 \xe2\x82", b"\xac", "€"), (b"5 \xe2", b"\x82", ""),
+    (b"\xff", b"\xffa", "\ufffda"),
+])
+def test_characters_cut_in_the_middle(prompt, new, added):
+  assert BYTES.decode_after(list(prompt), list(new)) == added
+
+
+def test_text_that_later_tokens_change_is_new(tmp_path):
+  """This decoder takes one bad byte of several as a sign that all are bad."""
+  one = pieces_tokenizer(tmp_path / "t.json")
+  lead, prompt = one.encode("€")[1], one.encode("is é")
+  assert one.decode([*prompt, lead]) == "is \ufffd\ufffd\ufffd"
+  assert one.decode_after(prompt, [lead]) == "\ufffd\ufffd\ufffd"
+
+
+def test_an_answer_begins_with_the_token_that_holds_its_first_character(folder, tmp_path):
+  """Whatever merges across the seam: a space with a word, an end of the prompt with a start of the answer."""
+  one = pieces_tokenizer(tmp_path / "t.json", ("▁", "b"), ("1", "2"), ("i", "s"), ("s", ","), (".", "▁"))
+  ids = lambda text: one.encode(text)
+  token = lambda piece: tokenizers.Tokenizer.from_file(str(tmp_path / "t.json")).token_to_id(piece)
+  assert one.encode_after("it is", " blue") == (ids("it is"), [token("▁b"), *map(token, "lue")])
+  assert one.encode_after("at 1", "2 a") == ([token("▁"), *map(token, "at▁")], [token("12"), *map(token, "▁a")])
+  assert one.encode_after("at.", " a") == ([token("▁"), *map(token, "at")], [token(".▁"), token("a")])
+  assert one.encode_after("", "at") == ([], [token("▁"), *map(token, "at")])
+  assert one.encode_after("at", "") == (ids("at"), [])
+  assert [len(part) for part in one.encode_after("é", "€")] == [3, 3]
+  # "is" and "i", "s,": the "i" is the prompt's, though the prompt alone has it in another token
+  other = pieces_tokenizer(tmp_path / "other.json", ("s", ","), ("i", "s"))
+  assert [len(part) for part in other.encode_after("is", ", a")] == [2, 3]
+  assert [len(part) for part in dataclasses.replace(other, encode_spans=None).encode_after("is", ", a")] == [1, 4]
+
+
+def test_spaces_count_as_characters_of_a_token(tmp_path):
+  """Also where the file says that they are no part of what a token holds, as GPT-2's does."""
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: i for i, piece in enumerate(
+      ["</s>", *"is1Ġ", "sĠ"])}, merges=[("s", "Ġ")]))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+  assert made.encode("is 1").offsets == [(0, 1), (1, 2), (3, 4)]
+  made.save(str(tmp_path / "tokenizer.json"))
+  assert load_tokenizer(tmp_path / "tokenizer.json").encode_after("is", " 1") == ([1], [5, 3])
+
+
+@given(prompt=st.text("ab 12é€.,;\n"), text=st.text("ab 12é€.,;\n"))
+def test_prompt_and_answer_are_encoded_together(folder, prompt, text):
+  for one in (BYTES, load_tokenizer(folder / "hf"), load_tokenizer(folder / "sp")):
+    before, after = one.encode_after(prompt, text)
+    assert before + after == one.encode(prompt + text)
+    assert prompt.startswith(one.decode(before).rstrip("\ufffd"))
+  assert BYTES.encode_after(prompt, text) == (BYTES.encode(prompt), BYTES.encode(text))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rat_jax.evaluate import comma_recall, exact_match, load_ruler, mini_niah, string_match_all
+from rat_jax.evaluate import comma_recall, exact_match, load_ruler, mini_niah, string_match_all, string_match_part
 from rat_jax.evaluate.mini_niah import TASKS, Rows, evaluation_rows, training_rows
 
 batch = jax.jit(mini_niah.batch, static_argnums=(0, 1, 2))
@@ -208,10 +208,20 @@ def test_hand_graded_strings(prediction, references, ruler, authors, exact):
   assert exact_match([prediction], [references]) == pytest.approx(exact)
 
 
+@pytest.mark.parametrize(("prediction", "references", "part"), [
+    ("In France.", ["France", "in France", "French"], 100),  # one of three right answers, and RULER's full score
+    ("IN FRANCE", ["france"], 100), ("Spain", ["France", "Gaul"], 0), ("", ["France"], 0), ("a, b", ["a", "b"], 100),
+])
+def test_the_best_of_several_right_answers_counts(prediction, references, part):
+  assert string_match_part([prediction], [references]) == part
+  assert string_match_part([prediction, "nothing"], [references, references]) == part / 2
+
+
 def test_scores_are_means_over_examples():
   predictions, references = [row[0] for row in GRADED], [row[1] for row in GRADED]
   for i, score in ((2, string_match_all), (3, comma_recall), (4, exact_match)):
     assert score(predictions, references) == pytest.approx(np.mean([row[i] for row in GRADED]))
+  for score in (string_match_all, string_match_part, comma_recall, exact_match):
     for bad in ((["a"], []), ([], []), (["a"], [[]]), (["a"], ["a"])):
       with pytest.raises(ValueError, match="references"):
         score(*bad)
@@ -239,6 +249,9 @@ def test_rulers_files(tmp_path):
       load_ruler(path)
   path.write_bytes(b"\xef\xbb\xbf" + json.dumps(older).encode())  # with a byte order mark
   assert load_ruler(path) == [first]
+  for end in ("\r\n", "\r"):  # as other systems write lines
+    path.write_bytes(end.join(map(json.dumps, (older, newer))).encode())
+    assert load_ruler(path) == [first, second]
   path.write_bytes(b"\xff\xfe")
   with pytest.raises(ValueError, match="is no UTF-8 text"):
     load_ruler(path)
