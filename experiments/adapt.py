@@ -12,15 +12,16 @@ from absl import flags
 
 from experiments import common, training
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained, to start from.",
-                                 required=True)
+CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained, to start from.",
+                                required=True)
 DTYPE = common.define_dtype()
 MODE = common.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
 
 
 def main() -> None:
+  config, params, notes = training.load(CHECKPOINT.value, DTYPE.value)
   data = training.train_data("adapt")
-  config, params = training.load(CHECKPOINT.value, data, DTYPE.value)
+  common.check_data(data, config, notes)
   training.fit(config, params, MODE.value, data, "adapt",
                start=str(pathlib.Path(CHECKPOINT.value).absolute()))
 

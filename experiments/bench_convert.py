@@ -79,7 +79,7 @@ def watch(process: subprocess.Popen) -> dict[str, int]:
   """The largest memory in bytes that a process had: its own, and pages of files that the system takes back at need."""
   peak = {"RssAnon": 0, "RssFile": 0}
   while process.poll() is None:
-    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines():
+    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
       name, value = line.split(":", 1)
       if name in peak:
         peak[name] = max(peak[name], 1024 * int(value.split()[0]))
@@ -112,7 +112,7 @@ def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
   with (folder / "model.safetensors").open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(8 + len(text) + at)
-  (folder / "config.json").write_text(json.dumps(olmo2.their_config(config) | {"dtype": "bfloat16"}))
+  (folder / "config.json").write_text(json.dumps(olmo2.their_config(config) | {"dtype": "bfloat16"}), encoding="utf-8")
   return folder
 
 

@@ -326,7 +326,7 @@ def main() -> None:
     theirs = {mode: of_authors.get((part, mode, context, batch_size)) for mode in found}
     text.append(table(part, config, found, batch_size, context, theirs))
     print(f"\nbatch {batch_size}, {context} tokens\n\n{text[-1]}", flush=True)
-  (folder / "table.md").write_text("\n\n".join(text) + "\n")
+  (folder / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
   plots.draw_throughput([line for line in lines if line["part"] == "decode"], folder / "decode.png")
 
 

@@ -192,7 +192,7 @@ def main() -> None:
       add(case, "torch" if case.is_dense else "authors, torch", of_authors[case])
   text = table(lines)
   print(f"\n{text}")
-  (folder / "table.md").write_text(text + "\n")
+  (folder / "table.md").write_text(text + "\n", encoding="utf-8")
   plots.draw_times(lines, folder)
 
 

@@ -4,33 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 
 from rat_jax import RATPlusConfig, load_pretrained, parse_mode
 from rat_jax.axes import Params
 from rat_jax.convert.tensors import read_json as read_object
 from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, prepare_standard_library
+from rat_jax.data.token_file import Sidecar
 from rat_jax.modes import Mode
+from rat_jax.paths import local_path
 from rat_jax.train import Checkpoints
 
+
+class _PathParser(flags.ArgumentParser):
+  syntactic_help = "a file or folder of this machine"
+
+  def __init__(self, name: str):
+    super().__init__()
+    self._name = name
+
+  def parse(self, argument):
+    return str(local_path(argument, f"--{self._name}"))
+
+  def flag_type(self):
+    return "path"
+
+
+def define_path(name: str, help_text: str, *, required: bool = False) -> flags.FlagHolder[Any]:
+  """A flag that holds a path of this machine as text, None by default; a URL is refused before anything runs."""
+  return flags.DEFINE(_PathParser(name), name, None, help_text, serializer=flags.ArgumentSerializer(),
+                      required=required)
+
+
 SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.", lower_bound=0)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written. Default: runs/<script>.")
+WORKDIR = define_path("workdir", "Folder for everything that is written. Default: runs/<script>.")
+flags.disclaim_key_flags()  # what is defined by the functions below is its script's, and in that script's --help
 
 
 class _ModeParser(flags.ArgumentParser):
   syntactic_help = "a mode's text form, such as dilated:16,window=32,sinks=4"
 
   def parse(self, argument):
-    return argument if isinstance(argument, Mode) else parse_mode(argument)
+    return parse_mode(argument)
 
   def flag_type(self):
     return "mode"
@@ -71,24 +95,50 @@ def define_tokenizer() -> flags.FlagHolder[Tokenizer]:
   return flags.DEFINE(_TokenizerParser(), "tokenizer", BYTES, "Text to tokens.", serializer=flags.ArgumentSerializer())
 
 
-def run(main) -> None:
+def run(main: Callable[[], None]) -> None:
   """Runs a script's `main()`; what a user can mend is one line, not a traceback (--verbosity=1 shows both)."""
+  app.run(lambda argv: guarded(main, argv))
 
-  def guarded(argv):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that cleans up, as half-written folders need
-    if not logging.level_debug():
-      logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes
+
+def guarded(main: Callable[[], None], argv: Sequence[str]) -> None:
+  """`main()`; a failure that a user can mend ends in words. `argv` is the script, and arguments that are no flags."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that cleans up, as half-written folders need
+  if not logging.level_debug():
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it writes
+  try:
     if len(argv) > 1:
-      raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a --flag.")
-    try:
-      main()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-      if logging.level_debug():
-        raise
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1)
+      raise ValueError(f"unexpected argument {argv[1]!r}; every setting is a flag, {_as_flag(argv[1])}.")
+    main()
+  except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    _exit_with(error, str(error))
+  except jax.errors.JaxRuntimeError as error:
+    if not out_of_memory(error):
+      raise
+    _exit_with(error, f"the memory of {device()} did not suffice; {_less_memory()}. {str(error).splitlines()[0]}")
 
-  app.run(guarded)
+
+def _exit_with(error: Exception, message: str) -> None:
+  if logging.level_debug():
+    raise error
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(1)
+
+
+def _as_flag(argument: str) -> str:
+  """How the argument would be written."""
+  name = argument.lstrip("-").partition("=")[0]
+  return f"so write --{argument.lstrip('-')}" if name in flags.FLAGS else "such as --seed=1 (--help lists them)"
+
+
+# What takes less of a device's memory and changes least comes first.
+_LESS_MEMORY = {"accumulation": "raise --accumulation", "batch_size": "lower --batch_size",
+                "stages": "give fewer rows in --stages", "workers": "lower --workers", "length": "lower --length"}
+
+
+def _less_memory() -> str:
+  """What the script's flags can do about a device that is too small."""
+  fixes = [fix for name, fix in _LESS_MEMORY.items() if name in flags.FLAGS]
+  return ", or ".join(fixes) or "use a smaller model, or a larger device"
 
 
 def refuse(names: Sequence[str], why: str) -> None:
@@ -99,8 +149,8 @@ def refuse(names: Sequence[str], why: str) -> None:
 
 
 def workdir(script: str) -> pathlib.Path:
-  """The script's folder, made if it is not there."""
-  folder = pathlib.Path(WORKDIR.value or f"runs/{script}")
+  """The script's folder, made if it is not there. Raises ValueError for a URL."""
+  folder = local_path(WORKDIR.value or f"runs/{script}", "--workdir")
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 
@@ -109,17 +159,18 @@ def load_model(folder: str) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
   """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote.
 
   The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
+  Raises ValueError and FileNotFoundError for a URL, for what is not there and for what is no model of ours.
   """
-  path = pathlib.Path(folder)
+  path = local_path(folder, "--checkpoint")
   if not (path / "config.json").is_file():
     if any(path.glob("*.safetensors")):
       raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
-    return Checkpoints(folder).load_params()
+    return Checkpoints(path).load_params()
   theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
   if theirs is not None:
     raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
                      f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
-  return *load_pretrained(path, place=lambda name, leaf: jnp.asarray(leaf)), _kept_notes(path)
+  return *load_pretrained(path), _kept_notes(path)
 
 
 def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:
@@ -155,11 +206,25 @@ def corpus(data: str | None, folder: pathlib.Path) -> dict[str, TokenFile]:
   """{"train", "heldout"} token files.
 
   `data` is a folder that `experiments.prepare_data` wrote, or a text file or folder, which is prepared in `folder`;
-  None is the text of the Python standard library.
+  None is the text of the Python standard library. Raises ValueError for a URL.
   """
-  if data is not None and (pathlib.Path(data) / "train.bin").exists():
-    return {name: TokenFile(pathlib.Path(data) / f"{name}.bin") for name in ("train", "heldout")}
-  return prepare_standard_library(folder) if data is None else prepare(data, folder)
+  if data is None:
+    return prepare_standard_library(folder)
+  path = local_path(data, "--data")
+  if (path / "train.bin").exists():
+    return {name: TokenFile(path / f"{name}.bin") for name in ("train", "heldout")}
+  return prepare(path, folder)
+
+
+def bits_per_byte(nats: float, sidecar: Sidecar) -> float | None:
+  """The loss of a byte in bits, of that of a token in nats; None where a file's sidecar does not know the text's bytes.
+
+  A token is so many bytes as one of the whole file is on average, tokens that end a document included.
+  """
+  size = sidecar.bytes
+  if size is None and sidecar.tokenizer == BYTES.name:
+    size = sidecar.tokens - sidecar.documents  # a token that ends a document is no byte of it
+  return nats / math.log(2) * sidecar.tokens / size if size else None
 
 
 def device() -> str:
@@ -176,7 +241,7 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
 def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
   """Writes it whole or not at all."""
   beside = path.with_name(path.name + ".new")
-  beside.write_text(json.dumps(result, indent=indent) + "\n")
+  beside.write_text(json.dumps(result, indent=indent) + "\n", encoding="utf-8")
   os.replace(beside, path)
 
 
@@ -185,9 +250,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return read_object(path, "move it away to start anew") if path.exists() else {}
 
 
+_DATA_PATHS = ("source", "lm_data")  # in notes: where the data of "data_sha256" lie
+
+
 def check_same_run(folder: pathlib.Path, saved: dict[str, Any], notes: dict[str, Any]) -> None:
-  """Raises ValueError where a checkpoint's notes differ from what this run would write of itself."""
+  """Raises ValueError where a checkpoint's notes differ from what this run would write of itself.
+
+  Data are known by their "data_sha256", wherever they lie; by their path where one of the two has no digest.
+  """
+  known = bool(saved.get("data_sha256") and notes.get("data_sha256"))
   for name, value in notes.items():
+    if name in (_DATA_PATHS if known else ("data_sha256",)):
+      continue
     if saved.get(name) != value:
       raise ValueError(f"the checkpoint in {folder} is of a run with {name}={saved.get(name)!r}, this one has"
                        f" {value!r}; use another --workdir, or the setting of that run.")

@@ -26,12 +26,13 @@ from rat_jax import RATPlusConfig
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import check_new_folder
+from rat_jax.paths import local_path
 from rat_jax.pretrained import write_pretrained
 from rat_jax.train import Checkpoints
 
 FROM = flags.DEFINE_enum("from", None, ["ratplus", "olmo2", "checkpoints"], "Whose it is.", required=True)
-SOURCE = flags.DEFINE_string("source", None, "A .pth file (ratplus), or a folder.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "A new folder.", required=True)
+SOURCE = common.define_path("source", "A .pth file (ratplus), or a folder.", required=True)
+OUTPUT = common.define_path("output", "A new folder.", required=True)
 CONFIG = flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file"
                              " without one.")
 MEMORY = flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
@@ -81,9 +82,11 @@ def _check_flags() -> None:
 def _config() -> RATPlusConfig | None:
   if CONFIG.value is None:
     return None
-  path = pathlib.Path(CONFIG.value)
+  path = local_path(CONFIG.value, "--config")
   try:
-    return RATPlusConfig.from_json(path.read_text()) if path.is_file() else RATPlusConfig.preset(CONFIG.value)
+    if path.is_file():
+      return RATPlusConfig.from_json(path.read_text(encoding="utf-8"))
+    return RATPlusConfig.preset(CONFIG.value)
   except ValueError as error:
     raise ValueError(f"--config={path}: {error}") from error
 

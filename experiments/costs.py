@@ -48,7 +48,7 @@ def main() -> None:
         f" {2 * size / 1e9:.1f} GB in bfloat16. One row, {config.dtype}: keys that the first step after a prompt reads"
         " / cache bytes\n")
   print(table)
-  (folder / "table.md").write_text(table + "\n")
+  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
   common.write_json(folder / "results.json", {"preset": PRESET.value, "memory": config.memory, "modes": result})
 
 

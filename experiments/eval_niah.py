@@ -244,15 +244,23 @@ def compute_if_room(job: Job) -> dict[str, dict[str, Any]] | None:
 def main() -> None:
   niah.share_device()
   opened.cache_clear()
+  if text_needles.TEXT.value:
+    text_needles.check_tasks(TASK_NAMES.value)
+    common.refuse(("spacing", "near_miss", "free_running"), "they are of mini-NIAH, and --text asks in words; leave it"
+                  " out.")
+  else:
+    niah.check_tasks(TASK_NAMES.value)
+    common.refuse(("answer_room", "ruler", "essay", "tokenizer"),
+                  "without --text there are no words; give that too, or leave it out.")
+  common.refuse(("epochs",), "it is of the training (experiments.sft_niah), and nothing is trained; leave it out.")
+  niah.check_names(CHECKPOINTS.value)
+  rows, names = rows_to_compute(), TASK_NAMES.value
   folder = common.workdir("eval_niah")
   path = folder / "results.json"
   results = common.read_json(path)
   for one, cell in results.items():
     if not isinstance(cell, dict) or not {"accuracy", "blank"} & cell.keys():
       raise ValueError(f"{path} has no accuracy of {one!r}; move it away to start anew.")
-  niah.check_tasks(TASK_NAMES.value)
-  niah.check_names(CHECKPOINTS.value)
-  rows, names = rows_to_compute(), TASK_NAMES.value
   origins = {name: text_needles.origin(name) if text_needles.TEXT.value else "" for name in names}
   if not text_needles.TEXT.value:
     check_room(names)
@@ -288,7 +296,7 @@ def main() -> None:
   text = niah_report.report(table, MATCH.value)
   measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
   print(f"{measure}, in percent, on {common.device()}\n\n{text}")
-  (folder / "table.md").write_text(text + "\n")
+  (folder / "table.md").write_text(text + "\n", encoding="utf-8")
   common.write_json(folder / "accuracies.json", niah_report.compact(table), indent=None)
   niah_report.draw_budgets(niah_report.matched(table) if MATCH.value else table, folder / "budgets.png")
 

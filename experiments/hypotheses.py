@@ -278,7 +278,7 @@ def main() -> None:
     hypotheses_plots.draw(part, shown[part], folder / f"{part}.png")
   text = report(shown) + (f"\n\nnot matched\n\n{low}" if low else "")
   print(text)
-  (folder / "table.md").write_text(text + "\n")
+  (folder / "table.md").write_text(text + "\n", encoding="utf-8")
 
 
 def matched(results: dict[str, dict[str, Any]], of_dense: niah_report.Cells) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
+from rat_jax.paths import local_path
 from rat_jax.train import Checkpoints
 
 MATCHED = 95.0  # percent that every task needs under Dense for a comparison
@@ -55,14 +56,19 @@ def over_seeds() -> NamedSharding:
 
 
 def load(folders: str) -> tuple[RATPlusConfig, Any]:
-  """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between."""
+  """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between.
+
+  Raises ValueError and FileNotFoundError for a URL, folders without seeds, and models that do not belong together.
+  """
   configs, params = [], []
   for folder in folders.split(","):
-    found = [path for path in pathlib.Path(folder).glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
+    around = local_path(folder, "folder")
+    found = [path for path in around.glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
     paths = sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
-    if not folder or not paths:
-      raise FileNotFoundError(f"{folder or 'no folder'} holds no seed-* checkpoints; give the folder around them, which"
-                              " experiments.sft_niah makes.")
+    if not paths:
+      state = "holds no seed-* checkpoints" if around.is_dir() else "is no folder" if around.exists() else (
+          "does not exist")
+      raise FileNotFoundError(f"{around} {state}; give the folder around seed-*, which experiments.sft_niah makes.")
     for path in paths:
       config, of_seed, notes = Checkpoints(path).load_params()
       if notes.get("seeds", len(paths)) != len(paths):
@@ -85,7 +91,7 @@ def name(folders: str) -> str:
 
 def check_names(checkpoints: Sequence[str]) -> None:
   """Raises ValueError where tables could not tell checkpoints apart, or would count one twice."""
-  folders = [pathlib.Path(folder).resolve() for folders in checkpoints for folder in folders.split(",")]
+  folders = [local_path(folder, "--checkpoint").resolve() for folders in checkpoints for folder in folders.split(",")]
   if len(set(folders)) < len(folders):
     raise ValueError(f"--checkpoint={list(checkpoints)}: one folder is given twice; give each once.")
   if len({name(checkpoint) for checkpoint in checkpoints}) < len(checkpoints):

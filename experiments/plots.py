@@ -147,7 +147,7 @@ def draw_throughput(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
 
 def draw_training(metrics: pathlib.Path, modes: Sequence[Mode], path: pathlib.Path) -> None:
   """The losses of a training run and, where the chip is known, its utilisation, from the loop's JSON lines."""
-  lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+  lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
   steps = [line["step"] for line in lines]
   figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
   for colour, mode, losses in zip(COLOURS, modes, zip(*(line["loss"] for line in lines), strict=True), strict=False):

@@ -23,7 +23,7 @@ from absl import flags
 import rat_jax
 from experiments import common, plots
 from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusConfig, RATPlusLM, SnapKV, StreamingLLM
-from rat_jax.data import TokenFile
+from rat_jax.data import BYTES, TokenFile
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.modes import Mode
 from rat_jax.train import Checkpoints, train
@@ -113,11 +113,11 @@ def continuations(model: RATPlusLM, params, data: TokenFile, modes: list[Mode]) 
   """A held-out text, continued under every mode by the same random numbers."""
   middle = len(data.tokens) // 2
   prompt = np.asarray(data.tokens[middle:middle + LENGTH.value // 2])[None].astype(np.int32)
-  texts = {"prompt": bytes(prompt[0].tolist()).decode("utf-8", "replace")}
+  texts = {"prompt": BYTES.decode(prompt[0])}
   for mode in modes:
     new = rat_jax.generate(model, params, prompt, mode=mode, max_new_tokens=LENGTH.value // 2, temperature=0.7,
                            top_p=0.95, key=jax.random.key(common.SEED.value))
-    texts[str(mode)] = bytes(np.asarray(new)[0].tolist()).decode("utf-8", "replace")
+    texts[str(mode)] = BYTES.decode_after(prompt[0], np.asarray(new)[0])
   return texts
 
 
@@ -165,8 +165,9 @@ def main() -> None:
   for name, text in texts.items():
     print(f"\n--- {name}\n{text}")
 
-  (folder / "table.md").write_text(f"{table}\n\n{choosing_table}\n")
-  (folder / "continuations.txt").write_text("\n".join(f"--- {name}\n{text}\n" for name, text in texts.items()))
+  (folder / "table.md").write_text(f"{table}\n\n{choosing_table}\n", encoding="utf-8")
+  continued = "\n".join(f"--- {name}\n{text}\n" for name, text in texts.items())
+  (folder / "continuations.txt").write_text(continued, encoding="utf-8")
   plots.draw_masks(modes, folder / "masks.png")
   sample = next(data["heldout"].epoch(batch_size=1, length=LENGTH.value, limit=2))["tokens"]
   plots.draw_choices(model, params, sample, choosing_modes()[1:4], prompt, folder / "choices.png")

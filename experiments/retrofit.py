@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import pathlib
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 import rat_jax
@@ -23,8 +25,8 @@ from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.train import ARL
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of checkpoints, or of save_pretrained: an attention model,"
-                                 " or one with a memory that has not been trained yet.")
+CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained: an attention model, or one"
+                                " with a memory that has not been trained yet.")
 DTYPE = common.define_dtype()
 MODES = common.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
 MEMORY = flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
@@ -44,22 +46,34 @@ def main() -> None:
     return
   if CHECKPOINT.value is None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
-  data = training.train_data("retrofit")
-  config, params = training.load(CHECKPOINT.value, data, DTYPE.value)
+  config, params, notes = training.load(CHECKPOINT.value, DTYPE.value)
   if GATE_BIAS.present and (config.memory or not MEMORY.value):
     raise ValueError(f"--gate_bias={GATE_BIAS.value:g} is where the gates of a memory that is added start, and none is"
                      " added; leave it out.")
+  if not MEMORY.value:
+    common.refuse(("memory_rate",), "--nomemory trains no memory; leave it out.")
   if MEMORY.value and not config.memory:
     config, params = add_memory(config, params, GATE_BIAS.value)
   elif config.memory and not MEMORY.value:
     raise ValueError(f"--nomemory: {CHECKPOINT.value} has a memory; give the attention model.")
+  elif is_trained(params):
+    raise ValueError(f"--checkpoint={CHECKPOINT.value} has a memory that was trained; train it on with"
+                     " experiments.adapt, or give the attention model. A retrofit that was stopped goes on in its"
+                     " --workdir, from the --checkpoint that it began with.")
   names = list(named_leaves(params))
   for pattern in FREEZE.value:
     if not fnmatch.filter(names, pattern):
       raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
+  data = training.train_data("retrofit")
+  common.check_data(data, config, notes)
   rates = [(pattern, 0.0) for pattern in FREEZE.value] + [("layers/memory_gate*", MEMORY_RATE.value)]
-  training.fit(config, params, MODES.value, data, "retrofit",
+  training.fit(config, params, MODES.value, data, "retrofit", accumulate_by="target",  # rows are micro-batches there
                start=str(pathlib.Path(CHECKPOINT.value).absolute()), rates=rates)
+
+
+def is_trained(params: Any) -> bool:
+  """Whether a model's memory was trained: one that is added starts with weights of 0."""
+  return bool(np.any(np.asarray(params["layers"]["memory_gate"])))
 
 
 def cost(config: RATPlusConfig) -> str:

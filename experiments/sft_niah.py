@@ -32,7 +32,7 @@ from experiments import common, niah, text_needles
 from experiments.seed_programs import Programs
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
-from rat_jax.data import BYTES
+from rat_jax.data import BYTES, TokenFile
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.evaluate.needles import answered
@@ -75,7 +75,7 @@ LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate. D
 WARMUP = flags.DEFINE_integer("warmup", 300, "Batches of warm-up.", lower_bound=0)
 LM_WEIGHT = flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.",
                                lower_bound=0.0)
-LM_DATA = flags.DEFINE_string("lm_data", None, "Folder of prepare_data, as bytes: text that is learned too.")
+LM_DATA = common.define_path("lm_data", "Folder of prepare_data, as bytes: text that is learned too.")
 LM_ROWS = flags.DEFINE_integer("lm_rows", 0, "Rows of text in every batch, beside those of the stage.", lower_bound=0)
 GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates start of a memory that is added to --init.")
 MEMORY_RATE = flags.DEFINE_float("memory_rate", 1.0, "The memory's learning rate over that of the rest.",
@@ -158,11 +158,11 @@ def stages(steps: int) -> list[Stage]:
   return [Stage(length, rows, end) for (length, rows), end in zip(of_stage, ends, strict=True)]
 
 
-def text() -> tuple[np.ndarray, ...]:
-  """The tokens of --lm_data, for `batch_of`; empty without. Raises ValueError for text that is not bytes."""
+def text() -> TokenFile | None:
+  """The text of --lm_data; None without. Raises ValueError for text that is not bytes, or too short."""
   if not LM_ROWS.value:
     common.refuse(("lm_data",), "without --lm_rows none of it is read; give some.")
-    return ()
+    return None
   if LM_DATA.value is None:
     raise ValueError(f"--lm_rows={LM_ROWS.value} without --lm_data; give a folder of prepare_data.")
   file = common.corpus(LM_DATA.value, common.workdir(f"niah/{ARM.value}") / "data")["train"]
@@ -171,7 +171,7 @@ def text() -> tuple[np.ndarray, ...]:
   longest = max(length for length, _ in sizes(_STAGES))
   if len(file.tokens) <= longest + 1:
     raise ValueError(f"--lm_data={LM_DATA.value} has {len(file.tokens)} tokens; a row takes {longest + 1}, use more.")
-  return (np.asarray(file.tokens),)
+  return file
 
 
 def batch_of(stage: Stage, seed: jax.Array, step: jax.Array | int, *text: jax.Array) -> dict[str, jax.Array]:
@@ -198,7 +198,7 @@ def _accuracy(model: RATPlusLM, mode: Mode, stage: Stage, params: Any, step: jax
 
 
 def main() -> None:
-  niah.check_tasks(TASK_NAMES.value)
+  (text_needles if text_needles.TEXT.value else niah).check_tasks(TASK_NAMES.value)
   if text_needles.TEXT.value:
     common.refuse(("arm", "seeds", "steps", "shares", "leave_at", "stragglers", "stop_at", "warmup", "lm_weight",
                    "lm_data", "lm_rows", "gate_bias", "memory_rate", "dilation", "layers", "width", "heads", "dtype",
@@ -223,6 +223,7 @@ class Run(NamedTuple):
   checkpoints: Checkpoints
   state: Any
   notes: dict[str, Any]
+  text: tuple[np.ndarray, ...]  # the tokens of --lm_data, for `batch_of`
 
 
 def train() -> None:
@@ -239,7 +240,7 @@ def train() -> None:
   drop_metrics(run.folder / "metrics.jsonl", step + 1)
   model = RATPlusLM(run.config)
   programs = Programs(model, run.optimizer, run.plan[run.notes["stage"]:], run.sets, run.state, run.seeds,
-                      batch=batch_of, accuracy=functools.partial(_accuracy, model, run.sets[0][-1]), text=text())
+                      batch=batch_of, accuracy=functools.partial(_accuracy, model, run.sets[0][-1]), text=run.text)
   state, step, at = through_stages(run, programs, step, steps)
   finish(run, state, step, 100 * programs.final_accuracy(run.plan[at], state.params, step))
 
@@ -248,7 +249,7 @@ def begin() -> Run:
   """The run of the flags, at its newest checkpoint if it has one."""
   common.refuse(("examples", "epochs", "answer_room", "ruler", "essay", "tokenizer"),
                 "without --text there are no words; give that too, or leave it out.")
-  folder, arm, steps = common.workdir(f"niah/{ARM.value}"), ARM.value, STEPS.value or STEPS_OF[ARM.value]
+  arm, steps = ARM.value, STEPS.value or STEPS_OF[ARM.value]
   if SEEDS.value % jax.device_count():
     raise ValueError(f"--seeds={SEEDS.value} do not divide over {jax.device_count()} devices; use a multiple, or fewer"
                      " devices (CUDA_VISIBLE_DEVICES).")
@@ -256,6 +257,7 @@ def begin() -> Run:
   niah.check_seeds(range(first, first + SEEDS.value))
   if STRAGGLERS.value >= SEEDS.value:
     raise ValueError(f"--stragglers={STRAGGLERS.value} of --seeds={SEEDS.value}; leave one seed at least.")
+  read = text()
   config, params = (configuration(arm), None) if INIT.value is None else niah.load(INIT.value)
   for flag, has in ((LAYERS, config.num_layers), (WIDTH, config.embed_dim), (HEADS, config.num_heads),
                     (DTYPE, config.dtype)):
@@ -272,6 +274,7 @@ def begin() -> Run:
   rates = [("layers/memory_gate*", MEMORY_RATE.value)] if MEMORY_RATE.value != 1 else []
   optimizer = rat_jax.make_optimizer(rate, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(WARMUP.value, steps), rates=rates)
+  folder = common.workdir(f"niah/{arm}")
   checkpoints = Checkpoints(folder / "run")
   notes: dict[str, Any] = {"arm": arm, "tasks": TASK_NAMES.value, "steps": steps,
                            "stages": [[stage.length, stage.rows, stage.until] for stage in plan],
@@ -281,10 +284,12 @@ def begin() -> Run:
                            "learning_rate": rate, "warmup": WARMUP.value,
                            "lm_weight": LM_WEIGHT.value, "leave_at": LEAVE_AT.value, "stragglers": STRAGGLERS.value,
                            "memory_rate": MEMORY_RATE.value, "gate_bias": config.gate_bias,
-                           "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value, "log_every": LOG_EVERY.value,
+                           "lm_rows": LM_ROWS.value, "lm_data": LM_DATA.value,
+                           "data_sha256": read and read.sidecar.sha256, "log_every": LOG_EVERY.value,
                            "stop_at": STOP_AT.value, "stage": 0, "done": False}
   state, notes = start(model, optimizer, params, seeds, checkpoints, notes)
-  return Run(folder, config, optimizer, plan, sets, seeds, checkpoints, state, notes)
+  tokens = (np.asarray(read.tokens),) if read else ()
+  return Run(folder, config, optimizer, plan, sets, seeds, checkpoints, state, notes, tokens)
 
 
 def through_stages(run: Run, programs: Programs, step: int, steps: int) -> tuple[Any, int, int]:
@@ -356,7 +361,7 @@ def report(folder, bar, step: int, stage: Stage, loss: np.ndarray, accuracy: np.
   """A JSON line of every seed, and the worst seed to the terminal."""
   line = {"step": step, "length": stage.length, "loss": loss.tolist(), "seconds_per_batch": seconds,
           "accuracy": {name: accuracy[:, i].tolist() for i, name in enumerate(TASK_NAMES.value)}}
-  with (folder / "metrics.jsonl").open("a") as file:
+  with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
     file.write(json.dumps(line) + "\n")
   text = " ".join(f"{name}={100 * x:.0f}" for name, x in zip(TASK_NAMES.value, accuracy.min(axis=0), strict=True))
   bar.set_postfix_str(f"T={stage.length}, worst seed: {text}")

@@ -16,11 +16,11 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
-from rat_jax.train import Checkpoints, train
-from rat_jax.train.step import Combine
+from rat_jax.train import Checkpoints, Optimizer, train
+from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat
 
-DATA = flags.DEFINE_string("data", None, "Prepared folder, text file or folder. Default: the standard library's text.")
+DATA = common.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences in a batch.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
@@ -42,22 +42,35 @@ def train_data(script: str) -> TokenFile:
   return common.corpus(DATA.value, common.workdir(script) / "data")["train"]
 
 
-def load(checkpoint: str, data: TokenFile, dtype: str | None) -> tuple[RATPlusConfig, Params]:
-  """(config, parameters) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
+def load(checkpoint: str, dtype: str | None) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+  """(config, parameters, notes) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
 
   Args:
     dtype: of matrix products and attention, instead of the model's own.
 
-  Raises ValueError for data of another tokenizer.
+  Raises as `common.load_model`.
   """
   config, params, notes = common.load_model(checkpoint)
-  common.check_data(data, config, notes)
   config = dataclasses.replace(config, dtype=cast(Any, dtype or config.dtype), param_dtype="float32")
-  return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+  return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), notes
+
+
+def optimizer_of(steps: int, rates: Sequence[tuple[str, float]] = ()) -> Optimizer:
+  """The optimizer of the flags for a run of so many batches; `rates` as `rat_jax.make_optimizer` takes them."""
+  return rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=steps, warmup_steps=int(WARMUP.value * steps),
+                                weight_decay=WEIGHT_DECAY.value, rates=rates)
+
+
+def rate_change(step: int, before: int, after: int) -> str:
+  """What another number of --steps does to the learning rate of batch `step`, in words: it bends the whole schedule."""
+  old, new = (float(optimizer_of(steps).schedule(jnp.int32(step))) for steps in (before, after))
+  return (f"--steps={after} where the run had {before}: the learning rate of the next batch is {new:.3g}, it would have"
+          f" been {old:.3g}")
 
 
 def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: TokenFile, script: str,
-        start: str | None = None, rates: Sequence[tuple[str, float]] = ()) -> None:
+        start: str | None = None, rates: Sequence[tuple[str, float]] = (),
+        accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Args:
@@ -65,6 +78,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
     modes: one loss for each.
     start: the checkpoint that `params` come from.
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
+    accumulate_by: how --accumulation weighs micro-batches (`rat_jax.train_step`).
 
   Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches, rates or start.
   """
@@ -73,9 +87,7 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
                      f"{config.vocab_size}; use a model whose vocabulary holds the data's.")
   folder = common.workdir(script)
   model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
-  optimizer = rat_jax.make_optimizer(LEARNING_RATE.value, total_steps=STEPS.value,
-                                     warmup_steps=int(WARMUP.value * STEPS.value), weight_decay=WEIGHT_DECAY.value,
-                                     rates=rates)
+  optimizer = optimizer_of(STEPS.value, rates)
 
   def batch_at(step):
     return data.batch(step, batch_size=BATCH_SIZE.value, length=LENGTH.value, seed=common.SEED.value,
@@ -86,19 +98,21 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   state = rat_jax.init_train_state(model, params, optimizer)
   notes = {"modes": [str(mode) for mode in modes], "combine": COMBINE.value, "seed": common.SEED.value,
            "batch_size": BATCH_SIZE.value, "length": LENGTH.value, "documents_apart": DOCUMENTS_APART.value,
-           "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "tokenizer": data.sidecar.tokenizer,
-           "start": start, "rates": [list(one) for one in rates], "learning_rate": LEARNING_RATE.value,
-           "warmup": WARMUP.value, "weight_decay": WEIGHT_DECAY.value}
+           "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "data_sha256": data.sidecar.sha256,
+           "tokenizer": data.sidecar.tokenizer, "start": start, "rates": [list(one) for one in rates],
+           "learning_rate": LEARNING_RATE.value, "warmup": WARMUP.value, "weight_decay": WEIGHT_DECAY.value}
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     common.check_same_run(checkpoints.folder, saved, notes)
     print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+    if "steps" in saved and saved["steps"] != STEPS.value:
+      print(rate_change(int(state.step), saved["steps"], STEPS.value))
   size = sum(x.size for x in jax.tree.leaves(params))
   print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
         f" {', then '.join(map(str, modes))}, on {common.device()}")
   train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes,
         notes=notes | {"steps": STEPS.value},  # which a resumed run may move
-        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value,
+        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value, accumulate_by=accumulate_by,
         remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
         metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
   plots.draw_training(folder / "metrics.jsonl", modes, folder / "training.png")

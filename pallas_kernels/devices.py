@@ -18,7 +18,8 @@ MULTIPROCESSORS = 132  # of an H100 or H200, for which the Mosaic kernels cut th
 # CUDA compute capabilities by the names of GPUs, for kinds of which this process has none.
 _CAPABILITIES = {"V100": 7.0, "T4": 7.5, "A100": 8.0, "A800": 8.0, "A30": 8.0, "A10": 8.6, "A10G": 8.6, "A40": 8.6,
                  "L4": 8.9, "L40": 8.9, "L40S": 8.9, "H100": 9.0, "H200": 9.0, "H800": 9.0, "H20": 9.0, "GH200": 9.0,
-                 "B200": 10.0, "GB200": 10.0, "B300": 10.3, "GB300": 10.3}
+                 "B200": 10.0, "GB200": 10.0, "B300": 10.3, "GB300": 10.3, "3090": 8.6, "A6000": 8.6, "4090": 8.9,
+                 "5090": 12.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices, split
-from pallas_kernels.crossovers import FASTEST
+from pallas_kernels.crossovers import ASSUMED, FASTEST
 from pallas_kernels.table import IMPLEMENTATIONS, known_names
 
 Arguments = tuple[Any, ...]  # of an operation
@@ -86,8 +86,8 @@ def force(implementation: str) -> AbstractContextManager[None]:
 def call(operation: Operation, name: str | None, *arguments: Any, **options: Any) -> Any:
   """The operation by the implementation that is forced or named, else by the fastest one that serves.
 
-  The fastest is the first one in crossovers.py, of the device's kind, whose size the work of a device reaches and that
-  serves it; else "xla".
+  The fastest is the first one in crossovers.py, of the device's kind or else assumed, that runs on the device and
+  serves the work of one, whose size it reaches; else "xla".
 
   Raises:
     ValueError: `name` is no known name.
@@ -118,8 +118,10 @@ def _cut(operation: Operation, implementation: Implementation, arguments: Argume
 
 
 def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> Taken:
-  for name, least in FASTEST.get(device.kind, {}).get(operation.name, {}).items():
+  for name, least in FASTEST.get(device.kind, ASSUMED).get(operation.name, {}).items():
     implementation = load(operation.name, name)
+    if implementation.runs_on.unsupported(device):
+      continue
     cut = _cut(operation, implementation, arguments)
     if cut and not cut.complete:  # the compiler may know better how to split plain JAX
       continue

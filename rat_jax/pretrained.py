@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rat_jax.axes import Params
@@ -15,6 +16,7 @@ from rat_jax.convert import mapping
 from rat_jax.convert.leaves import check_leaves, check_params, named_leaves, shapes_of
 from rat_jax.convert.mapping import Place
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.paths import local_path
 from rat_jax.version import __version__
 
 
@@ -29,8 +31,9 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
     max_file_bytes: a new file begins where a leaf would take the last beyond this.
 
   Raises:
-    ValueError: a folder that is not empty, parameters that do not fit the config in shape or type.
+    ValueError: a URL, a folder that is not empty, parameters that do not fit the config in shape or type.
   """
+  folder = local_path(folder, "folder")
   check_params(params, config)
   leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
   write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
@@ -39,6 +42,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
 def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
                      about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
+  folder = local_path(folder, "folder")
   metadata = {"rat_jax": __version__} | {str(key): str(value) for key, value in about.items()}  # it holds text alone
   with new_folder(folder) as made:
     specs = write_safetensors(made, leaves, count=len(shapes_of(config)), metadata=metadata,
@@ -49,27 +53,33 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
              + ("RAT+" if config.memory else "attention") + f", written by rat_jax {__version__}.", "",
              *(f"* {key}: {value}" for key, value in about.items()), "",
              f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]
-    (made / "config.json").write_text(config.to_json() + "\n")
-    (made / "README.md").write_text("\n".join(lines))
+    (made / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    (made / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def load_pretrained(folder: str | os.PathLike[str], *, place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
+def on_device(name: str, leaf: np.ndarray) -> jax.Array:
+  """The leaf on JAX's default device: a numpy leaf would be copied there by every call that takes it."""
+  del name
+  return jnp.asarray(leaf)
+
+
+def load_pretrained(folder: str | os.PathLike[str], *, place: Place = on_device) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a folder that `save_pretrained` wrote.
 
   Args:
     place: (leaf's name, the numpy leaf) -> what takes its place in the tree, such as an array that is sharded over
-      devices. Leaves come one at a time.
+      devices. Leaves come one at a time. Default: the leaf on JAX's default device.
 
   Raises:
-    FileNotFoundError, ValueError: missing or broken files, tensors that do not fit the config.
+    FileNotFoundError, ValueError: missing or broken files, a URL, tensors that do not fit the config.
   """
-  folder = pathlib.Path(folder)
+  folder = local_path(folder, "folder")
   path = folder / "config.json"
   if "model_type" in read_json(path, "give a folder that save_pretrained wrote"):
     raise ValueError(f"{path} is of the Hugging Face package; convert the folder first, with rat_jax.convert.load_olmo2"
                      " or experiments.convert.")
   try:
-    config = RATPlusConfig.from_json(path.read_text())
+    config = RATPlusConfig.from_json(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   tensors = SafetensorsFolder(folder)

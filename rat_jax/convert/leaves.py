@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Mapping
 
 import jax
@@ -19,20 +21,26 @@ def named_leaves(params: Params) -> dict[str, jax.Array | np.ndarray]:
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def shapes_of(config: RATPlusConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def shapes_of(config: RATPlusConfig) -> Mapping[str, tuple[int, ...]]:
   """{name: shape} of the leaves that a config has."""
   drawn = {name: jax.eval_shape(draw, jax.random.key(0)) for name, draw in transformer.initializers(config).items()}
-  return {name: leaf.shape for name, leaf in named_leaves(drawn).items()}
+  return types.MappingProxyType({name: leaf.shape for name, leaf in named_leaves(drawn).items()})
 
 
-def check_params(params: Params, config: RATPlusConfig, types: bool = True) -> None:
-  """Raises ValueError where parameters are not those of the config."""
+def check_params(params: Params, config: RATPlusConfig, same_type: bool = True) -> None:
+  """Raises ValueError where parameters, traced or not, are not those of the config, as `check_leaves`."""
+  if isinstance(params, Mapping) and params.keys() == {"params"}:
+    raise ValueError("the parameters are {'params': ...}; give the tree inside, variables['params'].")
   specs = {name: Spec(np.shape(leaf), str(leaf.dtype)) for name, leaf in named_leaves(params).items()}
-  check_leaves(specs, config, "the parameters", types)
+  check_leaves(specs, config, "the parameters", same_type)
 
 
-def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, types: bool = True) -> None:
-  """Raises ValueError where leaves are not those of the config; `types`: and where they are not its `param_dtype`."""
+def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, same_type: bool = True) -> None:
+  """Raises ValueError where leaves are not those of the config.
+
+  `same_type`: and where they are not of its `param_dtype`.
+  """
   shapes = shapes_of(config)
   wrong = [name for name in sorted(shapes.keys() | found.keys())
            if name not in found or name not in shapes or found[name].shape != shapes[name]]
@@ -41,6 +49,6 @@ def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, t
     raise ValueError(f"{where}: {name} is {found[name].shape if name in found else 'missing'}, the config wants"
                      f" {shapes.get(name, 'no such leaf')}; {len(wrong)} leaves differ in all.")
   for name, spec in found.items():
-    if types and spec.dtype != config.param_dtype:
+    if same_type and spec.dtype != config.param_dtype:
       raise ValueError(f"{where}: {name} is {spec.dtype}, the config has param_dtype={config.param_dtype!r}; cast the"
                        " leaves, or set param_dtype to what they are.")

@@ -22,6 +22,7 @@ from rat_jax.convert import mapping
 from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import InMemory, Tensors, TorchTensors
+from rat_jax.paths import local_path
 
 _COMPILED = "_orig_mod."
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"
@@ -69,7 +70,7 @@ def load_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = No
 def read_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = None
                  ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any]]:
   """The same, the leaves one after another; and how the model was trained, {} where the file does not say."""
-  found = _load_file(pathlib.Path(path))
+  found = _load_file(local_path(path, "path"))
   config = _config(found.get("config"), config, path)
   return config, _leaves(TorchTensors(_plain(found.get("task", found)), str(path)), config), _training(found)
 
@@ -215,7 +216,7 @@ def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np
   Raises ValueError for a config that their layer cannot be, and for parameters that do not fit it.
   """
   _check_config(config)
-  check_params(params, config, types=False)
+  check_params(params, config, same_type=False)
   state_dict = dict(mapping.foreign(pieces_of(config, gate_apart=False), params, config.num_layers))
   state_dict.setdefault(_HEAD, state_dict[_EMBEDDING])
   return {name: np.ascontiguousarray(value, np.float32) for name, value in state_dict.items()}

@@ -29,11 +29,18 @@ MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (
 )}
 
 
-def parse_mode(text_form: str) -> Mode:
+def parse_mode(text_form: str | Mode) -> Mode:
   """Reads what `str(mode)` writes: "dense", "dilated:16,window=256,sinks=4", "per_layer:[dense;dilated:8]".
+
+  A union may be written as in code, "streaming_llm:64|quest:1024". A mode is given back as it is.
 
   Raises ValueError that quotes the text and says what is known.
   """
+  if isinstance(text_form, Mode):
+    return text_form
+  if not isinstance(text_form, str):
+    raise ValueError(f"mode {text_form!r} is a {type(text_form).__name__}; give a text such as 'dilated:16', or"
+                     " a mode.")
   return text.parse(text_form, MODES)
 
 

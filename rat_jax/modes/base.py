@@ -45,6 +45,13 @@ class Mode:
   chooses: ClassVar[bool] = False  # by what keys hold: positions are then 0..T-1, and a row is one document
   after_prompt: ClassVar[str] = ""  # why it starts once the prompt has ended, so that it is no form of a prompt
 
+  def __post_init__(self) -> None:
+    """Stores lists as tuples, for a mode is hashed. Modes that check their fields have a form of their own."""
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, list):
+        object.__setattr__(self, field.name, tuple(value))
+
   # Who sees whom.
 
   def sees(self, t: Array, s: Array) -> Array:
@@ -136,7 +143,7 @@ class Mode:
   def most_read(self, lengths: np.ndarray, prompt_length: int | None = None) -> np.ndarray:
     """How many keys the query of a row of each length [X] reads; where that depends on data or head, the most."""
     del prompt_length
-    visible = np.asarray(seen(self, jnp.asarray(lengths - 1), jnp.arange(lengths.max())))
+    visible = np.asarray(seen(self, jnp.asarray(lengths - 1), jnp.arange(lengths.max(), dtype=jnp.int32)))
     most: np.ndarray = visible.sum(axis=-1).reshape(-1, len(lengths)).max(axis=0)
     return most
 
@@ -148,7 +155,16 @@ class Mode:
     return isinstance(other, Mode) and type(self) is type(other) and self._key() == other._key()
 
   def __hash__(self) -> int:
-    return hash(self._key())
+    try:
+      return hash(self._key())
+    except TypeError as error:
+      raise TypeError(f"{type(self).__name__}: {self._unhashable()}; a mode is a static argument, so store a number, a"
+                      " text, a mode or a tuple of them.") from error
+
+  def _unhashable(self) -> str:
+    """The fields that cannot be hashed, with their values."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if not _is_hashable(value))
 
   def _key(self) -> tuple[object, ...]:
     values = [getattr(self, field.name) for field in dataclasses.fields(self)]
@@ -192,6 +208,14 @@ class Mode:
     else:
       raise ValueError(f"{type(self).__name__}: {field}={value!r}; use an integer of at least {least} ({why}) or a"
                        " share in (0, 1].")
+
+
+def _is_hashable(value: object) -> bool:
+  try:
+    hash(value)
+  except TypeError:
+    return False
+  return True
 
 
 def check_mode(mode: Mode) -> None:

@@ -105,7 +105,7 @@ class BlockMode(SelectingMode):
     own, count = (length - 1) // self.block, -(-length // self.block)
     by_rule = np.zeros(length, bool)
     if self.rule is not None:
-      by_rule = np.asarray(seen(self.rule, jnp.array([length - 1]), jnp.arange(length)))[0]
+      by_rule = np.asarray(seen(self.rule, jnp.array([length - 1]), jnp.arange(length, dtype=jnp.int32)))[0]
     adds = np.bincount(np.arange(length) // self.block, weights=~by_rule, minlength=count).astype(int)
     forced = np.asarray(self.forced(np.arange(count), own))
     chosen = self.count_at(length) - int(forced.sum())

@@ -30,12 +30,14 @@ class Kept:
     positions: int32 [B, M, capacity], ascending; -1 in empty slots, which come last.
     k, v: [B, capacity, M, H], the rows at these positions; zeros in empty slots.
     scores: float32 [B, M, S - obs_window], pooled; -inf where a row has no such position before its window.
+    lengths: int32 [B], how many slots of a row hold a key, the same for all heads: `attend`'s `lengths`.
   """
 
   positions: Array
   k: Array
   v: Array
   scores: Array
+  lengths: Lengths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class SnapKV(SelectingMode):
     rows = self.kept_rows(length)
     capacity = jnp.asarray(by_length(SnapKV.capacity_at, self, range(length + 1)))[lengths]
     top, best = jax.lax.top_k(scores, max(rows - window, 0))
-    chosen = (jnp.arange(top.shape[-1]) < (capacity - window)[:, None, None]) & (top > -jnp.inf)
+    chosen = (jnp.arange(top.shape[-1], dtype=jnp.int32) < (capacity - window)[:, None, None]) & (top > -jnp.inf)
     in_window = jnp.broadcast_to(_window_positions(lengths, window)[:, None], (*scores.shape[:2], window))
     positions = jnp.concatenate([jnp.where(chosen, best, length), jnp.where(in_window >= 0, in_window, length)], axis=2)
     positions = jnp.sort(positions, axis=2)[..., :rows]
@@ -109,7 +111,7 @@ class SnapKV(SelectingMode):
     """The scores of the keys before the window: float32 [B, M, S - obs_window]; -inf where there is none."""
     window, (length, kv_heads) = q_window.shape[1], k.shape[1:3]
     earlier = max(length - window, 0)
-    real = (jnp.arange(earlier) < lengths[:, None] - window)[:, None]
+    real = (jnp.arange(earlier, dtype=jnp.int32) < lengths[:, None] - window)[:, None]
     if self.selector == "random":
       choosing = scoring.heads_that_choose(self, q_window, kv_heads)
       scores = scoring.draw(self, origin, choosing, lengths[:, None], earlier)[:, 0]
@@ -137,7 +139,7 @@ class SnapKV(SelectingMode):
 
   def check_operator(self) -> None:
     raise ValueError("SnapKV compresses a cache after the prompt and is no attention of its own; use rat_jax.compress,"
-                     " then attend to what it kept under Dense().")
+                     " then attend to what it kept: attend(q, kept.k, kept.v, Dense(), lengths=kept.lengths).")
 
   def attend_after_prompt(self, heads: Heads, batch: Batch, origin: Origin) -> Array:
     """Attention to the kept tokens of the prompt and to all after it."""
@@ -145,7 +147,7 @@ class SnapKV(SelectingMode):
     window = heads.last_queries(batch.prompts, self.obs_window).q
     kept, _ = self.keep(window, heads.choosing_keys, batch.prompts, origin)
     rows, length = heads.k.shape[:2]
-    row, head = jnp.arange(rows)[:, None, None], jnp.arange(kept.shape[1])[:, None]
+    row, head = jnp.arange(rows, dtype=jnp.int32)[:, None, None], jnp.arange(kept.shape[1], dtype=jnp.int32)[:, None]
     readable = jnp.zeros((rows, kept.shape[1], length), bool).at[row, head, jnp.where(kept < 0, length, kept)].set(
         True, mode="drop")
     readable |= (batch.positions >= batch.prompts[:, None])[:, None]
@@ -173,7 +175,7 @@ class SnapKV(SelectingMode):
     empty = self.capacity_at(k.shape[1]) - positions.shape[2]
     positions = jnp.pad(positions, ((0, 0), (0, 0), (0, max(empty, 0))), constant_values=-1)
     k, v = (jnp.swapaxes(take_kept(x, positions), 1, 2) for x in (k, v))
-    return Kept(positions, k, v, scores)
+    return Kept(positions, k, v, scores, jnp.sum(positions[:, 0] >= 0, axis=1, dtype=jnp.int32))
 
   def choices(self, heads: Heads, batch: Batch, origin: Origin) -> Kept:
     assert batch.prompts is not None

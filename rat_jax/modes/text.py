@@ -1,14 +1,15 @@
 """Modes as text: `str(mode)` writes what `parse_mode` reads, as in "dilated:16,window=256,sinks=4".
 
 The form is name[:argument,...]; arguments are positional, then field=value; fields at their default are left
-out. A tuple is [item;item;...], and its items may be modes; a mode alone is (mode).
+out. A tuple is [item;item;...], and its items may be modes; a mode alone is (mode). A union, as `mode | mode` makes it,
+may also be read as "streaming_llm:64|quest:1024"; it is written as the one mode that it is.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def write(mode: Mode) -> str:
   """The text form of a mode."""
   arguments = []
-  for field in sorted(dataclasses.fields(mode), key=lambda field: bool(field.kw_only)):
+  for field in _fields(type(mode)):
     value = getattr(mode, field.name)
     if field.default is dataclasses.MISSING:
       arguments.append(_write_value(value))
@@ -29,6 +30,25 @@ def write(mode: Mode) -> str:
 
 def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
   """The mode that a text describes; `table` maps names to classes. Raises ValueError that quotes the text."""
+  first, *others = _cut(text, "|")
+  mode = _parse_one(first, table)
+  for other in others:
+    joined = _parse_one(other, table)
+    try:
+      mode = mode | joined  # type: ignore[operator]  # those that have unions say so
+    except TypeError as error:
+      raise ValueError(f"mode {text!r}: {mode} and {joined} have no union; write a position-only mode, then one that"
+                       " chooses blocks, such as streaming_llm:64|quest:1024.") from error
+  return mode
+
+
+def _fields(cls: type[Mode]) -> list[dataclasses.Field[Any]]:
+  """The fields of a mode in the order of its arguments: positional, then by name alone."""
+  return sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+
+
+def _parse_one(text: str, table: Mapping[str, type[Mode]]) -> Mode:
+  """The mode of a text that is no union."""
   name, _, rest = text.strip().partition(":")
   if name not in table:
     raise ValueError(f"mode {text!r}: the name {name!r} is unknown; use one of {', '.join(table)}.")
@@ -37,6 +57,8 @@ def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
   for argument in _split(rest, ","):
     key, equals, value = argument.partition("=")
     if equals and key.strip().isidentifier():
+      if key.strip() in named:
+        raise ValueError(f"mode {text!r}: {key.strip()} is given twice; leave one of them out.")
       named[key.strip()] = _read_value(value, text, table)
     elif named:
       raise ValueError(f"mode {text!r}: {argument!r} comes after field=value; put it first.")
@@ -45,7 +67,7 @@ def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
   try:
     return table[name](*positional, **named)
   except TypeError as error:
-    fields = ", ".join(f.name for f in dataclasses.fields(table[name]))
+    fields = ", ".join(f.name for f in _fields(table[name]))
     raise ValueError(f"mode {text!r}: {error}; the fields of {name} are: {fields or 'none'}.") from error
 
 
@@ -79,7 +101,12 @@ def _read_value(text: str, whole: str, table: Mapping[str, type[Mode]]) -> Any:
   raise ValueError(f"mode {whole!r}: {text!r} is no number, name, mode or [list].")
 
 
-def _split(text: str, separator: str) -> Iterable[str]:
+def _split(text: str, separator: str) -> list[str]:
+  """What `_cut` makes of a text, without what is blank."""
+  return [piece for piece in _cut(text, separator) if piece.strip()]
+
+
+def _cut(text: str, separator: str) -> list[str]:
   """`text` cut at the separators that stand outside brackets."""
   depth, start, pieces = 0, 0, []
   for i, character in enumerate(text):
@@ -87,4 +114,4 @@ def _split(text: str, separator: str) -> Iterable[str]:
     if character == separator and depth == 0:
       pieces.append(text[start:i])
       start = i + 1
-  return [piece for piece in [*pieces, text[start:]] if piece.strip()]
+  return [*pieces, text[start:]]

@@ -72,12 +72,12 @@ class TopK(SelectingMode):
       scores = scoring.draw(self, origin, scoring.heads_that_choose(self, q, kv_heads), positions, count)
     else:
       scores = scoring.by_group(self, scoring.product("btkgh,bskh->btkgs")(scoring.grouped(q, kv_heads), k))
-    return jnp.where(seen(None, positions, jnp.arange(count))[:, :, None], scores, -jnp.inf)
+    return jnp.where(seen(None, positions, jnp.arange(count, dtype=jnp.int32))[:, :, None], scores, -jnp.inf)
 
   def _read(self, scores: Array, positions: Positions) -> Mask:
     """Which keys are read: bool [B, T, M, S]. A threshold for each query; of keys that just reach it the first ones."""
     count = scores.shape[-1]
-    forced = seen(self.forced, positions, jnp.arange(count))[:, :, None]
+    forced = seen(self.forced, positions, jnp.arange(count, dtype=jnp.int32))[:, :, None]
     priority = jnp.where(forced, jnp.inf, scores)
     allowed = jnp.asarray(self._counts(count))[jnp.clip(positions, 0, count - 1)][:, :, None, None]
     top, _ = jax.lax.top_k(priority, int(self._counts(count).max()))

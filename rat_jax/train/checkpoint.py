@@ -23,18 +23,21 @@ import orbax.checkpoint as ocp
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
+from rat_jax.paths import local_path
 from rat_jax.train.step import TrainState
 
 _PARAMS = ".params"
 _CHUNK_BYTES = 64 * 2**20  # of an array's pieces in a file: an array of one piece is read with a second one beside it
+# How the messages of TensorStore begin, whose errors are ValueErrors, where a file could not be read and may be whole.
+_NOT_NOW = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED")
 _Found = TypeVar("_Found")
 
 
 class Checkpoints:
-  """The checkpoints of one training run, in one folder."""
+  """The checkpoints of one training run, in one folder. Raises ValueError for a URL."""
 
   def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = local_path(folder, "folder").absolute()
     self._keep = keep
 
   def steps(self) -> list[int]:
@@ -71,7 +74,7 @@ class Checkpoints:
 
     Raises:
       FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), or
-      none intact.
+      none intact. OSError: a file that cannot be read now, such as one without permission; nothing is moved.
     """
     arrays, about = self._read_newest(self._arrays, config, set_aside=True)
     leaves, structure = jax.tree.flatten_with_path(template)
@@ -113,14 +116,23 @@ class Checkpoints:
     """(what `read` makes of the newest checkpoint that it can read, what is written about that one)."""
     steps = self.steps()
     if not steps:
-      raise FileNotFoundError(f"{self.folder} holds no checkpoint.")
+      state = "holds no checkpoint" if self.folder.is_dir() else "is no folder" if self.folder.exists() else (
+          "does not exist")
+      raise FileNotFoundError(f"{self.folder} {state}; give the folder that a training saved to, such as"
+                              " runs/pretrain/checkpoints.")
     damaged = []
     for step in reversed(steps):
+      part = "about"
       try:
         about = self._about(step)
+        part = "state"
         found = read(step, about)
-      except Exception as error:  # whatever Orbax meets in a damaged file
-        warnings.warn(f"CHECKPOINT {step} in {self.folder} IS DAMAGED and passed over: {error}", stacklevel=3)
+      except (ValueError, KeyError, OSError) as error:
+        if not _is_damage(error):
+          raise OSError(f"{self.folder / str(step) / part} cannot be read, and may be whole: {error}. Mend what stands"
+                        " in the way, and start again.") from error
+        warnings.warn(f"CHECKPOINT {step} in {self.folder} IS DAMAGED and passed over: {step}/{part}: {error}",
+                      stacklevel=3)
         damaged.append(step)
         continue
       if config is not None:
@@ -135,8 +147,10 @@ class Checkpoints:
 
   def _about(self, step: int) -> dict[str, Any]:
     with self._manager() as manager:
-      about: dict[str, Any] = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-      return about
+      about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    if not isinstance(about, dict) or not isinstance(about.get("manifest"), dict):
+      raise ValueError("it does not say what the checkpoint holds")
+    return about
 
   def _arrays(self, step: int, about: dict[str, Any]) -> dict[str, np.ndarray]:
     """All that a checkpoint holds. Raises ValueError for what is not as it was written."""
@@ -161,6 +175,13 @@ class Checkpoints:
   def _manager(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(self.folder, options=options)
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether it says that a file is missing or not as it was written, rather than that it cannot be read now."""
+  if isinstance(error, OSError):
+    return isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+  return not str(error).startswith(_NOT_NOW)
 
 
 def _arrays(state: TrainState) -> dict[str, np.ndarray]:

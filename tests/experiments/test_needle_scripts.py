@@ -234,8 +234,13 @@ def test_answers_of_a_whole_batch_agree_with_the_logits():
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"holds no seed-\* checkpoints"):
+  with pytest.raises(FileNotFoundError, match=r"holds no seed-\* checkpoints; give the folder around seed-\*"):
     niah.load(str(tmp_path))
+  for folder, error, message in (("none", FileNotFoundError, "none does not exist; give the folder around seed-"),
+                                 (f"{tmp_path},gs://b/run", FileNotFoundError, "holds no seed"),
+                                 ("gs://b/run", ValueError, "folder='gs://b/run' is a URL")):
+    with pytest.raises(error, match=message):
+      niah.load(folder)
   model = RATPlusLM(RATPlusConfig(61, 1, 16, 2))
   optimizer = rat_jax.make_optimizer(1e-3, total_steps=1)
   state = rat_jax.init_train_state(model, model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"],
@@ -243,6 +248,16 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
   rat_jax.train.Checkpoints(tmp_path / "seed-0").save(state, model.config, {})
   with pytest.raises(ValueError, match="vocab_size=61"):
     niah.load(str(tmp_path))
+
+
+def test_tasks_are_mini_niahs_and_in_words_rulers_too(parsed_flags, tmp_path):
+  asked = dict(checkpoint=["none"], tasks=["vt", "qa_1"], table="paper", workdir=str(tmp_path))
+  for given, error, message in (
+      (asked, ValueError, r"--tasks=\['qa_1', 'vt'\] are unknown; use some of \['single_1'"),
+      (asked | dict(text=True), ValueError, "vt, cwe, fwe, qa_1, qa_2 need RULER's files, as --ruler"),
+      (asked | dict(text=True, ruler=str(tmp_path)), FileNotFoundError, "vt.jsonl")):
+    with flagsaver.flagsaver(**given), pytest.raises(error, match=message):
+      eval_niah.main()
 
 
 def cell_of(*seeds):

@@ -123,7 +123,7 @@ def test_models_in_bfloat16_are_trained_in_float32_and_on_their_own_tokens_alone
   before = named(params)
   for name, leaf in named(after).items():
     assert (leaf != before[name]).mean() > 0.9, name
-  larger = RATPlusConfig(2000, 1, 16, 2)
+  larger = RATPlusConfig(2000, 1, 16, 2, memory=False)
   params = RATPlusLM(larger).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
   rat_jax.save_pretrained(tmp_path / "larger", larger, params)
   for script in ("adapt", "retrofit", "eval_lm"):
@@ -162,6 +162,7 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   for more, message in (
       ([f"--checkpoint={tmp_path}/folder", "--nomemory"], "has a memory; give the attention model"),
       (["--freeze=nonsense"], "--freeze=nonsense fits no parameter; they are embedding"),
+      (["--nomemory", "--memory_rate=3"], "error: --memory_rate: --nomemory trains no memory; leave it out."),
       (["--nomemory", "--gate_bias=-3"], "--gate_bias=-3 is where the gates of a memory that is added start"),
       (["--mode=dilated:4", "--mode=dense", "--learning_rate=1e-3", f"--workdir={tmp_path}/memory"],
        "of a run with learning_rate=6e-05, this one has 0.001")):

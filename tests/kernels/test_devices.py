@@ -15,6 +15,7 @@ from pallas_kernels.devices import Device
 @pytest.mark.parametrize(("kind", "platform", "expected"), [
     ("NVIDIA H200", "gpu", dict(capability=9.0)), ("NVIDIA H100 80GB HBM3", "gpu", dict(capability=9.0)),
     ("NVIDIA A100-SXM4-40GB", "gpu", dict(capability=8.0)), ("Tesla T4", "gpu", dict(capability=7.5)),
+    ("NVIDIA GeForce RTX 4090", "gpu", dict(capability=8.9)),
     ("NVIDIA B200", "gpu", dict(capability=10.0)), ("NVIDIA L4", "cuda", dict(capability=8.9)),
     ("a new GPU", "gpu", {}), ("TPU v5 lite", "tpu", dict(generation=5)), ("TPU v6 lite", "tpu", dict(generation=6)),
     ("TPU7x", "tpu", dict(generation=7)), ("cpu", "cpu", {})])

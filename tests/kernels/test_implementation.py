@@ -97,6 +97,33 @@ def test_none_takes_the_fastest_that_serves(monkeypatch):
   assert probe.taken(np.zeros(100, np.int32)) == "xla"
 
 
+@pytest.mark.parametrize(("kind", "taken"), [
+    ("NVIDIA H100 80GB HBM3", "xla cudnn_masked mosaic_gpu mosaic_gpu"),
+    ("NVIDIA A100-SXM4-40GB", "xla cudnn_masked cudnn_masked cudnn"),
+    ("NVIDIA L4", "xla cudnn_masked cudnn_masked cudnn"),
+    ("NVIDIA GeForce RTX 4090", "xla cudnn_masked cudnn_masked cudnn"),
+    ("NVIDIA B200", "xla cudnn_masked cudnn_masked cudnn"),
+    ("NVIDIA H100 PCIe", "xla cudnn_masked cudnn_masked cudnn"),
+    ("Tesla T4", "xla xla xla xla"), ("a new GPU", "xla xla xla xla"), ("TPU v6 lite", "xla xla xla xla"),
+    ("cpu", "xla xla xla xla")])
+def test_gpus_without_measured_sizes_take_what_cudnn_serves_at_the_h100s(monkeypatch, kind, taken):
+  """By the number of tokens: 31, 32, 4095 and 4096. What needs Hopper is taken where it was measured alone."""
+  modules = {name: Implementation(lambda q, k, v, s, name=name, **_: q[:1, :1, :1, :len(name)], runs_on=load.runs_on,
+                                  independent=load.independent)
+             for name in ("xla", "cudnn", "cudnn_masked", "mosaic_gpu")
+             for load in [implementation.load("dilated_attention", name)]}
+  monkeypatch.setattr(implementation, "load", lambda operation, name: modules[name])
+  lengths = {len(name): name for name in modules}
+  assert len(lengths) == len(modules)
+  found = []
+  for length in (31, 32, 4095, 4096):
+    x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+    call = functools.partial(pallas_kernels.dilated_attention, dilation=16)
+    with programs_for(kind, "tpu" if "TPU" in kind else "cpu" if kind == "cpu" else "gpu"):
+      found.append(lengths[jax.eval_shape(call, x, x, x).shape[-1]])
+  assert " ".join(found) == taken
+
+
 def test_force_is_a_name_for_all_inside(monkeypatch):
   probe = Probe(monkeypatch)
   with pallas_kernels.force("kernel"):

@@ -11,7 +11,7 @@ from absl import flags
 from experiments import sft_niah
 
 flags.FLAGS(sys.argv)
-(text,) = sft_niah.text()
+text = np.asarray(sft_niah.text().tokens)
 stage = sft_niah.stages(8)[0]
 assert [sum(rows.count for rows in sft_niah.Stage(64, n, 1).mixture) for n in (4, 5, 7)] == [4, 5, 7]
 with pytest.raises(ValueError, match="less than two rows for each of 2 tasks"):

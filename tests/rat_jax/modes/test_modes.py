@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from rat_jax import Dense, Dilated, PerLayer, StreamingLLM, parse_mode, visible
+from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, StreamingLLM, parse_mode, visible
+from rat_jax.modes import MODES, Mode
 from rat_jax.plan import layer_runs
 
 DILATED_3 = """
@@ -124,6 +128,51 @@ def test_text_forms():
   assert parse_mode("per_layer:[dense;dilated:8,sinks=1]") == PerLayer((Dense(), Dilated(8, sinks=1)))
 
 
+def test_a_union_is_read_as_it_is_written_in_code_and_as_it_is_printed():
+  union = StreamingLLM(64) | Quest(1024)
+  assert str(union) == "quest:1024,also=(streaming_llm:64)"
+  for text in (str(union), "streaming_llm:64|quest:1024", " streaming_llm: 64 | quest: 1024 "):
+    assert parse_mode(text) == union
+  layers = PerLayer((Dense(), Dilated(8, sinks=1) | MoBA(0.25)))
+  for text in (str(layers), "per_layer:[dense;dilated:8,sinks=1|moba:0.25]"):
+    assert parse_mode(text) == layers
+
+
+def test_a_mode_is_given_back_as_it_is():
+  for mode in (Dense(), StreamingLLM(64) | Quest(1024)):
+    assert parse_mode(mode) is mode
+  for other in (None, 16, b"dense", ["dense"]):
+    with pytest.raises(ValueError, match=r"give a text such as 'dilated:16', or a mode\."):
+      parse_mode(other)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_errors_list_fields_in_the_order_of_arguments(name):
+  """So what they list first is what a text gives first; a mode without a needed field has none to miss."""
+  order = {"quest": "budget, block, keep_first, dense_layers, group, selector, seed, also, rounding",
+           "moba": "top_k, block, keep_first, dense_layers, group, selector, seed, also",
+           "snapkv": "capacity, obs_window, kernel, pool, dense_layers, group, selector, seed",
+           "topk": "budget, window, sinks, dense_layers, group, selector, seed"}
+  with pytest.raises(ValueError, match=f"fields of {name} are: {order.get(name, '')}"):
+    parse_mode(f"{name}:none_such=1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Columns(Mode):
+  """A mode of a user's own, which checks nothing."""
+
+  name: ClassVar[str] = "columns"
+  columns: tuple[int, ...]
+
+
+def test_lists_become_tuples_and_what_cannot_be_hashed_is_named():
+  for mode, same in ((Columns([3, 5]), Columns((3, 5))), (PerLayer([Dense(), Dense()]), PerLayer((Dense(), Dense()))),
+                     (Quest(0.5, dense_layers=[1, 0, 1]), Quest(0.5, dense_layers=(0, 1)))):
+    assert (mode, hash(mode), str(mode)) == (same, hash(same), str(same))
+  with pytest.raises(TypeError, match=r"Columns: columns=\{3: 5\}; a mode is a static argument, so store"):
+    hash(Columns({3: 5}))
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("quux:3", "'quux' is unknown"),
     ("dilated", "fields of dilated are: dilation, window, sinks"),
@@ -133,6 +182,12 @@ def test_text_forms():
     ("dilated:3.5", "dilation=3.5"),
     ("dilated:$", "is no number"),
     ("", "the name '' is unknown"),
+    ("dilated:4,window=1,window=2", "window is given twice; leave one of them out"),
+    ("dense|", "the name '' is unknown"),
+    ("dense|dilated:4", "dense and dilated:4 have no union; write a position-only mode, then one that chooses blocks"),
+    ("quest:1024|streaming_llm:8", "quest:1024 and streaming_llm:8 have no union"),
+    ("dense|streaming_llm:8|quest:1024", "dense and streaming_llm:8 have no union"),
+    ("per_layer:[dense]|quest:1024", "give a position-only mode such as StreamingLLM"),
 ])
 def test_bad_text(text, message):
   with pytest.raises(ValueError, match=message):

@@ -1,0 +1,39 @@
+"""Models as folders: what `load_pretrained` gives, and where it needs nothing but the core install."""
+
+from __future__ import annotations
+
+import tomllib
+
+import chex
+import jax
+import numpy as np
+
+import rat_jax
+from conftest import ROOT
+from rat_jax import RATPlusConfig
+from rat_jax.convert import mapping
+from rat_jax.convert.leaves import named_leaves, shapes_of
+
+CONFIG = RATPlusConfig(8, 1, 8, 2, param_dtype="bfloat16")
+
+
+def test_leaves_are_on_the_device_unless_they_are_placed(tmp_path):
+  """So a loop of steps does not copy the model to the device in every step."""
+  params = mapping.tree(((name, np.full(shape, i, jax.numpy.bfloat16))
+                         for i, (name, shape) in enumerate(shapes_of(CONFIG).items())), mapping.as_is)
+  rat_jax.save_pretrained(tmp_path / "model", CONFIG, params)
+  config, loaded = rat_jax.load_pretrained(tmp_path / "model")
+  assert config == CONFIG
+  chex.assert_trees_all_equal(loaded, params)
+  for name, leaf in named_leaves(loaded).items():
+    assert isinstance(leaf, jax.Array), name
+    assert leaf.devices() == {jax.devices()[0]}, name
+  _, placed = rat_jax.load_pretrained(tmp_path / "model", place=lambda name, leaf: f"{name} {type(leaf).__name__}")
+  assert list(named_leaves(placed).values()) == [f"{name} ndarray" for name in named_leaves(loaded)]
+
+
+def test_what_reads_weights_is_a_core_dependency():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert [one for one in project["dependencies"] if one.startswith("safetensors")]
+  assert not [one for extra in project["optional-dependencies"].values() for one in extra if "safetensors" in one]
+  assert "safetensors==" in (ROOT / "requirements.txt").read_text()
