@@ -1,6 +1,7 @@
 """RAT+ in JAX: a decaying memory on keys and values, trained densely, run under any sparse attention."""
 
 from rat_jax import convert, evaluate
+from rat_jax.batch import to_right_padding
 from rat_jax.caches.cache import Cache, cache_bytes
 from rat_jax.compilation import compiler_options
 from rat_jax.config import RATPlusConfig
@@ -35,5 +36,5 @@ __all__ = [
     "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__", "attend", "cache_bytes", "compiler_options",
     "compress", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state", "inspect",
     "load_pretrained", "make_optimizer", "memory", "parse_mode", "prefill", "save_pretrained", "select",
-    "tokens_read", "train_step", "training_flops", "visible",
+    "to_right_padding", "tokens_read", "train_step", "training_flops", "visible",
 ]

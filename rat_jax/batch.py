@@ -81,7 +81,8 @@ def of_call(tokens: Tokens, *, positions: ArrayLike | None = None, segment_ids: 
   if prompt_lengths is not None:
     prompts = jnp.minimum(checks.as_lengths(prompt_lengths, tokens.shape, name="prompt_lengths"),
                           checks.as_lengths(lengths, tokens.shape))
-    bounds = [checks.as_array(x) for x in (prompt_lengths, lengths) if x is not None]
+    bounds = [checks.as_array(x, name) for name, x in (("prompt_lengths", prompt_lengths), ("lengths", lengths))
+              if x is not None]
     if traced and at.plain and all(map(checks.is_concrete, bounds)):
       first_step = min(int(np.min(x, initial=tokens.shape[1])) for x in bounds)
   return Batch(tokens, at.positions, at.documents, at.lengths, checks.as_row_ids(row_ids, tokens.shape[0]), prompts,
@@ -112,6 +113,30 @@ def places(shape: tuple[int, ...], *, positions: ArrayLike | None = None, segmen
     checks.check_growth(given, documents, counted)
     counted = jnp.where(ids != 0, jnp.asarray(given, jnp.int32), -1)
   return Places(counted, documents, count, plain=False, padded=True)
+
+
+def to_right_padding(tokens: ArrayLike, mask: ArrayLike) -> tuple[Tokens, Lengths]:
+  """(tokens int32 [B, T], lengths int32 [B]) of rows that are padded on the left, as other libraries make them.
+
+  Args:
+    tokens: int [B, T].
+    mask: bool or 0/1 [B, T], true for real tokens. They move to the front in their order; the rest becomes 0.
+
+  Raises:
+    ValueError: misshapen arguments, and where values can be seen, a mask of other numbers.
+  """
+  given, real = checks.as_array(tokens, "tokens"), checks.as_array(mask, "mask")
+  if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
+    raise ValueError(f"tokens has shape {given.shape} and type {given.dtype}; give integers [B, T].")
+  if real.shape != given.shape or not (real.dtype == bool or jnp.issubdtype(real.dtype, jnp.integer)):
+    raise ValueError(f"mask has shape {real.shape} and type {real.dtype}; give booleans, or 0 and 1, of shape"
+                     f" {given.shape}.")
+  if checks.is_concrete(real) and not np.isin(np.asarray(real), (0, 1)).all():
+    raise ValueError(f"mask holds {np.unique(np.asarray(real)).tolist()}; give 1 for real tokens and 0 for padding.")
+  real = jnp.asarray(real, bool)
+  order = jnp.argsort(~real, axis=1, stable=True)
+  moved = jnp.take_along_axis(jnp.where(real, jnp.asarray(given, jnp.int32), 0), order, axis=1)
+  return moved, jnp.sum(real, axis=1, dtype=jnp.int32)
 
 
 def consecutive(start: Lengths, count: Lengths, length: int) -> Positions:

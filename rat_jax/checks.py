@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +17,28 @@ def is_concrete(x: object) -> bool:
   return x is not None and not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def as_tokens(tokens: ArrayLike, vocab_size: int) -> Array:
-  """Tokens as int32 [B, T]. Raises ValueError for another shape or type and, where values can be seen, for what is
-  outside the vocabulary."""
-  given = as_array(tokens)
-  if given.ndim != 2 or not given.shape[1] or not jnp.issubdtype(given.dtype, jnp.integer):
-    raise ValueError(f"tokens has shape {given.shape} and type {given.dtype}; give integers [B, T], T is at least 1.")
+def as_tokens(tokens: ArrayLike, vocab_size: int, *, lengths: ArrayLike | None = None,
+              segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None) -> Array:
+  """Tokens as int32 [B, T], 0 where `lengths`, `segment_ids` (0) or `positions` (negative) declare padding.
+
+  Padding may be any integer. Raises ValueError for another shape or type and, where values can be seen, for a real
+  token outside the vocabulary.
+  """
+  given = as_array(tokens, "tokens")
+  if given.ndim != 2 or 0 in given.shape or not jnp.issubdtype(given.dtype, jnp.integer):
+    raise ValueError(f"tokens has shape {given.shape} and type {given.dtype}; give integers [B, T]; B is at least 1,"
+                     " T is at least 1.")
+  real: list[HostOrDevice] = []
+  if lengths is not None:
+    as_lengths(lengths, given.shape)
+    real.append(np.arange(given.shape[1], dtype=np.int32) < as_array(lengths, "lengths")[:, None])
+  if segment_ids is not None:
+    real.append(as_integers("segment_ids", segment_ids, given.shape) != 0)
+  if positions is not None:
+    real.append(as_integers("positions", positions, given.shape) >= 0)
+  if real:
+    on_host = isinstance(given, np.ndarray) and all(isinstance(mask, np.ndarray) for mask in real)
+    given = (np if on_host else jnp).where(functools.reduce(operator.and_, real), given, 0)
   _check_vocabulary("tokens", given, vocab_size)
   return jnp.asarray(given, jnp.int32)
 
@@ -39,7 +58,11 @@ def as_lengths(lengths: ArrayLike | None, shape: tuple[int, ...], name: str = "l
   batch, width = shape[:2]
   if lengths is None:
     return jnp.full(batch, width, jnp.int32)
-  given = as_integers(name, lengths, (batch,))
+  given = as_array(lengths, name)
+  if given.shape == (batch, width):
+    raise ValueError(f"{name} has shape {given.shape}, that of a mask; rows are padded on the right here, so call"
+                     " tokens, lengths = rat_jax.to_right_padding(tokens, mask) first.")
+  given = as_integers(name, given, (batch,))
   if is_concrete(given):
     values = np.asarray(given)
     if ((values < 0) | (values > width)).any():
@@ -63,16 +86,23 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...]) -> HostOrDevice:
   """`value` (a list too) as an array. Raises ValueError unless it holds integers of that shape."""
-  given = as_array(value)
+  given = as_array(value, name)
   if given.shape != shape or not jnp.issubdtype(given.dtype, jnp.integer):
     raise ValueError(f"{name} has shape {given.shape} and type {given.dtype}; it must be integers of shape {shape}.")
   return given
 
 
-def as_array(value: ArrayLike) -> HostOrDevice:
-  """An array on the host, unless something of the value (a list too) is on a device or traced."""
+def as_array(value: ArrayLike, name: str) -> HostOrDevice:
+  """An array on the host, unless something of the value (a list too) is on a device or traced.
+
+  Raises ValueError for lists of several lengths.
+  """
   on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
-  return jnp.asarray(value) if on_device else np.asarray(value)
+  try:
+    return jnp.asarray(value) if on_device else np.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name} is no array with one length for all rows; pad its rows on the right, and give the real"
+                     " tokens of each as lengths.") from error
 
 
 def _check_vocabulary(name: str, tokens: HostOrDevice, vocab_size: int) -> None:
@@ -83,13 +113,20 @@ def _check_vocabulary(name: str, tokens: HostOrDevice, vocab_size: int) -> None:
                        " Check the tokenizer and vocab_size.")
 
 
-def check_heads_fit(q: Queries, k: Keys) -> None:
-  """Raises ValueError unless q is [B, T, N, H] and k [B, S, K, H] with N a multiple of K, and nothing is empty."""
+def check_heads_fit(q: Queries, k: Keys, v: Keys | None = None) -> None:
+  """Raises ValueError unless q is [B, T, N, H], k and v [B, S, K, H] with N a multiple of K, all of one float type,
+  and nothing is empty."""
   fits = q.ndim == k.ndim == 4 and 0 not in (*q.shape, *k.shape) and q.shape[0] == k.shape[0] and (
       q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0)
   if not fits:
     raise ValueError(f"q, k have shapes {q.shape}, {k.shape}; give q [B, T, N, H] and k [B, S, K, H] with N a multiple"
                      " of K, and at least one of everything.")
+  if v is not None and k.shape != v.shape:
+    raise ValueError(f"k, v have shapes {k.shape}, {v.shape}; give [B, S, K, H] each.")
+  types = [str(x.dtype) for x in (q, k, v) if x is not None]
+  if len(set(types)) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"{'q, k, v' if v is not None else 'q, k'} have types {', '.join(types)}; give one floating type"
+                     " for all, such as float32 or bfloat16.")
 
 
 def check_growth(positions: HostOrDevice, documents: Array, counted: Array) -> None:

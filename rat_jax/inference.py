@@ -18,6 +18,7 @@ from rat_jax.axes import Array, ArrayLike, Lengths, Logits, Params, RowIds, Stat
 from rat_jax.caches.cache import Cache, arrived, arriving, empty_cache
 from rat_jax.caches.store import NewTokens
 from rat_jax.config import RATPlusConfig
+from rat_jax.convert.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Mode
 from rat_jax.plan import check_modes
@@ -41,11 +42,11 @@ def prefill(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: ArrayL
     (logits, cache): float32 [B, V] after each row's last real token, and the cache.
 
   Raises:
-    ValueError: a prompt longer than max_length, tokens outside the vocabulary, lengths outside 0..T, chunk < 1,
-      SnapKV as prefill_mode.
+    ValueError: a prompt longer than max_length, real tokens outside the vocabulary, lengths outside 0..T, chunk < 1,
+      SnapKV as prefill_mode, parameters of another configuration.
   """
   config = model.config
-  tokens = checks.as_tokens(tokens, config.vocab_size)
+  tokens = checks.as_tokens(tokens, config.vocab_size, lengths=lengths)
   lengths = checks.as_lengths(lengths, tokens.shape)
   checks.check_count("max_length", max_length)
   longest = int(np.max(np.asarray(lengths))) if checks.is_concrete(lengths) else tokens.shape[1]
@@ -71,8 +72,8 @@ def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, le
     (logits, cache): float32 [B, T, V] after every token, and the new cache. The old one stays usable.
 
   Raises:
-    ValueError: a cache of another model or one that would overflow, tokens outside the vocabulary; with `prompt`, a
-      cache that does not hold what the prompt's form reads.
+    ValueError: a cache or parameters of another model, a cache that would overflow, real tokens outside the vocabulary;
+      with `prompt`, a cache that does not hold what the prompt's form reads.
   """
   _check_cache(model, cache)
   if prompt:
@@ -80,7 +81,7 @@ def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, le
       if not store.serves(run.form):
         raise ValueError(f"the cache of {run.mode} does not hold what {run.form} reads, so the prompt cannot go on;"
                          " give `prefill` the whole prompt (`chunk` bounds its memory).")
-  tokens = checks.as_tokens(tokens, model.config.vocab_size)
+  tokens = checks.as_tokens(tokens, model.config.vocab_size, lengths=lengths)
   if tokens.shape[0] != cache.lengths.shape[0]:
     raise ValueError(f"tokens has {tokens.shape[0]} rows and the cache {cache.lengths.shape[0]}; give every row of the"
                      " cache its tokens (lengths 0 leaves a row as it is).")
@@ -115,6 +116,7 @@ def _check_cache(model: RATPlusLM, cache: Cache) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _prefill(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, max_length: int, chunk: int | None,
              params: Params, tokens: Tokens, lengths: Lengths, row_ids: RowIds) -> tuple[Array, Cache]:
+  check_params(params, config, same_type=False)  # of shapes alone: at run time it costs nothing
   batch, length = tokens.shape
   cache = empty_cache(config, mode, batch, max_length, prefill_mode=prefill_mode, prompt_width=length, row_ids=row_ids)
   if cache.prompt_lengths is not None:
@@ -146,13 +148,14 @@ def _in_pieces(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, c
 
   pieces = softmax.split(tokens, chunk)
   starts = jnp.arange(pieces.shape[0], dtype=jnp.int32) * chunk
-  empty = jnp.zeros((tokens.shape[0], cache.config.embed_dim))
+  empty = jnp.zeros((tokens.shape[0], cache.config.embed_dim), jnp.float32)
   (cache, last), _ = jax.lax.scan(body, (cache, empty), (starts, pieces))
   return last, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(prompt: bool, params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tuple[Logits, Cache]:
+  check_params(params, cache.config, same_type=False)
   fits = lengths <= cache.room()
   x, cache = advance(params, tokens, cache, jnp.where(fits, lengths, 0), prompt=prompt)
   logits = transformer.logits(cache.config, params, x)

@@ -83,9 +83,11 @@ class RATPlusLM(nn.Module):
 
 
 def _batch(config: RATPlusConfig, how: Forward, given_tokens: ArrayLike, *, segment_ids: ArrayLike | None,
-           positions: ArrayLike | None, prompt_lengths: ArrayLike | None, **arguments: Any) -> Batch:
+           positions: ArrayLike | None, lengths: ArrayLike | None, prompt_lengths: ArrayLike | None,
+           **arguments: Any) -> Batch:
   mode, prefill_mode = how.mode, how.prefill_mode
-  tokens = checks.as_tokens(given_tokens, config.vocab_size)
+  tokens = checks.as_tokens(given_tokens, config.vocab_size, lengths=lengths, segment_ids=segment_ids,
+                            positions=positions)
   if positions is not None:
     positions = checks.as_integers("positions", positions, tokens.shape)
   check_modes(mode, prefill_mode, config)
@@ -107,5 +109,5 @@ def _batch(config: RATPlusConfig, how: Forward, given_tokens: ArrayLike, *, segm
     if not (checks.is_concrete(positions) and (np.asarray(positions) == np.arange(tokens.shape[1])).all()):
       raise ValueError(f"positions with mode={mode}; its blocks stand at positions 0..T-1, so leave positions out.")
     positions = None
-  return batches.of_call(tokens, segment_ids=segment_ids, positions=positions, prompt_lengths=prompt_lengths,
-                         **arguments)
+  return batches.of_call(tokens, segment_ids=segment_ids, positions=positions, lengths=lengths,
+                         prompt_lengths=prompt_lengths, **arguments)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rat_jax import checks
 from rat_jax.attention.terms import Heads, Origin, Placement
-from rat_jax.axes import Array, ArrayLike, Keys, Queries
+from rat_jax.axes import Array, ArrayLike, Queries
 from rat_jax.batch import consecutive, places
 from rat_jax.modes import Mode
 from rat_jax.modes.snapkv import Kept
@@ -32,15 +32,13 @@ def attend(q: ArrayLike, k: ArrayLike, v: ArrayLike, mode: Mode, *, q_positions:
     [B, T, N, H] in q's type.
 
   Raises:
-    ValueError: shapes that do not match, `segment_ids` together with `q_positions` or `lengths`, a PerLayer without
-      such a layer, SnapKV (`compress` serves it).
+    ValueError: shapes or types that do not match, more queries than keys without `q_positions`, `segment_ids` with
+      `q_positions` or `lengths`, a PerLayer without such a layer, SnapKV (`compress` serves it).
     NotImplementedError: packed rows under a mode that chooses blocks.
   """
   mode, heads = mode_of_layer(mode, layer), Heads(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
-  at = _placement(mode, heads.q, heads.k, q_positions, lengths)
+  at = _placement(mode, heads, q_positions, lengths)
   shape, whole = heads.k.shape, heads.q.shape[1] == heads.k.shape[1] and q_positions is None and lengths is None
-  if shape != heads.v.shape:
-    raise ValueError(f"k, v have shapes {shape}, {heads.v.shape}; give [B, S, K, H] each.")
   mode.check_heads(shape[2])
   mode.check_operator()
   if segment_ids is not None:
@@ -70,13 +68,15 @@ def select(q: ArrayLike, k: ArrayLike, mode: Mode, *, q_positions: ArrayLike | N
   """
   mode = mode_of_layer(mode, layer)
   heads = Heads(jnp.asarray(q), jnp.asarray(k), jnp.asarray(k))
-  at = _placement(mode, heads.q, heads.k, q_positions, lengths)
+  at = _placement(mode, heads, q_positions, lengths)
   return mode.select(heads, at, _origin(heads.q, layer, row_ids))
 
 
 def compress(q_window: ArrayLike, k: ArrayLike, v: ArrayLike, mode: Mode, *, lengths: ArrayLike | None = None,
              layer: int = 0, row_ids: ArrayLike | None = None) -> Kept:
   """The keys and values that SnapKV keeps of a prompt, for any model's arrays.
+
+  A step after the prompt is then `attend(q, kept.k, kept.v, Dense(), lengths=kept.lengths)`.
 
   Args:
     q_window: [B, obs_window, N, H], the prompt's last queries, right-aligned: entry j is position lengths[b] -
@@ -90,15 +90,19 @@ def compress(q_window: ArrayLike, k: ArrayLike, v: ArrayLike, mode: Mode, *, len
   """
   mode = mode_of_layer(mode, layer)
   heads = Heads(jnp.asarray(q_window), jnp.asarray(k), jnp.asarray(v))
-  checks.check_heads_fit(heads.q, heads.k)
+  checks.check_heads_fit(heads.q, heads.k, heads.v)
   return mode.compress(heads, checks.as_lengths(lengths, heads.k.shape), _origin(heads.q, layer, row_ids))
 
 
-def _placement(mode: Mode, q: Queries, k: Keys, q_positions: ArrayLike | None, lengths: ArrayLike | None) -> Placement:
+def _placement(mode: Mode, heads: Heads, q_positions: ArrayLike | None, lengths: ArrayLike | None) -> Placement:
   """Where an operator's queries and keys stand. Raises ValueError for misshapen arguments."""
-  checks.check_heads_fit(q, k)
+  checks.check_heads_fit(heads.q, heads.k, heads.v)
+  q, k = heads.q, heads.k
   count = checks.as_lengths(lengths, k.shape)
   if q_positions is None:
+    if q.shape[1] > k.shape[1]:
+      raise ValueError(f"q has {q.shape[1]} queries and k {k.shape[1]} keys, so the first queries stand before every"
+                       " key; swap q and k if they are mixed up, or give q_positions.")
     q_positions = count[:, None] + jnp.arange(-q.shape[1], 0, dtype=jnp.int32)
   q_positions = jnp.asarray(checks.as_integers("q_positions", q_positions, q.shape[:2]), jnp.int32)
   if mode.chooses:  # beyond the last key of a row there is nothing to choose

@@ -257,7 +257,8 @@ def walk(params: Params, runs: Sequence[Run], x: Stream, layer: Callable[[Stream
 
     # Of a few layers written out XLA may keep what it likes; of many it would keep everything.
     body = body if remat is None else jax.checkpoint(body, policy=_KEPT[remat], prevent_cse=unroll)
-    of_layers = (jnp.arange(run.start, run.stop), layers_of(params["layers"], run), layers_of(carried, run))
+    numbers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
+    of_layers = (numbers, layers_of(params["layers"], run), layers_of(carried, run))
     x, besides = jax.lax.scan(body, x, of_layers, unroll=unrolled(params, run.stop - run.start, unroll))
     made.append(besides)
   return x, made

@@ -91,7 +91,7 @@ def _tile_masks_of_blocks(cut: Cut, visible: Array, blocks: Array) -> tuple[Arra
   begin = begin.reshape(*blocks.shape[:2], cut.tiles)
   start = jnp.clip(begin, 0, cut.rows - cut.copied)  # the cache may end within a block
   source = jnp.arange(cut.flags, dtype=jnp.int32) - (begin - start)[..., None]
-  inside = (source >= 0) & (source < cut.tile) & (jnp.arange(cut.flags) < cut.copied)
+  inside = (source >= 0) & (source < cut.tile) & (jnp.arange(cut.flags, dtype=jnp.int32) < cut.copied)
   seen = jnp.take_along_axis(seen, jnp.clip(source, 0, cut.tile - 1), axis=-1) & inside
   last = jnp.max(jnp.where(seen.any(axis=-1), jnp.arange(1, cut.tiles + 1, dtype=jnp.int32), 0), axis=-1)
   return seen.astype(jnp.int32), last, start

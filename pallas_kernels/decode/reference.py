@@ -32,5 +32,5 @@ def rows_of_blocks(visible: Array, blocks: Array, rows: int) -> Array:
   b, m, n, size = visible.shape
   at = blocks[..., None] * size + jnp.arange(size, dtype=jnp.int32)
   at = jnp.where(visible, at, rows).reshape(b, m, n * size)  # what is not visible falls off the end
-  of_row, of_head = jnp.arange(b)[:, None, None], jnp.arange(m)[:, None]
+  of_row, of_head = jnp.arange(b, dtype=jnp.int32)[:, None, None], jnp.arange(m, dtype=jnp.int32)[:, None]
   return jnp.zeros((b, m, rows), bool).at[of_row, of_head, at].set(True, mode="drop")

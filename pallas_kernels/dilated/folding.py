@@ -125,7 +125,7 @@ def _heads(x: Array, q: Array) -> Array:
 
 def _sinks_seen(t: Array, k: Array, window: int) -> Array:
   """Which of the sinks k [B, S0, K, H] queries at t [1, T] see: bool [1, T, S0]."""
-  return t[..., None] - jnp.arange(k.shape[1]) > window
+  return t[..., None] - jnp.arange(k.shape[1], dtype=jnp.int32) > window
 
 
 def _positions(q: Array) -> Array:

@@ -15,7 +15,7 @@ def sparse_attention(q: Array, k: Array, v: Array, blocks: Array, valid: Array, 
                      q_positions: Array | None = None, rule: Rule | None = None) -> tuple[Array, Array]:
   """As `api.sparse_attention`; arithmetic and results in float32, of float64 arguments in float64."""
   length, keys = q.shape[1], k.shape[1]
-  t = jnp.arange(keys - length, keys)[None] if q_positions is None else q_positions
+  t = jnp.arange(keys - length, keys, dtype=jnp.int32)[None] if q_positions is None else q_positions
   t, s = t[:, :, None, None], jnp.arange(keys, dtype=jnp.int32)
   seen = jnp.any((blocks[..., None] == s // block) & valid[..., None], axis=3)  # [B, T, K or N, S]
   if rule is not None:

@@ -39,7 +39,7 @@ class Heads(NamedTuple):
 
     Those before a row's start are any.
     """
-    at = lengths[:, None] - count + jnp.arange(count)
+    at = lengths[:, None] - count + jnp.arange(count, dtype=jnp.int32)
     return self._replace(q=jnp.take_along_axis(self.q, jnp.clip(at, 0, self.q.shape[1] - 1)[:, :, None, None], axis=1))
 
 

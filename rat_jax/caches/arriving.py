@@ -38,7 +38,7 @@ class Arriving(Full):
     return ArrivingKV(heads.k, heads.v, heads.q)
 
   def append(self, rows: ArrivingKV, added: ArrivingKV, new: NewTokens) -> ArrivingKV:
-    at = (new.after - new.before)[:, None] + jnp.arange(self.wanted.window)
+    at = (new.after - new.before)[:, None] + jnp.arange(self.wanted.window, dtype=jnp.int32)
     queries = jnp.concatenate([rows.queries, added.queries], axis=2)
     queries = jnp.take_along_axis(queries, at[None, :, :, None, None], axis=2)
     keys, values = super().append(rows, added, new)
@@ -50,5 +50,5 @@ class Arriving(Full):
       heads = Heads(rows.queries, jnp.swapaxes(rows.keys, 1, 2), jnp.swapaxes(rows.values, 1, 2))
       return None, self.wanted.of_prompt(heads, lengths, Origin(row_ids, layer))
 
-    layers = first_layer + jnp.arange(rows.keys.shape[0])
+    layers = first_layer + jnp.arange(rows.keys.shape[0], dtype=jnp.int32)
     return jax.lax.scan(of_layer, None, (rows, layers))[1]

@@ -99,7 +99,7 @@ def empty_cache(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
   state = None
   if config.memory:
     shape = (config.num_layers, batch, config.num_kv_heads, config.head_dim)
-    state = (jnp.zeros(shape), jnp.zeros(shape))
+    state = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
   random = any(one.draws for run in runs for one in (run.mode, run.form))
   cache = Cache(jnp.zeros(batch, jnp.int32), (), state, checks.as_row_ids(row_ids, batch) if random else None,
                 jnp.zeros(batch, jnp.int32) if compressed else None, config, mode, prefill_mode, max_length,

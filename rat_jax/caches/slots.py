@@ -114,7 +114,7 @@ def write(slots: Slots | BlockSlots, old: Array, new: Array, positions: Position
   held = jnp.pad(slots.held(lengths), ((0, 0), (0, 1)), constant_values=-1)
   stays = jnp.take_along_axis(held[:, None], slot, axis=2) == positions[:, :, None]
   slot = jnp.where(stays & (positions >= 0)[:, :, None], slot, slots.rows)
-  row = jnp.arange(slot.shape[0])[:, None, None]
+  row = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
   # XLA would fuse what makes slots and rows into the scatter and compute it again for every number that is written.
   slot, new = jax.lax.optimization_barrier((slot, new))
   # Indices [B, T, places] come first, then layers, K, H.

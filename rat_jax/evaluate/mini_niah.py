@@ -153,9 +153,10 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   if not rows:
     raise ValueError("rows is empty; give at least one Rows.")
   key = jax.random.fold_in(jax.random.key(seed), step)
-  places = first_row + jnp.arange(sum(kind.count for kind in rows))
+  places = first_row + jnp.arange(sum(kind.count for kind in rows), dtype=jnp.int32)
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(places)
-  uniform = jax.vmap(lambda k: jax.random.uniform(k, (2 * length + KEYS[1] + 3,)))(keys)  # enough for every task
+  enough = (2 * length + KEYS[1] + 3,)  # for every task
+  uniform = jax.vmap(lambda k: jax.random.uniform(k, enough, jnp.float32))(keys)
   repeated = np.repeat([kind.task.filler == "repeated" for kind in rows], [kind.count for kind in rows])
   filler = jnp.where(repeated[:, None], _repeated(uniform[:, :length]), _markov(uniform[:, :length]))
   parts, first = [], 0
@@ -188,7 +189,7 @@ def answer_text(tokens: Array) -> str:
 def _repeated(uniform: Array) -> Array:
   """Filler of uniform numbers [B, T]: a random paragraph per row, over and over."""
   paragraph = FILLERS[0] + _integers(uniform[:, :_PARAGRAPH], FILLERS[1])
-  return jnp.take(paragraph, jnp.arange(uniform.shape[1]) % _PARAGRAPH, axis=1)
+  return jnp.take(paragraph, jnp.arange(uniform.shape[1], dtype=jnp.int32) % _PARAGRAPH, axis=1)
 
 
 def _markov(uniform: Array) -> Array:
@@ -234,7 +235,7 @@ def _integers(uniform: Array, below: Array | int) -> Array:
 
 def _ranks(x: Array, valid: Array | None = None) -> Array:
   """How many (valid) entries of x [n] come before each one, ties by index."""
-  index = jnp.arange(x.shape[0])
+  index = jnp.arange(x.shape[0], dtype=jnp.int32)
   before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (index[None] < index[:, None]))
   return jnp.sum(before if valid is None else before & valid[None], axis=1, dtype=jnp.int32)
 
@@ -252,12 +253,13 @@ def _keys(task: Task, most: int, count: Array, u: dict[str, Array], near_miss: f
   """Distinct keys, int32 [most, key_length]: free symbols, and a last one that no key of equal symbols before has."""
   prefix = _integers(u["prefix"], KEYS[1]).reshape(most, task.key_length - 1)
   if task.key_length > 1 and near_miss:
-    asked = jnp.argmin(jnp.where(jnp.arange(most) < count, u["ask"], 2.0))  # the first question's
+    asked = jnp.argmin(jnp.where(jnp.arange(most, dtype=jnp.int32) < count, u["ask"], 2.0))  # the first question's
     near = u["near"] < near_miss
     near &= jnp.cumsum(near) <= KEYS[1] // 2  # the rest of this prefix's keys is for those that have it anyway
     prefix = jnp.where(near[:, None], prefix[asked], prefix)
   same = jnp.all(prefix[:, None] == prefix[None], axis=-1)
-  earlier = jnp.sum(same & (jnp.arange(most)[None] < jnp.arange(most)[:, None]), axis=1)
+  number = jnp.arange(most, dtype=jnp.int32)
+  earlier = jnp.sum(same & (number[None] < number[:, None]), axis=1)
   offset = _integers(u["offset"], KEYS[1])[jnp.argmax(same, axis=1)]  # one for all keys of a prefix
   last = _ranks(u["last"])[(offset + earlier) % KEYS[1]]
   return KEYS[0] + jnp.concatenate([prefix, last[:, None]], axis=1)
@@ -265,13 +267,13 @@ def _keys(task: Task, most: int, count: Array, u: dict[str, Array], near_miss: f
 
 def _starts(unit: int, room: int, values: int, count: Array, uniform: Array) -> Array:
   """Where needles start, int32 [keys, values], sorted along values; those of absent keys lie outside the row."""
-  valid = jnp.broadcast_to(jnp.arange(uniform.shape[0])[:, None] < count, uniform.shape)
+  valid = jnp.broadcast_to(jnp.arange(uniform.shape[0], dtype=jnp.int32)[:, None] < count, uniform.shape)
   free = room - count * values * unit  # filler tokens; a needle has a uniform number of them before it
   flat, valid = uniform.reshape(-1), valid.reshape(-1)
   starts = (_integers(flat, free + 1) + _ranks(flat, valid) * unit).reshape(uniform.shape)
   order = jax.vmap(_ranks)(starts)
-  ordered = jnp.zeros_like(starts).at[jnp.arange(starts.shape[0])[:, None], order].set(starts)
-  return jnp.where(jnp.arange(uniform.shape[0])[:, None] < count, 1 + ordered, 1 << 20)
+  ordered = jnp.zeros_like(starts).at[jnp.arange(starts.shape[0], dtype=jnp.int32)[:, None], order].set(starts)
+  return jnp.where(jnp.arange(uniform.shape[0], dtype=jnp.int32)[:, None] < count, 1 + ordered, 1 << 20)
 
 
 def _write_needles(task: Task, context: Array, keys: Array, values: Array, starts: Array) -> Array:
@@ -282,7 +284,7 @@ def _write_needles(task: Task, context: Array, keys: Array, values: Array, start
 
   key = jnp.broadcast_to(keys[:, None], (many, per_key, task.key_length))
   needle = jnp.concatenate([mark(NDL), key, mark(IS), values, mark(END)], axis=-1)
-  at = starts[..., None] + jnp.arange(task.needle_length)
+  at = starts[..., None] + jnp.arange(task.needle_length, dtype=jnp.int32)
   return context.at[jnp.minimum(at, context.shape[0])].set(needle, mode="drop").at[0].set(BOS)
 
 
@@ -291,7 +293,7 @@ def _write_questions(kind: Rows, context: Array, keys: Array, values: Array, sta
   """Tokens with the questions in their place; which targets are fresh answers; where in the context each one stands."""
   task = kind.task
   many = keys.shape[0]
-  present = jnp.arange(many) < count
+  present = jnp.arange(many, dtype=jnp.int32) < count
   rank = jnp.where(present, _ranks(uniform, present), many)
   asked = jnp.zeros(many, jnp.int32).at[rank].set(jnp.arange(many, dtype=jnp.int32), mode="drop")  # keys in their order
   turn = np.arange(kind.questions * task.queries).reshape(kind.questions, task.queries)
@@ -309,7 +311,7 @@ def _write_questions(kind: Rows, context: Array, keys: Array, values: Array, sta
     at_tokens = jnp.concatenate([at_question, of_answer], axis=1).reshape(-1)
     return jnp.full(context.shape[0], fill, of_answer.dtype).at[room:-1].set(at_tokens)
 
-  where = starts[chosen][..., None] + task.key_length + 2 + jnp.arange(task.value_length)
+  where = starts[chosen][..., None] + task.key_length + 2 + jnp.arange(task.value_length, dtype=jnp.int32)
   query, answer = lines(keys[chosen], SEP, ANS), lines(of_answers(values[chosen]), SEP, EOS)
   first = jnp.full((kind.questions, 1), QRY, jnp.int32)
   tokens = jnp.concatenate([context[:room + 1], jnp.concatenate([first, query, answer], axis=1).reshape(-1)])

@@ -59,7 +59,7 @@ def pick(mode: BlockMode, scores: Scores, positions: Positions, max_length: int)
   priority = jnp.where(forced & (scores > -jnp.inf), jnp.inf, scores)
   top, blocks = jax.lax.top_k(priority, min(count, int(most.max())))
   allowed = jnp.asarray(most)[jnp.clip(positions, 0, max_length - 1)][:, :, None, None]
-  valid = (jnp.arange(blocks.shape[-1]) < allowed) & (top > -jnp.inf)
+  valid = (jnp.arange(blocks.shape[-1], dtype=jnp.int32) < allowed) & (top > -jnp.inf)
   blocks = jnp.sort(jnp.where(valid, blocks, count), axis=-1)
   return blocks, blocks < count
 

@@ -81,11 +81,11 @@ def draw(mode: SelectingMode, origin: Origin, heads: int, positions: Positions, 
 
   def of_row(row: Array, at: Array) -> Array:
     row_key = fold(fold(jax.random.key(mode.seed), row), origin.layer)
-    head_keys = jax.vmap(lambda head: fold(row_key, head))(jnp.arange(heads))
+    head_keys = jax.vmap(lambda head: fold(row_key, head))(jnp.arange(heads, dtype=jnp.int32))
 
     def of_query(key: Array, position: Array) -> Array:
       key = fold(key, position)
-      return jax.vmap(lambda i: jax.random.uniform(fold(key, i)))(jnp.arange(count))
+      return jax.vmap(lambda i: jax.random.uniform(fold(key, i), dtype=jnp.float32))(jnp.arange(count, dtype=jnp.int32))
 
     return jax.vmap(lambda t: jax.vmap(lambda key: of_query(key, t))(head_keys))(jnp.maximum(at, 0))
 

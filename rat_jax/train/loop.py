@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,11 @@ from rat_jax.compilation import compiler_options
 from rat_jax.costs import PEAK_FLOPS, training_flops
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
+from rat_jax.paths import local_path
 from rat_jax.train.checkpoint import Checkpoints
-from rat_jax.train.loss import check_batch
+from rat_jax.train.loss import as_batch
 from rat_jax.train.optimizer import Optimizer
-from rat_jax.train.step import ARL, Batch, Combine, Metrics, TrainState, train_step
+from rat_jax.train.step import ARL, AccumulateBy, Batch, Combine, Metrics, TrainState, train_step
 from rat_jax.transformer import Remat
 
 _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
@@ -28,14 +31,15 @@ _PRINT_EVERY = 30.0  # seconds between lines where there is no progress bar
 
 def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: Callable[[int], Batch], *, steps: int,
           modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
-          remat: Remat = "products", unroll: bool = False, donate: bool = False, log_every: int = 10,
+          accumulate_by: AccumulateBy = "batch", remat: Remat = "products", unroll: bool = False,
+          donate: bool = False, log_every: int = 10,
           metrics_path: pathlib.Path | None = None, checkpoints: Checkpoints | None = None, save_every: int = 0,
           notes: Mapping[str, Any] | None = None, label: str = "train") -> TrainState:
   """Trains from `state.step` up to `steps` batches.
 
   Args:
     batch_at: the batch of a step; a pure function, so that a resumed run sees the same data.
-    remat, unroll: see `train_step`.
+    accumulate_by, remat, unroll: see `train_step`.
     donate: gives the memory of `state` away, which is then of no use to the caller.
     log_every: every so many batches the losses are fetched, shown and appended to `metrics_path` as JSON lines. The
       "utilisation" of a line is `rat_jax.training_flops` over the chips' peak, null for an unknown chip; "peak_bytes"
@@ -51,7 +55,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if steps < 1 or log_every < 1 or save_every < 0:
     raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
-                                      accumulation=accumulation, remat=remat, unroll=unroll),
+                                      accumulation=accumulation, accumulate_by=accumulate_by, remat=remat,
+                                      unroll=unroll),
                     donate_argnums=0, compiler_options=compiler_options())
   first, flops = int(state.step), 0.0
   later = [step for step in checkpoints.steps() if step > first] if checkpoints is not None else []
@@ -59,6 +64,7 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
     raise ValueError(f"{checkpoints.folder} has checkpoints of steps {later}, and this state is at step {first}: they"
                      " would be overwritten. Restore the newest, or use another folder.")
   if metrics_path is not None:
+    metrics_path = local_path(metrics_path, "metrics_path")
     drop_metrics(metrics_path, first)
   if not donate:
     state = jax.tree.map(jax.numpy.array, state)
@@ -66,11 +72,10 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
     clock = printed = time.perf_counter()
     for step in range(first, steps):
-      batch = batch_at(step)
-      check_batch(batch, model.config.vocab_size)
+      batch = as_batch(batch_at(step), model.config.vocab_size)  # values can be seen here, not in what is compiled
       if step == first:
-        flops = sum(training_flops(model.config, mode, np.shape(batch["tokens"])[1]) for mode in modes)
-        flops *= np.size(batch["tokens"])
+        flops = sum(training_flops(model.config, mode, batch["tokens"].shape[1]) for mode in modes)
+        flops *= batch["tokens"].size
       state, metrics = step_fn(state, batch)
       pending.append(metrics)
       saves = checkpoints is not None and ((save_every and (step + 1) % save_every == 0) or step + 1 == steps)
@@ -92,12 +97,34 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
 
 
 def drop_metrics(path: pathlib.Path, first: int) -> None:
-  """Drops the JSON lines of steps from `first` on: a run killed after its last checkpoint writes them again."""
-  if path.exists():
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", -1) < first]
-    if len(kept) < len(lines):
-      path.write_text("".join(kept))
+  """Drops the JSON lines of steps from `first` on: a run killed after its last checkpoint writes them again.
+
+  A broken line, as a kill in the middle of a write leaves it, is dropped too, with a warning that says which it was.
+  """
+  if not path.exists():
+    return
+  lines = path.read_bytes().splitlines(keepends=True)
+  kept = []
+  for number, line in enumerate(lines, 1):
+    step = _step_of(line)
+    if step is None:
+      warnings.warn(f"{path}, line {number} is no whole line of JSON, and is dropped: {line[:60]!r}", stacklevel=2)
+    elif step < first:
+      kept.append(line)
+  if len(kept) < len(lines):
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(b"".join(kept))
+    os.replace(beside, path)
+
+
+def _step_of(line: bytes) -> float | None:
+  """The step of a line of metrics, -1 where it has none; None of a broken line."""
+  try:
+    found = json.loads(line) if line.endswith(b"\n") else None
+  except ValueError:  # no JSON, or no text
+    return None
+  step = found.get("step", -1) if isinstance(found, dict) else None
+  return step if isinstance(step, (int, float)) else None
 
 
 def _fetch(pending: list[Metrics], first: int, clock: float, flops: float) -> Iterator[dict[str, Any]]:
@@ -118,7 +145,7 @@ def _fetch(pending: list[Metrics], first: int, clock: float, flops: float) -> It
 def _write(lines: list[dict[str, Any]], path: pathlib.Path | None) -> None:
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
       file.writelines(json.dumps(jax.tree.map(_json_number, line), allow_nan=False) + "\n" for line in lines)
 
 

@@ -10,27 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from rat_jax import checks, transformer
-from rat_jax.axes import Array, Logits, Params, Stream
+from rat_jax.axes import Array, HostOrDevice, Logits, Params, Stream
 from rat_jax.model import RATPlusLM
 
 IGNORED = -100  # a target that does not count
 _LOGITS = 1 << 27  # logits that are held at a time, 512 MiB
 
 
-def check_batch(batch: Mapping[str, Any], vocab_size: int) -> None:
-  """Raises ValueError for missing or misshapen arrays and, where values can be seen, for what is no token of ours."""
+def as_batch(batch: Mapping[str, Any], vocab_size: int) -> dict[str, Array]:
+  """A batch as the loss takes it: tokens, targets and segment_ids int32 [B, T], weights float32 [B, T].
+
+  An unsigned type would take `IGNORED` for one of its own numbers. Raises ValueError for missing or misshapen arrays
+  and, where values can be seen, for what is no token of the vocabulary.
+  """
   missing = {"tokens", "targets"} - batch.keys()
   if missing:
-    raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\".")
-  shape = checks.as_tokens(batch["tokens"], vocab_size).shape
+    raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\","
+                     " which are the next tokens.")
+  made = {"tokens": checks.as_tokens(batch["tokens"], vocab_size, segment_ids=batch.get("segment_ids"))}
+  shape = made["tokens"].shape
   for name in ("targets", "segment_ids"):
     if name in batch:
-      checks.as_integers(f"batch[{name!r}]", batch[name], shape)
-  if "weights" in batch and np.shape(batch["weights"]) != shape:
-    raise ValueError(f"batch['weights'] has shape {np.shape(batch['weights'])}; tokens have {shape}.")
-  if checks.is_concrete(batch["targets"]):
-    targets = np.asarray(batch["targets"])
-    counted = targets[targets != IGNORED]
+      given = checks.as_integers(f"batch[{name!r}]", batch[name], shape)
+      if name == "targets":
+        _check_targets(given, vocab_size)
+      made[name] = jnp.asarray(given, jnp.int32)
+  if "weights" in batch:
+    weights = checks.as_array(batch["weights"], "batch['weights']")
+    if weights.shape != shape:
+      raise ValueError(f"batch['weights'] has shape {weights.shape}; tokens have {shape}.")
+    made["weights"] = jnp.asarray(weights, jnp.float32)
+  return made
+
+
+def _check_targets(targets: HostOrDevice, vocab_size: int) -> None:
+  if checks.is_concrete(targets):
+    values = np.asarray(targets)
+    counted = values[values != IGNORED]
     if counted.size and (counted.min() < 0 or counted.max() >= vocab_size):
       raise ValueError(f"targets run from {counted.min()} to {counted.max()}; use tokens 0..{vocab_size - 1}, or"
                        f" {IGNORED} where none counts.")
@@ -43,9 +59,10 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
   Logits, and their gradients, are made for some tokens at a time: at a vocabulary of 100 thousand, those of a batch of
   8 x 4096 tokens would take 13 GB.
   """
+  batch = as_batch(batch, model.config.vocab_size)
   stream = cast(Stream, model.apply({"params": params}, batch["tokens"], method="stream",
                                     segment_ids=batch.get("segment_ids"), **arguments))
-  weights = batch["weights"] if "weights" in batch else jnp.ones(batch["targets"].shape, jnp.float32)
+  weights = weights_of(batch)
   tokens = batch["targets"].size
   chunks = -(-tokens * model.config.vocab_size // _LOGITS)
   size = -(-tokens // chunks)
@@ -61,11 +78,17 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
     total, count = cross_entropy(transformer.logits(model.config, params, x), targets, weights)
     return (sums[0] + total, sums[1] + count), None
 
-  parts = (split(stream, 0), split(jnp.asarray(batch["targets"]), IGNORED), split(jnp.asarray(weights), 0))
+  parts = (split(stream, 0), split(batch["targets"], IGNORED), split(weights, 0))
   if chunks == 1:
     return of_chunk((0.0, 0.0), jax.tree.map(lambda x: x[0], parts))[0]
   sums: tuple[Array, Array] = jax.lax.scan(jax.checkpoint(of_chunk), (jnp.float32(0), jnp.float32(0)), parts)[0]
   return sums
+
+
+def weights_of(batch: Mapping[str, Array]) -> Array:
+  """float32 [B, T], what every target of `as_batch` counts: its weight, or 1; 0 where none counts."""
+  counted = batch["targets"] != IGNORED
+  return jnp.where(counted, batch.get("weights", jnp.float32(1)), jnp.float32(0))
 
 
 def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) -> tuple[Array, Array]:

@@ -88,12 +88,30 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
   return Optimizer(injected, schedule, clip_norm, rates)
 
 
+class MasterWeights(NamedTuple):
+  """The optimizer's state for parameters that are not all float32, and these in float32, where updates add up."""
+
+  opt_state: optax.OptState
+  params: Params
+
+
+def initial(optimizer: Optimizer, params: Params) -> optax.OptState | MasterWeights:
+  """The state before the first update, in float32; with master weights where parameters are not."""
+  opt_state = optimizer.transform.init(as_float32(params))
+  if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+    return opt_state
+  return MasterWeights(opt_state, jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params))  # copies: donated
+
+
 def update(optimizer: Optimizer, params: Params, opt_state: optax.OptState, grads: Params, learning_rate: Array
            ) -> tuple[Params, optax.OptState, Array]:
   """One clipped update, in float32 whatever the parameters' type.
 
   Returns the new parameters, the new optimizer state and the norm before clipping.
   """
+  if isinstance(opt_state, MasterWeights):
+    made, inner, norm = update(optimizer, opt_state.params, opt_state.opt_state, grads, learning_rate)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), made, params), MasterWeights(inner, made), norm
   grads = jax.tree.map_with_path(lambda path, g: g if optimizer.factor(path) else jnp.zeros_like(g), as_float32(grads))
   norm = optax.tree.norm(grads)
   scale = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-6))

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rat_jax import transformer
+from rat_jax import checks, transformer
 from rat_jax.axes import Array, Params
+from rat_jax.convert.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
-from rat_jax.train.loss import IGNORED, check_batch, sequence_loss
+from rat_jax.train.loss import IGNORED, as_batch, sequence_loss, weights_of
 from rat_jax.train.optimizer import Optimizer
 from rat_jax.transformer import Remat
 
@@ -29,6 +30,7 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 _Carried = tuple[Params, optax.OptState]  # from update to update
 Combine = Literal["sequential", "sum"]
+AccumulateBy = Literal["batch", "target"]
 ARL = (Dilated(64), Dense())
 
 
@@ -43,14 +45,28 @@ class TrainState:
 
 
 def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> TrainState:
-  """The state before the first batch. The optimizer's moments are float32, also of bfloat16 parameters."""
-  del model
-  return TrainState(params, optimizer.transform.init(optimizers.as_float32(params)), jnp.int32(0))
+  """The state before the first batch.
+
+  Parameters that are not float32 have a float32 master copy in the optimizer's state (`optimizers.MasterWeights`), 4
+  bytes each beside the 8 of both moments: a step of 2e-5 is too small for a bfloat16 norm of 1 to move.
+
+  Raises ValueError for an optimizer that is none of `make_optimizer`, and parameters that are not the model's.
+  """
+  _check_optimizer(optimizer)
+  check_params(params, model.config, same_type=False)
+  return TrainState(params, optimizers.initial(optimizer, params), jnp.int32(0))
+
+
+def _check_optimizer(optimizer: object) -> None:
+  if not isinstance(optimizer, Optimizer):
+    raise ValueError(f"optimizer is a {type(optimizer).__name__}; give one of rat_jax.make_optimizer, which knows its"
+                     " schedule and its clipping.")
 
 
 def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch: Batch, *,
                modes: Sequence[Mode] = ARL, combine: Combine = "sequential", accumulation: int = 1,
-               remat: Remat = "products", unroll: bool = False) -> tuple[TrainState, Metrics]:
+               accumulate_by: AccumulateBy = "batch", remat: Remat = "products", unroll: bool = False
+               ) -> tuple[TrainState, Metrics]:
   """One batch of training.
 
   Compiled once for each set of the arguments after `batch`. To give the old state's memory away, wrap it, as
@@ -63,7 +79,9 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     modes: one loss for each, the (weighted) mean over the counted targets. (Dense(),) is plain training, a single
       sparse mode adapts to that mode.
     combine: "sequential" makes one clipped update per mode, in order; "sum" makes one on the summed loss.
-    accumulation: the batch axis is cut into so many equal micro-batches; loss and gradient are means of means.
+    accumulation: the batch axis is cut into so many equal micro-batches.
+    accumulate_by: "batch" takes the mean of the micro-batches' means, as the RAT+ authors do, right where all targets
+      count; "target" gives every target of the batch the same weight, as without accumulation.
     remat: what a layer keeps for its gradient beside its input: "products" of matrices and the memory's states,
       "nothing" (the least memory, about a third more work), "everything" (the most memory).
     unroll: compiles layers one by one, which takes longer; on a GPU the step is then faster (docs/kernels.md).
@@ -73,26 +91,35 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     targets of the batch).
 
   Raises:
-    ValueError: no modes, an unknown `combine` or `remat`, a batch that `accumulation` does not divide, misshapen
-    targets; outside of compilation, tokens or targets that are not in the vocabulary.
+    ValueError: no modes, an unknown `combine`, `accumulate_by` or `remat`, a batch that `accumulation` does not divide,
+      misshapen targets, another model's parameters, an optimizer that is none of `make_optimizer`; outside of
+      compilation, tokens or targets that are not in the vocabulary.
   """
+  _check_optimizer(optimizer)
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
     raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
-  size = batch["tokens"].shape[0]
-  if accumulation < 1 or size % accumulation:
+  if accumulate_by not in ("batch", "target"):
+    raise ValueError(f"accumulate_by={accumulate_by!r}; use 'batch' or 'target'.")
+  checks.check_count("accumulation", accumulation)
+  checked = as_batch(batch, model.config.vocab_size)
+  size = checked["tokens"].shape[0]
+  if size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
-  check_batch(batch, model.config.vocab_size)
-  state, metrics = _train_step(model, optimizer, modes, combine, accumulation, remat, unroll, state, batch)
+  state, metrics = _train_step(model, optimizer, modes, combine, accumulation, accumulate_by, remat, unroll, state,
+                               checked)
   return state, metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7))
 def _train_step(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...], combine: Combine, accumulation: int,
-                remat: Remat, unroll: bool, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+                accumulate_by: AccumulateBy, remat: Remat, unroll: bool, state: TrainState, batch: Batch
+                ) -> tuple[TrainState, Metrics]:
+  check_params(state.params, model.config, same_type=False)  # of shapes alone: at run time it costs nothing
   learning_rate = optimizer.schedule(state.step)
   groups: list[tuple[Mode, ...]] = [(mode,) for mode in modes] if combine == "sequential" else [modes]
-  gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, remat, unroll) for group in groups]
+  gradients = [functools.partial(_loss_and_gradient, model, group, accumulation, accumulate_by, remat, unroll)
+               for group in groups]
 
   def update(carried: _Carried, gradient: Callable[[Params, Batch], tuple[Array, Params]]
              ) -> tuple[_Carried, tuple[Array, Array]]:
@@ -111,19 +138,22 @@ def _train_step(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...],
     # A loop, though the updates differ: else XLA lets the loops over layers of all of them start from the same zeros,
     # and so holds the activations of all of them at once.
     carried, (losses, norms) = jax.lax.scan(lambda carried, i: update(carried, functools.partial(
-        jax.lax.switch, i, gradients)), carried, jnp.arange(len(groups)))
+        jax.lax.switch, i, gradients)), carried, jnp.arange(len(groups), dtype=jnp.int32))
   metrics = {"loss": losses.reshape(-1), "grad_norm": norms, "learning_rate": learning_rate,
              "tokens": jnp.sum(batch["targets"] != IGNORED)}
   return TrainState(*carried, state.step + 1), metrics
 
 
-def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, remat: Remat, unroll: bool,
-                       params: Params, batch: Batch) -> tuple[Array, Params]:
+def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: int, accumulate_by: AccumulateBy,
+                       remat: Remat, unroll: bool, params: Params, batch: Batch) -> tuple[Array, Params]:
   """(loss of each mode [modes], gradient of their sum), means over the micro-batches."""
+  # What a micro-batch's losses are divided by: the count of its own targets, or its share of all.
+  share = jnp.sum(weights_of(batch)) / accumulation if accumulate_by == "target" else None
 
   def loss_fn(params: Params, part: Batch) -> tuple[Array, Array]:
     def mean_loss(mode: Mode) -> Array:
-      total, count = sequence_loss(model, params, part, mode=mode, remat=remat, unroll=unroll)
+      total, own = sequence_loss(model, params, part, mode=mode, remat=remat, unroll=unroll)
+      count = own if share is None else share
       return total / jnp.where(count > 0, count, 1)
 
     losses = jnp.stack([mean_loss(mode) for mode in modes])
@@ -138,6 +168,6 @@ def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: 
   def body(total: tuple[Params, Array], part: Batch) -> tuple[tuple[Params, Array], None]:
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
-  zero = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), jnp.zeros(len(modes)))
+  zero = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), jnp.zeros(len(modes), jnp.float32))
   (grads, losses), _ = jax.lax.scan(body, zero, parts)
   return losses / accumulation, jax.tree.map(lambda g: g / accumulation, grads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -72,6 +74,58 @@ def test_a_tiny_nucleus_is_greedy():
   np.testing.assert_array_equal(greedy, nucleus)
 
 
+@pytest.mark.parametrize("arguments", [dict(temperature=1e-38), dict(temperature=1.0, top_p=1e-46)], ids=str)
+def test_what_rounds_to_zero_is_greedy(arguments):
+  greedy = rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=5)
+  sampled = rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=5, key=jax.random.key(0), **arguments)
+  np.testing.assert_array_equal(greedy, sampled)
+
+
+def test_a_row_ends_at_any_of_several_tokens():
+  free = np.asarray(rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=8))
+  ends = [int(free[0, 2]), int(free[1, 4])]
+  stopped = np.asarray(rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=8, eos_id=ends))
+  for row, before in zip(stopped, free, strict=True):
+    end = next((i for i, token in enumerate(before) if token in ends), 7)
+    np.testing.assert_array_equal(row[:end + 1], before[:end + 1])
+    np.testing.assert_array_equal(row[end:], before[end])
+
+
+def test_logits_that_are_not_finite_name_their_step_and_row():
+  free = np.asarray(rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=3))
+  bad = next(token for token in free[1] if token not in free[[0, 2]] and token not in TOKENS)
+  params = PARAMS | {"embedding": PARAMS["embedding"].at[bad, 0].set(np.nan)}
+  model = RATPlusLM(dataclasses.replace(CONFIG, tie_embeddings=False))
+  step = list(free[1]).index(bad) + 1
+  with pytest.raises(FloatingPointError, match=f"logits of row 1 are not finite at step {step} of max_new_tokens=8"):
+    rat_jax.generate(model, params | {"head": PARAMS["embedding"]}, TOKENS, LENGTHS, max_new_tokens=8)
+
+
+def test_padding_may_be_anything():
+  padded = np.where(np.arange(9) < LENGTHS[:, None], TOKENS, [[256], [-100], [2**31 - 1]])
+  np.testing.assert_array_equal(rat_jax.generate(MODEL, PARAMS, padded, LENGTHS, max_new_tokens=3),
+                                rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=3))
+
+
+def test_left_padding_becomes_right_padding():
+  left = np.stack([np.roll(row, 9 - n) for row, n in zip(TOKENS, LENGTHS, strict=True)])
+  mask = np.arange(9) >= 9 - LENGTHS[:, None]
+  for given in (mask, mask.astype(np.int64)):
+    tokens, lengths = rat_jax.to_right_padding(np.where(mask, left, -1), given)
+    np.testing.assert_array_equal(lengths, LENGTHS)
+    np.testing.assert_array_equal(tokens, np.where(np.arange(9) < LENGTHS[:, None], TOKENS, 0))
+
+
+@pytest.mark.parametrize(("tokens", "mask", "message"), [
+    ([[1, 2]], [[1, 2]], "mask holds"),
+    ([[1, 2]], [1, 1], "mask has shape"),
+    ([[1.0, 2.0]], [[1, 1]], "tokens has shape"),
+])
+def test_a_mask_that_is_none(tokens, mask, message):
+  with pytest.raises(ValueError, match=message):
+    rat_jax.to_right_padding(tokens, mask)
+
+
 def test_one_program_for_all_tokens_and_temperatures():
   counts = []
   for seed, temperature in enumerate((0.5, 0.9)):
@@ -90,8 +144,16 @@ def test_one_program_for_all_tokens_and_temperatures():
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(eos_id=23), "eos_id=23"),
+    (dict(eos_id=True), "eos_id=True"),
+    (dict(eos_id=[1, 4.0]), r"eos_id=\[1, 4.0\]"),
     (dict(lengths=np.array([9, 4, 0])), "prompt of row 2 is empty"),
+    (dict(lengths=np.ones((3, 9), int)), "rat_jax.to_right_padding"),
+    (dict(tokens=[[1, 2], [3]]), "tokens is no array with one length for all rows"),
+    (dict(tokens=np.zeros((0, 4), int)), "B is at least 1"),
+    (dict(params={"params": PARAMS}), "give the tree inside"),
+    (dict(model=RATPlusLM(dataclasses.replace(CONFIG, memory=False))), "memory_gate"),
+    (dict(model=RATPlusLM(dataclasses.replace(CONFIG, vocab_size=24))), r"embedding is \(23, 16\), .* wants \(24"),
 ])
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
-    rat_jax.generate(MODEL, PARAMS, TOKENS, **{"max_new_tokens": 3, **arguments})
+    rat_jax.generate(**{"model": MODEL, "params": PARAMS, "tokens": TOKENS, "max_new_tokens": 3, **arguments})

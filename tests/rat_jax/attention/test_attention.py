@@ -237,7 +237,12 @@ def test_bad_shapes():
       call(q, k, v)
   for arguments, message in ((dict(k=k[0], v=v[0]), "give q"), (dict(q_positions=np.zeros((1, 3), int)), "q_positions"),
                              (dict(mode=PerLayer((Dense(),)), layer=1), r"layer=1; .* 0\.\.0"),
-                             (dict(mode="dense"), "is no mode"), (dict(lengths=[5]), r"use 0\.\.4")):
+                             (dict(mode="dense"), "is no mode"), (dict(lengths=[5]), r"use 0\.\.4"),
+                             (dict(k=k[:, :3], v=v[:, :3]), "q has 4 queries and k 3 keys"),
+                             (dict(k=k.astype(jnp.bfloat16)), "have types float32, bfloat16, float32"),
+                             (dict(mode=Dilated(2), k=k.astype(jnp.int32)), "give one floating type"),
+                             (dict(q=jnp.zeros((1, 1, 2, 8), jnp.int32), k=jnp.zeros_like(k, jnp.int32),
+                                   v=jnp.zeros_like(v, jnp.int32)), "have types int32, int32, int32")):
     with pytest.raises(ValueError, match=message):
       rat_jax.attend(**(dict(q=q[:, :, :2], k=k, v=v, mode=Dense()) | arguments))
   with pytest.raises(ValueError, match="B, T and H must be the same"):

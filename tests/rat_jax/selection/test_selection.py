@@ -294,6 +294,22 @@ def test_bad_modes(build, message):
     build()
 
 
+def test_a_step_after_compression_reads_what_was_kept_and_no_empty_slot():
+  q, k, v = draw(2, 12, 4, 2)
+  lengths, mode = np.array([12, 3]), SnapKV(5, obs_window=2)
+  last = np.stack([q[b, n - 2:n] for b, n in enumerate(lengths)])
+  kept = compress(last, k, v, mode, lengths=lengths)
+  np.testing.assert_array_equal(kept.lengths, [5, 3])
+  step = attend(last[:, 1:], kept.k, kept.v, Dense(), lengths=kept.lengths)
+  for b, n in enumerate(lengths):  # a head at a time, over the positions that it kept
+    for head in range(4):
+      at = np.asarray(kept.positions[b, head])[:min(n, 5)]
+      assert (at >= 0).all()
+      scores = k[b, at, head // 2] @ last[b, 1, head] / np.sqrt(q.shape[-1])
+      weights = np.exp(scores - scores.max())
+      assert_close(step[b, 0, head], (weights / weights.sum()) @ v[b, at, head // 2], OPERATION)
+
+
 def test_bad_calls():
   q, k, v = draw(1, 12, 4, 2)
   for call, message in (

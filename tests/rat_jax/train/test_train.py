@@ -21,7 +21,7 @@ from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.evaluate import loss_by_mode
-from rat_jax.train import Checkpoints, cross_entropy, train
+from rat_jax.train import Checkpoints, cross_entropy, drop_metrics, train
 from rat_jax.train.loss import sequence_loss
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
@@ -216,6 +216,19 @@ def test_bfloat16_parameters_train_with_float32_moments_and_gradients(accumulati
   np.testing.assert_allclose(metrics["loss"][0], expected["loss"][0], rtol=1e-5)
 
 
+def test_broken_lines_of_metrics_are_named_and_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  whole = [b'{"step": 0}\n', b'{"loss": 1}\n', b'{"step": 3}\n']
+  broken = [b'{"step": 1, "lo\n', b"\x00\xff\n", b"[2]\n", b'{"step": "x"}\n', b'{"step": 2, "loss": [1.']
+  path.write_bytes(b"".join([whole[0], *broken[:4], *whole[1:], broken[4]]))
+  with pytest.warns(UserWarning, match=f"{path}, line . is no whole line of JSON") as warned:
+    drop_metrics(path, 2)
+  numbers = [str(one.message).removeprefix(f"{path}, line ").partition(" ")[0] for one in warned]
+  assert numbers == ["2", "3", "4", "5", "8"]
+  assert path.read_bytes() == b"".join(whole[:2])
+  assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_the_callers_state_survives_the_loop():
   state = fresh_state()
   train(MODEL, OPTIMIZER, state, batch_at, steps=1, modes=MODES)
@@ -241,8 +254,10 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_config_or_optimizer_is_refused(tmp_path):
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+  with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no checkpoint; give the folder that a training saved"):
     checkpoints.restore(fresh_state(), CONFIG)
+  with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none does not exist; give the folder that a training saved"):
+    Checkpoints(tmp_path / "none").load_params()
   checkpoints.save(fresh_state(), CONFIG, {})
   with pytest.raises(ValueError, match=r"another config .*: memory: False, True"):
     checkpoints.restore(fresh_state(), RATPlusConfig(31, 2, 16, 2, init_std=0.2, memory=False))
@@ -274,6 +289,37 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path):
   checkpoints.save(later, CONFIG, {"step": 1})  # training goes on past the damaged step
   restored, _ = checkpoints.restore(fresh_state(), CONFIG)
   chex.assert_trees_all_equal(restored, later)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "no object"])
+def test_what_is_written_about_a_checkpoint_may_be_damaged(tmp_path, damage):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (0, 1):
+    checkpoints.save(dataclasses.replace(fresh_state(), step=jnp.int32(step)), CONFIG, {})
+  about = tmp_path / "1" / "about" / "metadata"
+  about.unlink() if damage == "gone" else about.write_text({"empty": "", "no object": "[1]"}[damage])
+  with pytest.warns(UserWarning, match=r"CHECKPOINT 1 .* IS DAMAGED and passed over: 1/about: "):
+    assert int(checkpoints.restore(fresh_state(), CONFIG)[0].step) == 0
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied", "manifest.ocdbt"), ValueError("PERMISSION_DENIED: Error opening a file"),
+    MemoryError("no room"), AttributeError("restore")], ids=lambda error: type(error).__name__)
+def test_a_checkpoint_that_cannot_be_read_now_is_no_damaged_one(tmp_path, monkeypatch, error):
+  checkpoints = Checkpoints(tmp_path)
+  for step in (0, 1):
+    checkpoints.save(dataclasses.replace(fresh_state(), step=jnp.int32(step)), CONFIG, {})
+
+  def restore(*_, **__):
+    raise error
+
+  monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", restore)
+  told = isinstance(error, (OSError, ValueError))
+  with pytest.raises(OSError if told else type(error)) as raised:
+    checkpoints.restore(fresh_state(), CONFIG)
+  assert not told or str(raised.value).startswith(f"{tmp_path}/1/about cannot be read, and may be whole: ")
+  monkeypatch.undo()
+  assert int(checkpoints.restore(fresh_state(), CONFIG)[0].step) == 1  # it is where it was
 
 
 def test_parameters_are_read_a_leaf_at_a_time(tmp_path):
@@ -310,10 +356,16 @@ def test_damaged_parameters_are_passed_over_before_any_is_given(tmp_path):
     (dict(combine="both"), "combine='both'"),
     (dict(remat="some"), "remat='some'"),
     (dict(accumulation=3), "accumulation=3 does not divide the batch of 4"),
+    (dict(accumulation=True), "accumulation=True"),
+    (dict(accumulate_by="row"), "accumulate_by='row'"),
+    (dict(optimizer=optax.adam(1e-3)), "give one of rat_jax.make_optimizer"),
+    (dict(batch={"input_ids": [[1]], "labels": [[1]]}), "lacks"),
+    (dict(model=RATPlusLM(dataclasses.replace(CONFIG, embed_dim=32, num_heads=2, mlp_dim=64))), "leaves differ in all"),
 ])
 def test_bad_steps(arguments, message):
   with pytest.raises(ValueError, match=message):
-    rat_jax.train_step(MODEL, OPTIMIZER, fresh_state(), batch_at(0), **arguments)
+    rat_jax.train_step(**{"model": MODEL, "optimizer": OPTIMIZER, "state": fresh_state(), "batch": batch_at(0),
+                          **arguments})
 
 
 def test_bad_batches():
