@@ -294,7 +294,8 @@ def main() -> None:
   table = {checkpoint: {row.label: {name: results[key(checkpoint, row.label, name)] for name in names} for row in rows}
            for checkpoint in CHECKPOINTS.value}
   text = niah_report.report(table, MATCH.value)
-  measure = f"string_match_all, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
+  scores = sorted({text_needles.score_of(name).__name__ for name in names})
+  measure = f"{' and '.join(scores)}, {text_needles.source()}" if text_needles.TEXT.value else "exact match"
   print(f"{measure}, in percent, on {common.device()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n", encoding="utf-8")
   common.write_json(folder / "accuracies.json", niah_report.compact(table), indent=None)

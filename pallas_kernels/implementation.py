@@ -92,7 +92,7 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
   Raises:
     ValueError: `name` is no known name.
     NotImplementedError: the operation does not have the one that was named, or that does not run on this device, does
-      not serve these arguments, or both.
+      not serve these arguments, or both; a forward-mode gradient.
   """
   device = devices.device_of(*jax.tree.leaves(arguments))
   name = _FORCED.value or name
@@ -100,7 +100,13 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
     implementation, cut = _fastest(operation, device, arguments, options)
   else:
     implementation, cut = _named(operation, name, device, arguments, options)
-  return split.run(implementation.run, cut, arguments, operation.results, options)
+  try:
+    return split.run(implementation.run, cut, arguments, operation.results, options)
+  except TypeError as error:
+    if "custom_vjp" not in str(error):
+      raise
+    raise NotImplementedError(f"{operation.name} has no forward-mode gradient (jax.jvp, jax.jacfwd); take a reverse"
+                              " one: jax.grad, jax.vjp or jax.jacrev.") from error
 
 
 def load(operation: str, name: str) -> Implementation:

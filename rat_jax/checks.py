@@ -78,6 +78,19 @@ def as_row_ids(row_ids: ArrayLike | None, batch: int) -> Array:
   return jnp.asarray(as_integers("row_ids", row_ids, (batch,)), jnp.int32)
 
 
+def as_rows(index: ArrayLike, rows: int) -> Array:
+  """Numbers of rows as int32 [B']. Raises ValueError for another shape or type and, where values can be seen, for one
+  outside 0..rows-1."""
+  given = as_array(index, "index")
+  if given.ndim != 1 or not given.size or not jnp.issubdtype(given.dtype, jnp.integer):
+    raise ValueError(f"index has shape {given.shape} and type {given.dtype}; give the numbers of rows, integers [B'].")
+  if is_concrete(given):
+    values = np.asarray(given)
+    if ((values < 0) | (values >= rows)).any():
+      raise ValueError(f"index={values.tolist()}; the cache has the rows 0..{rows - 1}.")
+  return jnp.asarray(given, jnp.int32)
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
   """Raises ValueError for what is no integer of at least `least`."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:

@@ -75,8 +75,11 @@ class Cache:
     return functools.reduce(jnp.minimum, (store.room(self.lengths, self.prompt_lengths) for store in kinds))
 
   def rows(self, index: ArrayLike) -> Cache:
-    """The cache whose row b is row index[b] of this one; int [B'], which may repeat, drop and reorder rows."""
-    index = jnp.asarray(index, jnp.int32)
+    """The cache whose row b is row index[b] of this one; int [B'], which may repeat, drop and reorder rows.
+
+    Raises ValueError for what is no list of integers and, where values can be seen, for a row that is not there.
+    """
+    index = checks.as_rows(index, self.lengths.shape[0])
     runs = tuple(store.rows(rows, index) for store, rows in zip(self.stores, self.runs, strict=True))
     by_row = (self.lengths, self.row_ids, self.prompt_lengths)
     lengths, row_ids, prompt_lengths = jax.tree.map(lambda x: x[index], by_row)

@@ -230,6 +230,15 @@ def test_bad_arguments(arguments, error, message):
     dilated_attention(q, k, v, **arguments)
 
 
+@pytest.mark.parametrize("mode", [Dilated(4), Dilated(4, 2, 1)], ids=str)
+def test_a_forward_gradient_is_refused_in_words(mode):
+  q, k, v = draw(1, 8, 2, 1, 8)
+  for call in (functools.partial(rat_jax.attend, mode=mode),
+               functools.partial(dilated_attention, dilation=4, window=mode.window, sinks=mode.sinks)):
+    with pytest.raises(NotImplementedError, match=r"no forward-mode gradient .*; take a reverse one: jax.grad"):
+      jax.jvp(lambda q, call=call: call(q, k, v), (q,), (q,))
+
+
 def test_bad_shapes():
   q, k, v = draw(1, 4, 3, 2, 8)
   for call in (functools.partial(dilated_attention, dilation=2), functools.partial(rat_jax.attend, mode=Dense())):

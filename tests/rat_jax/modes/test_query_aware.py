@@ -130,6 +130,10 @@ def test_rows_of_a_cache_are_repeated_dropped_and_reordered(mode):
   assert_close(logits, expected[index], WHOLE_MODEL)
   np.testing.assert_array_equal(after.lengths, PROMPT[index] + 1)
   assert after.rows([3]).lengths.shape == (1,)
+  for bad, message in (([5], r"the cache has the rows 0\.\.4"), ([-1], r"index=\[-1\]"), ([[0]], "index has shape"),
+                       ([0.5], "type float64")):
+    with pytest.raises(ValueError, match=message):
+      after.rows(bad)
 
 
 @pytest.mark.parametrize(("mode", "prefill_mode"), [
