@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.leaves import check_leaves, check_params, named_leaves, shapes_of
 from rat_jax.convert.mapping import Place
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.data.text import read_text
 from rat_jax.paths import local_path
 from rat_jax.version import __version__
+
+_PIECE = 2**22  # entries
 
 
 def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, params: Params, *,
@@ -31,9 +36,13 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
     max_file_bytes: a new file begins where a leaf would take the last beyond this.
 
   Raises:
-    ValueError: a URL, a folder that is not empty, parameters that do not fit the config in shape or type.
+    ValueError: a URL, a folder that is not empty, parameters that are no arrays or do not fit the config in shape or
+      type, `max_file_bytes` that is no count. FloatingPointError: parameters that are not finite.
   """
   folder = local_path(folder, "folder")
+  for name, leaf in named_leaves(params).items():
+    if not isinstance(leaf, jax.Array | np.ndarray):
+      raise ValueError(f"the parameters: {name}={leaf!r} is no array but a {type(leaf).__name__}; give arrays.")
   check_params(params, config)
   leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
   write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
@@ -43,9 +52,10 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
                      about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
   folder = local_path(folder, "folder")
+  checks.check_count("max_file_bytes", max_file_bytes)
   metadata = {"rat_jax": __version__} | {str(key): str(value) for key, value in about.items()}  # it holds text alone
   with new_folder(folder) as made:
-    specs = write_safetensors(made, leaves, count=len(shapes_of(config)), metadata=metadata,
+    specs = write_safetensors(made, _finite(leaves, folder), count=len(shapes_of(config)), metadata=metadata,
                               max_file_bytes=max_file_bytes)
     check_leaves(specs, config, "the parameters")
     size = sum(int(np.prod(spec.shape)) for spec in specs.values())
@@ -55,6 +65,17 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
              f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]
     (made / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
     (made / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _finite(leaves: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+  """The same leaves. Raises FloatingPointError for one that is not finite; looks at a piece of it at a time."""
+  for name, leaf in leaves:
+    flat = np.ravel(leaf, order="K")
+    if flat.dtype.kind in "fV" and not all(np.isfinite(flat[i:i + _PIECE]).all() for i in range(0, flat.size, _PIECE)):
+      raise FloatingPointError(f"{folder} is not written: {name} is not finite.")
+    del flat
+    yield name, leaf
+    del leaf  # before the next is made
 
 
 def on_device(name: str, leaf: np.ndarray) -> jax.Array:
@@ -79,7 +100,7 @@ def load_pretrained(folder: str | os.PathLike[str], *, place: Place = on_device)
     raise ValueError(f"{path} is of the Hugging Face package; convert the folder first, with rat_jax.convert.load_olmo2"
                      " or experiments.convert.")
   try:
-    config = RATPlusConfig.from_json(path.read_text(encoding="utf-8"))
+    config = RATPlusConfig.from_json(read_text(path))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   tensors = SafetensorsFolder(folder)

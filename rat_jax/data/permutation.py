@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from rat_jax import checks
+
 _ROUNDS = 6
 
 
@@ -12,10 +14,18 @@ def permute(index: np.ndarray, size: int, seed: int) -> np.ndarray:
 
   A Feistel network permutes the smallest power of four that holds `size`; an image outside is permuted again
   until it falls inside (cycle walking), which keeps it a permutation.
+
+  Raises ValueError for an index outside, and for what is no integer.
   """
-  if size < 1:
-    raise ValueError(f"size={size}; there is nothing to permute.")
-  half = max(1, (int(size - 1).bit_length() + 1) // 2)
+  checks.check_count("size", size)
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+    raise ValueError(f"seed={seed!r}; use an integer.")
+  index, size, seed = np.asarray(index), int(size), int(seed)  # numpy's own integers would overflow below
+  if not np.issubdtype(index.dtype, np.integer):
+    raise ValueError(f"index has type {index.dtype}; give integers in 0..{size - 1}.")
+  if index.size and not 0 <= index.min() <= index.max() < size:
+    raise ValueError(f"index runs from {index.min()} to {index.max()}; give integers in 0..{size - 1}.")
+  half = max(1, ((size - 1).bit_length() + 1) // 2)
   mask = np.uint64((1 << half) - 1)
   image = np.array(index, np.uint64)
   pending = np.ones(image.shape, bool)

@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from rat_jax.data.text import without_mark
-from rat_jax.data.token_file import TokenFile, write_token_file
+from rat_jax.data.token_file import TokenFile, replaced_together, write_parts
 from rat_jax.data.tokenizer import BYTES, Tokenizer
 from rat_jax.paths import local_path
 
 _PIECE, _LEAST = 1 << 16, 1 << 10  # bytes of a piece of a large file, and of a small one
 _LINE_END, _SPACE = re.compile(rb"\r?\n|\r"), re.compile(rb"\s+")
+_ALIKE = "are empty, or equal to another, and were left out."
 _AT_A_TIME = 64  # documents that a tokenizer, which uses all processors, gets at once
 
 
@@ -28,13 +29,14 @@ def prepare(source: str | os.PathLike[str], folder: str | os.PathLike[str], *, h
 
   A file is a document, without its byte order mark. A single file is cut into documents of about 64 KiB, a small one
   into as many as the share needs: at line ends, else at white space, else between characters. Documents are put in the
-  order of a hash of their content, equal ones once, and the first share of them is held out.
+  order of a hash of their content, and the first share of them is held out. Equal files of a folder are one document;
+  pieces of one file are all kept. What is in `folder` stays until both files are whole.
 
   Args:
     source: a file, or a folder that is searched through for files that match `pattern`; in a folder, files that
-      are no UTF-8 text are passed over, and a warning says how many.
+      are no UTF-8 text, empty, or equal to another are passed over, and warnings say how many.
     heldout: the share of documents that is held out, in (0, 1).
-    skip: names of sub-folders that are passed over.
+    skip: names of sub-folders that are passed over; as `pattern`, for a folder alone.
     tokenizer: text to tokens; its end-of-document token follows every document.
 
   Returns:
@@ -42,30 +44,37 @@ def prepare(source: str | os.PathLike[str], folder: str | os.PathLike[str], *, h
 
   Raises:
     FileNotFoundError: no such source.
-    ValueError: an empty, binary or unreadable file, a folder without text, a share outside (0, 1), too few documents.
+    ValueError: an empty, binary or unreadable file, a folder without text, a share outside (0, 1), too few documents,
+      `skip` that is a text, `pattern` or `skip` for a single file.
   """
   source, folder = local_path(source, "source"), local_path(folder, "folder")
   if not 0 < heldout < 1:
     raise ValueError(f"heldout={heldout}; use a share in (0, 1).")
   if not source.exists():
     raise FileNotFoundError(f"{source} does not exist; give a text file or a folder of text files.")
-  found, passed = _of_folder(source, pattern, skip) if source.is_dir() else (_of_file(source, heldout), "")
-  documents = sorted(set(found), key=lambda d: hashlib.sha256(d).digest())
+  if isinstance(skip, str):
+    raise ValueError(f"skip={skip!r} is one text; give a collection of names, such as {[skip]}.")
+  if not source.is_dir() and (pattern != "*" or skip):
+    raise ValueError(f"pattern={pattern!r}, skip={skip!r} and {source}, a single file; give a folder, or leave both"
+                     " out.")
+  found, passed = _of_folder(source, pattern, skip) if source.is_dir() else (_of_file(source, heldout), [])
+  documents = sorted(found, key=lambda d: hashlib.sha256(d).digest())
   if len(documents) < 2:
     size, one = sum(map(len, documents)), source.is_dir() and len(found) == 1
     raise ValueError(f"{source} holds {size:,} bytes of text in {len(documents)} different documents; a split into"
                      " train and held-out needs two or more. Give more text"
-                     f"{', or the one file, to be cut' if one else ''}.{passed and ' ' + passed}")
-  if passed:
-    warnings.warn(passed, stacklevel=2)
+                     f"{', or the one file, to be cut' if one else ''}.{''.join(f' {told}' for told in passed)}")
+  for told in passed:
+    warnings.warn(told, stacklevel=2)
   cut = min(max(1, round(heldout * len(documents))), len(documents) - 1)
   parts = {"heldout": documents[:cut], "train": documents[cut:]}
   folder.mkdir(parents=True, exist_ok=True)
-  for name, part in parts.items():
-    write_token_file(folder / f"{name}.bin", _tokens(part, tokenizer), vocab_size=tokenizer.vocab_size,
-                     eod_id=tokenizer.eod_id, tokenizer=tokenizer.name, source=str(source),
-                     text_bytes=sum(map(len, part)))
-  return {name: TokenFile(folder / f"{name}.bin") for name in parts}
+  paths = {name: folder / f"{name}.bin" for name in parts}
+  with replaced_together(list(paths.values())):
+    for name, part in parts.items():
+      write_parts(paths[name], _tokens(part, tokenizer), vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id,
+                  tokenizer=tokenizer.name, source=str(source), text_bytes=sum(map(len, part)))
+  return {name: TokenFile(path) for name, path in paths.items()}
 
 
 def prepare_standard_library(folder: str | os.PathLike[str], tokenizer: Tokenizer = BYTES) -> dict[str, TokenFile]:
@@ -73,8 +82,10 @@ def prepare_standard_library(folder: str | os.PathLike[str], tokenizer: Tokenize
 
   Left out are installed packages, tests, and the code pages of `encodings`, a hundred copies of one table.
   """
-  return prepare(sysconfig.get_paths()["stdlib"], folder, pattern="*.py", skip={
-      "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}, tokenizer=tokenizer)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", f".*{re.escape(_ALIKE)}")  # many of its packages begin with an empty file
+    return prepare(sysconfig.get_paths()["stdlib"], folder, pattern="*.py", skip={
+        "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}, tokenizer=tokenizer)
 
 
 def _tokens(documents: list[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -83,15 +94,17 @@ def _tokens(documents: list[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray
       yield np.array(ids, np.int64)
 
 
-def _of_folder(source: pathlib.Path, pattern: str, skip: Collection[str]) -> tuple[list[bytes], str]:
-  """(the text of every file, what to say of those that hold none: nothing where there are none)."""
+def _of_folder(source: pathlib.Path, pattern: str, skip: Collection[str]) -> tuple[list[bytes], list[str]]:
+  """(the texts of the files, each once; what to say of files that are left out)."""
   paths = [path for path in sorted(source.rglob(pattern))
            if path.is_file() and not set(skip) & set(path.relative_to(source).parts[:-1])]
   texts = [(path, _read(path)) for path in paths]
   passed = [path for path, text in texts if text is None]
-  told = (f"{len(passed)} of {len(paths)} files in {source} are no UTF-8 text and were passed over, {passed[0]} first;"
-          " convert them to UTF-8, or leave them out by a pattern.") if passed else ""
-  return [text for _, text in texts if text and text.strip()], told
+  kept = {text for _, text in texts if text and text.strip()}
+  told = [f"{len(passed)} of {len(paths)} files in {source} are no UTF-8 text and were passed over, {passed[0]} first;"
+          " convert them to UTF-8, or leave them out by a pattern."] if passed else []
+  alike = len(paths) - len(passed) - len(kept)
+  return list(kept), told + ([f"{alike} of {len(paths)} files in {source} {_ALIKE}"] if alike else [])
 
 
 def _of_file(source: pathlib.Path, heldout: float) -> list[bytes]:

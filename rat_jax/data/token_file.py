@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from rat_jax import checks
 from rat_jax.data.permutation import permute
 from rat_jax.data.text import read_text
 from rat_jax.paths import local_path
@@ -48,11 +50,18 @@ class TokenFile:
 
   def windows(self, length: int) -> int:
     """How many windows of `length` tokens, each with its next tokens as targets, the file holds."""
-    return (self.sidecar.tokens - 1) // length
+    checks.check_count("length", length)
+    return (self.sidecar.tokens - 1) // int(length)
 
   def batch(self, step: int, *, batch_size: int, length: int, seed: int = 0, documents_apart: bool = False) -> Batch:
-    """The training batch of a step: every window once per epoch, in an order that `seed` and the epoch decide."""
+    """The training batch of a step: every window once per epoch, in an order that `seed` and the epoch decide.
+
+    Raises ValueError for counts out of range: `step` and `seed` from 0 on, `batch_size` and `length` from 1 on.
+    """
+    for name, value, least in (("step", step, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+      checks.check_count(name, value, least)
     windows = self._check_length(length)
+    step, batch_size, length, seed = map(int, (step, batch_size, length, seed))  # numpy's own integers overflow
     index = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, order = np.divmod(index, windows)
     chosen = np.empty_like(order)
@@ -63,12 +72,18 @@ class TokenFile:
   def epoch(self, *, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
     """All windows in order, or `limit` of them evenly spread over the file, for evaluation.
 
-    The last batch is filled up with rows whose targets are all ignored.
+    The last batch is filled up with rows whose targets are all ignored. Raises ValueError, before the first batch is
+    asked for, unless all three are counts from 1 on.
     """
+    checks.check_count("batch_size", batch_size)
     windows = self._check_length(length)
     chosen = np.arange(windows)
-    if limit is not None and limit < windows:
-      chosen = np.arange(limit) * windows // limit
+    if limit is not None:
+      checks.check_count("limit", limit)
+      chosen = chosen if limit >= windows else np.arange(int(limit)) * windows // int(limit)
+    return self._batches(chosen, int(batch_size), int(length))
+
+  def _batches(self, chosen: np.ndarray, batch_size: int, length: int) -> Iterator[Batch]:
     for start in range(0, len(chosen), batch_size):
       rows = chosen[start:start + batch_size]
       batch = self._read(np.pad(rows, (0, batch_size - len(rows))), length)
@@ -101,6 +116,28 @@ def write_token_file(path: pathlib.Path, documents: Iterable[np.ndarray], *, voc
 
   `text_bytes` is the size in UTF-8 of the text that all documents were made from, for bits per byte.
   """
+  with replaced_together([path]):
+    return write_parts(path, documents, vocab_size=vocab_size, eod_id=eod_id, tokenizer=tokenizer, source=source,
+                       text_bytes=text_bytes)
+
+
+@contextlib.contextmanager
+def replaced_together(paths: Sequence[pathlib.Path]) -> Iterator[None]:
+  """After a block that calls `write_parts` for each path, all take their names; where the block fails, none does."""
+  parts = [(path.with_suffix(f"{suffix}.part"), path.with_suffix(suffix)) for path in paths
+           for suffix in (".bin", ".json")]
+  try:
+    yield
+    for part, place in parts:
+      os.replace(part, place)
+  finally:
+    for part, _ in parts:
+      part.unlink(missing_ok=True)
+
+
+def write_parts(path: pathlib.Path, documents: Iterable[np.ndarray], *, vocab_size: int, eod_id: int,
+                tokenizer: str, source: str, text_bytes: int | None = None) -> Sidecar:
+  """As `write_token_file`, to NAME.bin.part and NAME.json.part, for `replaced_together`."""
   dtype = next(t for t in ("uint8", "uint16", "uint32") if vocab_size <= 2 ** (8 * np.dtype(t).itemsize))
   part, tokens, count, digest = path.with_suffix(".bin.part"), 0, 0, hashlib.sha256()
   with part.open("wb") as file:
@@ -115,8 +152,6 @@ def write_token_file(path: pathlib.Path, documents: Iterable[np.ndarray], *, voc
   sidecar = Sidecar(dtype, vocab_size, eod_id, tokens, count, tokenizer, source, text_bytes, digest.hexdigest())
   sidecar_part = path.with_suffix(".json.part")
   sidecar_part.write_text(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n", "utf-8")
-  os.replace(part, path)
-  os.replace(sidecar_part, path.with_suffix(".json"))
   return sidecar
 
 
@@ -124,12 +159,21 @@ def _read_sidecar(path: pathlib.Path) -> Sidecar:
   beside = path.with_suffix(".json")
   for needed in (path, beside):
     if not needed.is_file():
-      raise FileNotFoundError(f"{needed} does not exist; `python -m experiments.prepare_data` writes a token file and"
+      state = "is no file" if needed.exists() else "does not exist"
+      raise FileNotFoundError(f"{needed} {state}; `python -m experiments.prepare_data` writes a token file and"
                               " its sidecar.")
   try:
     sidecar = Sidecar(**json.loads(read_text(beside)))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:  # also of a number's length and of depth
     raise ValueError(f"{beside} is no sidecar of a token file: {error}.") from error
+  for name in ("vocab_size", "eod_id", "tokens", "documents"):
+    value = getattr(sidecar, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+      raise ValueError(f"{beside}: {name}={value!r}; give an integer.")
+  for name in ("tokenizer", "source"):
+    value = getattr(sidecar, name)
+    if not isinstance(value, str):
+      raise ValueError(f"{beside}: {name}={value!r}; give a text.")
   if sidecar.dtype not in ("uint8", "uint16", "uint32"):
     raise ValueError(f"{beside}: dtype={sidecar.dtype!r}; use uint8, uint16 or uint32.")
   size, digest = sidecar.bytes, sidecar.sha256

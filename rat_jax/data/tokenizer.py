@@ -30,7 +30,7 @@ class Tokenizer:
     name: what it is, with a digest of its file: equal names are equal tokenizers.
     vocab_size: the largest id and one.
     eod_id: the id that ends a document or an answer.
-    encode_batch: texts -> a list of ids for each.
+    encode_batch: texts -> a list of ids for each. Of "bytes", raises ValueError for a text with NUL, its `eod_id`.
     decode: ids -> text; ids that it does not know are left out.
     encode_spans: a text -> its ids, and of each the first character that it holds and the one after its last. None
       where the library does not say.
@@ -87,11 +87,20 @@ def _shared(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def _decode_bytes(ids: Sequence[int]) -> str:
-  return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+  return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
 
 
-# NUL ends a document: it is in no text file, for a file that holds one is refused as binary.
-BYTES = Tokenizer("bytes", "bytes", 256, 0, lambda texts: [list(text.encode()) for text in texts], _decode_bytes)
+def _encode_bytes(texts: Sequence[str]) -> list[list[int]]:
+  for text in texts:
+    at = text.find("\0")
+    if at >= 0:
+      raise ValueError(f"the text holds NUL as its character {at}, which ends a document of bytes; leave it"
+                       " out of the text.")
+  return [list(text.encode()) for text in texts]
+
+
+# NUL ends a document: it is in no text, and a file that holds one is refused as binary.
+BYTES = Tokenizer("bytes", "bytes", 256, 0, _encode_bytes, _decode_bytes)
 
 
 def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> Tokenizer:
@@ -150,7 +159,8 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
 
   return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
-                   lambda some: made.decode([int(i) for i in some if i < size], skip_special_tokens=True), encode_spans)
+                   lambda some: made.decode([int(i) for i in some if 0 <= i < size], skip_special_tokens=True),
+                   encode_spans)
 
 
 def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
@@ -165,7 +175,7 @@ def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
   if eod < 0 or (end is not None and made.id_to_piece(eod) != end):
     raise ValueError(f"{path} has no end-of-document token {end or 'of its own'}; name one of its tokens.")
   return Tokenizer(str(path), _name(path), size, eod, lambda texts: made.encode(list(texts)),
-                   lambda some: made.decode([int(i) for i in some if i < size]))
+                   lambda some: made.decode([int(i) for i in some if 0 <= i < size]))
 
 
 def _name(path: pathlib.Path) -> str:

@@ -27,7 +27,8 @@ def load_ruler(path: str | os.PathLike[str]) -> list[Example]:
   """
   path = local_path(path, "path")
   if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; give a .jsonl file of RULER.")
+    state = "is no file" if path.exists() else "does not exist"
+    raise FileNotFoundError(f"{path} {state}; give a .jsonl file of RULER.")
   lines = re.split(r"\r\n?|\n", read_text(path))  # JSON has none of these inside a text
   examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
   if not examples:
@@ -38,7 +39,7 @@ def load_ruler(path: str | os.PathLike[str]) -> list[Example]:
 def _example(line: str, where: str) -> Example:
   try:
     fields = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:  # also of a number's length and of depth
     raise ValueError(f"{where} is not JSON: {error}.") from error
   missing = [name for name in ("input", "outputs") if not isinstance(fields, dict) or name not in fields]
   if missing:

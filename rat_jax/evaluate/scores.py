@@ -1,8 +1,13 @@
-"""Scores of generated answers, all from 0 to 100 and not rounded."""
+"""Scores of generated answers, all from 0 to 100 and not rounded.
+
+All raise ValueError unless every prediction is a text, and has a list of one or more references that are no empty text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 References = Sequence[Sequence[str]]  # the answers of every example
 
@@ -41,10 +46,22 @@ def exact_match(predictions: Sequence[str], references: References) -> float:
 
 
 def _mean(predictions: Sequence[str], references: References, score: Callable[[str, Sequence[str]], float]) -> float:
-  if len(predictions) != len(references) or not predictions:
+  for name, given in (("predictions", predictions), ("references", references)):
+    if not _is_list(given):
+      raise ValueError(f"{name}={given!r}; give a list with one entry for every example.")
+  if len(predictions) != len(references) or len(predictions) == 0:
     raise ValueError(f"{len(predictions)} predictions and {len(references)} references; give as many of each, one at"
                      " least.")
-  for i, answers in enumerate(references):
-    if isinstance(answers, str) or not answers:
+  for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+    if not isinstance(prediction, str):
+      raise ValueError(f"predictions[{i}]={prediction!r}; give a text.")
+    if not _is_list(answers) or len(answers) == 0:
       raise ValueError(f"references[{i}]={answers!r}; give a list of one or more answers for every prediction.")
+    for j, answer in enumerate(answers):
+      if not isinstance(answer, str) or not answer:
+        raise ValueError(f"references[{i}][{j}]={answer!r}; give a text that is not empty.")
   return 100.0 * sum(map(score, predictions, references)) / len(predictions)
+
+
+def _is_list(given: object) -> bool:
+  return isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes)

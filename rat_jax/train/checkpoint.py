@@ -7,12 +7,15 @@ the newest one that does not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import json
 import os
 import pathlib
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -20,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
+from rat_jax.convert.leaves import check_params, named_leaves, shapes_of
 from rat_jax.paths import local_path
 from rat_jax.train.step import TrainState
 
@@ -34,9 +39,10 @@ _Found = TypeVar("_Found")
 
 
 class Checkpoints:
-  """The checkpoints of one training run, in one folder. Raises ValueError for a URL."""
+  """The checkpoints of one training run, the newest `keep`, in one folder. Raises ValueError for a URL or no count."""
 
   def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
+    checks.check_count("keep", keep)
     self.folder = local_path(folder, "folder").absolute()
     self._keep = keep
 
@@ -50,8 +56,13 @@ class Checkpoints:
   def save(self, state: TrainState, config: RATPlusConfig, notes: dict[str, Any]) -> None:
     """Writes the state under its step; older checkpoints beyond `keep` go after the new one is whole.
 
-    Raises FloatingPointError, and writes nothing, for parameters that are not finite.
+    One of the same step goes too. It is "replaced-STEP" meanwhile, and takes its place again where the write fails.
+
+    Raises, and writes nothing: FloatingPointError for parameters that are not finite. ValueError for parameters that
+    are not the config's, alone or stacked along one axis before all others, and for notes that are no plain JSON.
     """
+    _check_config(state.params, config)
+    check_notes(notes)
     arrays = _arrays(state)
     bad = [name for name, array in arrays.items() if array.dtype.kind not in "iu" and not _is_finite(array)]
     if bad:
@@ -59,9 +70,7 @@ class Checkpoints:
     manifest = {name: _entry(array) for name, array in arrays.items()}
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
     pieces = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    with self._manager() as manager:
-      if int(state.step) in manager.all_steps():
-        manager.delete(int(state.step))  # of a run begun anew
+    with self._aside(int(state.step)), self._manager() as manager:
       manager.save(int(state.step), args=ocp.args.Composite(
           state=ocp.args.StandardSave(arrays, save_args=pieces), about=ocp.args.JsonSave(about)), force=True)
       manager.wait_until_finished()
@@ -73,10 +82,18 @@ class Checkpoints:
       template: a state of the wanted structure, for instance a fresh one.
 
     Raises:
-      FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), or
-      none intact. OSError: a file that cannot be read now, such as one without permission; nothing is moved.
+      FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), one
+      whose parameters have other shapes or types than the template's, one of another optimizer, or none intact.
+      OSError: a file that cannot be read now, such as one without permission; nothing is moved.
     """
     arrays, about = self._read_newest(self._arrays, config, set_aside=True)
+    params = {_plain(name): array for name, array in arrays.items() if name.startswith(_PARAMS)}
+    for name, leaf in named_leaves(template.params).items():
+      saved = params.get(name)
+      if saved is not None and (saved.shape != leaf.shape or saved.dtype != leaf.dtype):
+        raise ValueError(f"the checkpoint in {self.folder} holds {name} as {saved.dtype} of shape {saved.shape}, the"
+                         f" template as {leaf.dtype} of shape {leaf.shape}; give a template with parameters of the"
+                         " shapes and types that were saved.")
     leaves, structure = jax.tree.flatten_with_path(template)
     missing = [jax.tree_util.keystr(path) for path, _ in leaves if jax.tree_util.keystr(path) not in arrays]
     if missing or len(leaves) != len(arrays):
@@ -172,9 +189,44 @@ class Checkpoints:
                                   restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)})
     return _checked(name, manager.restore(step, args=ocp.args.Composite(state=args))["state"][name], about)
 
+  @contextlib.contextmanager
+  def _aside(self, step: int) -> Iterator[None]:
+    """Moves a checkpoint of that step, of a run begun anew, away; afterwards back again, unless a new one is there."""
+    place, aside = self.folder / str(step), _unused(self.folder / f"replaced-{step}")
+    if place.exists():
+      place.rename(aside)
+    try:
+      yield
+    finally:
+      if aside.exists() and place.exists():
+        shutil.rmtree(aside)
+      elif aside.exists():
+        aside.rename(place)
+
   def _manager(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(self.folder, options=options)
+
+
+def check_notes(notes: Mapping[str, Any]) -> None:
+  """Raises ValueError for notes that no checkpoint could hold: what is no dict of plain JSON."""
+  if not isinstance(notes, Mapping):
+    raise ValueError(f"notes={notes!r}; give a dict.")
+  for name, value in notes.items():
+    try:
+      json.dumps({name: value})
+    except (TypeError, ValueError, RecursionError) as error:
+      raise ValueError(f"notes[{name!r}]={value!r} is no plain JSON: {error}; give numbers of Python, texts, lists and"
+                       " dicts, such as float(x) and x.tolist().") from error
+
+
+def _check_config(params: Params, config: RATPlusConfig) -> None:
+  """Raises ValueError for parameters that are not the config's, nor a stack of such, as of several seeds."""
+  wanted, leaves = shapes_of(config), named_leaves(params)
+  if len({np.shape(leaf)[:1] for leaf in leaves.values()}) == 1 and all(
+      name in wanted and np.ndim(leaf) == len(wanted[name]) + 1 for name, leaf in leaves.items()):
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+  check_params(params, config, same_type=False)
 
 
 def _is_damage(error: Exception) -> bool:

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from rat_jax import checks
 from rat_jax.compilation import compiler_options
 from rat_jax.costs import PEAK_FLOPS, training_flops
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.paths import local_path
-from rat_jax.train.checkpoint import Checkpoints
+from rat_jax.train.checkpoint import Checkpoints, check_notes
 from rat_jax.train.loss import as_batch
 from rat_jax.train.optimizer import Optimizer
 from rat_jax.train.step import ARL, AccumulateBy, Batch, Combine, Metrics, TrainState, train_step
@@ -45,15 +46,24 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
       "utilisation" of a line is `rat_jax.training_flops` over the chips' peak, null for an unknown chip; "peak_bytes"
       the most memory that a chip has held, null where that is not known.
     checkpoints, save_every: where and how often to save; the last state is saved too.
-    notes: what a checkpoint is to say of the run besides its step; plain JSON.
+    notes: what a checkpoint is to say of the run besides its step; plain JSON. `save_every` and `notes` want
+      `checkpoints`.
     label: what the progress bar says; where there is no terminal, a line is printed now and then instead.
 
   Raises:
-    ValueError: numbers out of range, a batch that is none, checkpoints of later steps in the folder.
+    ValueError: numbers out of range, a state beyond `steps`, notes that are no JSON, a batch that is none, checkpoints
+      of later steps in the folder.
     FloatingPointError: a loss that is not finite. Names the step and the last good checkpoint, which stays.
   """
-  if steps < 1 or log_every < 1 or save_every < 0:
-    raise ValueError(f"steps={steps}, log_every={log_every}, save_every={save_every}; use at least 1, 1 and 0.")
+  for name, value, least in (("steps", steps, 1), ("log_every", log_every, 1), ("save_every", save_every, 0)):
+    checks.check_count(name, value, least)
+  check_notes(notes or {})
+  if checkpoints is None and (save_every or notes):
+    raise ValueError(f"save_every={save_every}, notes={notes!r} and no checkpoints; give"
+                     " checkpoints=Checkpoints(folder), or leave both out.")
+  if int(state.step) > steps:
+    raise ValueError(f"steps={steps}, and this state is at step {int(state.step)}; `steps` counts from the start of the"
+                     f" training, so use at least {int(state.step)}.")
   step_fn = jax.jit(functools.partial(train_step, model, optimizer, modes=modes, combine=combine,
                                       accumulation=accumulation, accumulate_by=accumulate_by, remat=remat,
                                       unroll=unroll),

@@ -7,20 +7,21 @@ import hashlib
 import json
 import locale
 import pathlib
+import re
 import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
 from rat_jax.convert.tensors import read_json
-from rat_jax.data import BYTES, TokenFile, permute, prepare, prepare_standard_library
+from rat_jax.data import BYTES, TokenFile, prepare, prepare_standard_library
 from rat_jax.data.text import read_text
 from rat_jax.data.token_file import write_token_file
 from rat_jax.evaluate import load_ruler
 
-# Files in Latin-1 and binary ones lie in the corpus of these tests.
-pytestmark = pytest.mark.filterwarnings("ignore:.*are no UTF-8 text and were passed over")
+# Files in Latin-1, binary ones, and two that are equal lie in the corpus of these tests.
+pytestmark = [pytest.mark.filterwarnings("ignore:.*are no UTF-8 text and were passed over"),
+              pytest.mark.filterwarnings("ignore:.*are empty, or equal to another")]
 
 
 @pytest.fixture
@@ -116,6 +117,52 @@ def test_one_file_in_a_folder_is_a_document(tmp_path):
     prepare(tmp_path, tmp_path / "out")
 
 
+def test_equal_pieces_of_one_file_are_all_kept(tmp_path):
+  (tmp_path / "one.txt").write_text("the same line of text.\n\n" * 2000)
+  files = prepare(tmp_path / "one.txt", tmp_path / "out")
+  assert [files[name].sidecar.documents for name in ("heldout", "train")] == [1, 19]
+  assert sum(file.sidecar.bytes for file in files.values()) == 48_000
+
+
+def test_equal_and_empty_files_of_a_folder_are_told_of(tmp_path):
+  (tmp_path / "texts").mkdir()
+  for name, text in (("a", "one"), ("b", "one"), ("c", "two"), ("d", " \n"), ("e", ""), ("f", "one")):
+    (tmp_path / "texts" / name).write_text(text)
+  told = "6 files in .*/texts are empty, or equal to another, and were left out"
+  with pytest.warns(UserWarning, match=rf"^4 of {told}\.$"):
+    files = prepare(tmp_path / "texts", tmp_path / "out")
+  assert sorted(documents(files["train"]) + documents(files["heldout"])) == [b"one", b"two"]
+  (tmp_path / "texts" / "c").write_text("one")
+  with pytest.raises(ValueError, match=rf"holds 3 bytes of text in 1 .* 5 of {told}\.$"):
+    prepare(tmp_path / "texts", tmp_path / "out")
+
+
+@pytest.mark.parametrize("ids", [[10**6], [1, 10**6]], ids=["in heldout", "in train"])
+def test_a_preparation_that_fails_leaves_both_files_as_they_were(ids, corpus, tmp_path):
+  prepare(corpus, tmp_path / "out")
+  before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+  (tmp_path / "other").mkdir()
+  for i in range(200):
+    (tmp_path / "other" / str(i)).write_text(f"another {i}")
+  given = iter(ids)  # of the one document that is held out, and the next
+  broken = dataclasses.replace(BYTES, encode_batch=lambda texts: [[next(given, 1)] for _ in texts])
+  with pytest.raises(ValueError, match=r"holds tokens 1000000\.\.1000000, outside the vocabulary"):
+    prepare(tmp_path / "other", tmp_path / "out", heldout=0.005, tokenizer=broken)
+  assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_is_chosen_of_a_source(corpus, tmp_path):
+  with pytest.raises(ValueError, match=r"^skip='deep' is one text; give a collection of names, such as \['deep'\]\.$"):
+    prepare(corpus, tmp_path / "out", skip="deep")
+  for chosen in (dict(skip=["deep"]), dict(pattern="*.md")):
+    one = dict(pattern="*", skip=()) | chosen
+    told = f"pattern={one['pattern']!r}, skip={one['skip']!r} and {corpus}/0.txt, a single file; give a folder, or"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)} leave both out\\.$"):
+      prepare(corpus / "0.txt", tmp_path / "out", **chosen)
+  assert not (tmp_path / "out").exists()
+  assert prepare(corpus, tmp_path / "out", skip=["deep"], pattern="*.txt")["train"].sidecar.documents == 14
+
+
 def test_an_ascii_locale_changes_nothing(tmp_path):
   """Neither what is read nor what is written."""
   source, file, ruler, sidecar = (tmp_path / name for name in ("Größe", "a.txt", "b.jsonl", "out/train.json"))
@@ -195,6 +242,34 @@ def test_evaluation_covers_the_file_and_ignores_what_fills_up(corpus, tmp_path):
   assert sum(len(b["tokens"]) for b in file.epoch(batch_size=7, length=8, limit=10)) == 14
 
 
+def test_counts_of_any_integer_type_are_the_same_batches(corpus, tmp_path):
+  file = prepare(corpus, tmp_path / "out")["train"]
+  for step in (3, 2**29, 2**40):
+    plain = file.batch(step, batch_size=8, length=16, seed=5)
+    kind = np.int32 if step < 2**31 else np.int64
+    other = file.batch(kind(step), batch_size=np.int32(8), length=np.int8(16), seed=np.int64(5))
+    for name in plain:
+      np.testing.assert_array_equal(plain[name], other[name])
+  one, other = (list(file.epoch(batch_size=kind(7), length=kind(8), limit=kind(10))) for kind in (int, np.int8))
+  np.testing.assert_array_equal([b["tokens"] for b in one], [b["tokens"] for b in other])
+
+
+@pytest.mark.parametrize("bad", [
+    dict(step=1.5), dict(step=-1), dict(step=True), dict(length=0), dict(length=2.0), dict(batch_size=0),
+    dict(batch_size=True), dict(seed=-1), dict(seed=0.5), dict(limit=0), dict(limit=-1), dict(limit=2.5)], ids=str)
+def test_counts_that_are_none(bad, corpus, tmp_path):
+  file = prepare(corpus, tmp_path / "out")["train"]
+  ((name, value),) = bad.items()
+  least = 0 if name in ("step", "seed") else 1
+  message = f"^{name}={re.escape(repr(value))}; use an integer of at least {least}\\.$"
+  if name != "limit":
+    with pytest.raises(ValueError, match=message):
+      file.batch(**dict(step=0, batch_size=2, length=8) | bad)
+  if least:
+    with pytest.raises(ValueError, match=message):
+      file.epoch(**dict(batch_size=2, length=8) | bad)  # before a batch is asked for
+
+
 def test_documents_apart(corpus, tmp_path):
   file = prepare(corpus, tmp_path / "out")["train"]
   batch = file.batch(0, batch_size=4, length=64, documents_apart=True)
@@ -203,21 +278,10 @@ def test_documents_apart(corpus, tmp_path):
   np.testing.assert_array_equal(np.diff(ids, axis=1), tokens[:, :-1] == 0)
 
 
-@given(st.integers(1, 300), st.integers(0, 10**9))
-def test_permutations(size, seed):
-  assert sorted(permute(np.arange(size), size, seed)) == list(range(size))
-
-
-def test_permutations_differ_and_mix():
-  a, b = permute(np.arange(1000), 1000, 0), permute(np.arange(1000), 1000, 1)
-  assert (a == b).mean() < 0.02
-  assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
-
-
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "is empty"), (b"  \n ", "is empty"), (b"a\0b", "not UTF-8 text"), (b"\xff\xfe", "not UTF-8 text"),
     (b"short", r"holds 5 bytes of text in 1 different documents; .* needs two or more\. Give more text\.$"),
-    (b"one line\n" * 2, "holds 9 bytes"), (b"\xef\xbb\xbf", "is empty"),
+    (b"\xef\xbb\xbf", "is empty"),
 ])
 def test_bad_files_are_refused_and_harm_nothing(content, message, corpus, tmp_path):
   good = prepare(corpus, tmp_path / "out")["train"].path
@@ -259,6 +323,10 @@ def change_sidecar(path, **fields):
     (dict(dtype="float32"), "dtype='float32'"), (dict(eod_id=256), "eod_id=256"), (dict(colour="red"), "no sidecar"),
     (dict(bytes=-1), r"train\.json: bytes=-1; give"), (dict(bytes="9"), "bytes='9'"), (dict(bytes=True), "bytes=True"),
     (dict(sha256="12"), "sha256='12'; give 64"), (dict(sha256=5), "sha256=5"),
+    (dict(eod_id=1.5), r"train\.json: eod_id=1\.5; give an integer\.$"), (dict(tokens=True), "tokens=True; give an"),
+    (dict(vocab_size="256"), r"train\.json: vocab_size='256'; give an integer\.$"), (dict(dtype=8), "dtype=8; use"),
+    (dict(tokenizer=None), r"train\.json: tokenizer=None; give a text\.$"), (dict(documents=None), "documents=None;"),
+    (dict(source=["a"]), r"train\.json: source=\['a'\]; give a text\.$"),
 ])
 def test_a_sidecar_that_does_not_fit(fields, message, corpus, tmp_path):
   path = prepare(corpus, tmp_path / "out")["train"].path
@@ -274,6 +342,12 @@ def test_missing_and_short_files(corpus, tmp_path):
   change_sidecar(file.path, vocab_size=50)
   with pytest.raises(ValueError, match=r"outside the vocabulary 0\.\.49"):
     TokenFile(file.path).batch(0, batch_size=1, length=8)
+  for text in ("[" * 10**5, '{"tokens": ' + "1" * 5000 + "}"):
+    file.path.with_suffix(".json").write_text(text)
+    with pytest.raises(ValueError, match=r"heldout\.json is no sidecar of a token file: "):
+      TokenFile(file.path)
+  with pytest.raises(FileNotFoundError, match=r"/out is no file; `python -m experiments\.prepare_data` writes"):
+    TokenFile(tmp_path / "out")
   file.path.with_suffix(".json").unlink()
   with pytest.raises(FileNotFoundError, match=r"heldout\.json does not exist"):
     TokenFile(file.path)

@@ -66,7 +66,22 @@ def test_files_give_what_their_own_libraries_give(folder, source):
   assert load_tokenizer(str(ours)).name == ours.name
 
 
-@given(text=st.text())
+def test_ids_that_are_not_known_are_left_out(folder):
+  for one in (BYTES, load_tokenizer(folder / "hf"), load_tokenizer(folder / "sp")):
+    a, b = one.encode("lamp"), one.encode(" blue")
+    assert one.decode([-1, *a, one.vocab_size, *b, -(2**40)]) == one.decode([*a, *b])
+  assert BYTES.decode([-1, 97, 256]) == "a"
+
+
+def test_a_text_of_bytes_holds_no_end_of_a_document():
+  told = r"^the text holds NUL as its character 1, which ends a document of bytes; leave it out of the text\.$"
+  for call in (lambda: BYTES.encode("a\0b"), lambda: BYTES.encode_batch(["a", "é\0"]),
+               lambda: BYTES.encode_after("a", "\0")):
+    with pytest.raises(ValueError, match=told):
+      call()
+
+
+@given(text=st.text(st.characters(exclude_characters="\0")))  # NUL ends a document of bytes
 def test_text_comes_back(folder, text):
   for one in (BYTES, load_tokenizer(folder / "hf")):
     if not any("\ud800" <= c <= "\udfff" for c in text):

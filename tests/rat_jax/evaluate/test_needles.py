@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import jax
 import numpy as np
@@ -227,6 +228,24 @@ def test_scores_are_means_over_examples():
         score(*bad)
 
 
+@pytest.mark.parametrize(("predictions", "references", "message"), [
+    ("a", [["a"]], "predictions='a'; give a list with one entry for every example."),
+    (5, [["a"]], "predictions=5; give a list with one entry for every example."),
+    (["a"], "a", "references='a'; give a list with one entry for every example."),
+    (["a"], 5, "references=5; give a list with one entry for every example."),
+    (["a", 7], [["a"], ["7"]], "predictions[1]=7; give a text."),
+    (["a", None], [["a"], ["b"]], "predictions[1]=None; give a text."),
+    (["a", "b"], [["a"], 5], "references[1]=5; give a list of one or more answers for every prediction."),
+    (["a", "b"], [["a"], ["b", 12]], "references[1][1]=12; give a text that is not empty."),
+    (["a"], [[""]], "references[0][0]=''; give a text that is not empty."),
+])
+def test_what_no_score_can_be_made_of(predictions, references, message):
+  for score in (string_match_all, string_match_part, comma_recall, exact_match):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+      score(predictions, references)
+  assert exact_match(np.array(["a", "b"]), (("a",), np.array(["c"]))) == 50
+
+
 def test_rulers_files(tmp_path):
   path = tmp_path / "validation.jsonl"
   older = {"index": 4, "input": "A needle. What is it? It is", "outputs": ["12"], "length": 30}
@@ -241,6 +260,8 @@ def test_rulers_files(tmp_path):
                         ('{"input": "x", "outputs": [null]}', r"line 2: outputs=\[None\]"),
                         ('{"input": "x", "outputs": ["1", ""]}', r"line 2: outputs=\['1', ''\]"),
                         ('{"input": 5, "outputs": ["1"]}', "line 2: input=5; give a text"),
+                        ('{"input": "x", "outputs": [' + "1" * 5000 + "]}", "line 2 is not JSON: Exceeds the limit"),
+                        ('{"input": "x", "outputs": ' + "[" * 10**5, "line 2 is not JSON: "),
                         ('{"input": "x", "outputs": [true]}', r"line 2: outputs=\[True\]"),
                         ('{"input": "x", "outputs": ["1"], "length": "9"}', "line 2: length='9'"),
                         ('{"input": "x", "outputs": ["1"], "answer_prefix": 0}', "line 2: answer_prefix=0")):
@@ -260,3 +281,5 @@ def test_rulers_files(tmp_path):
     load_ruler(path)
   with pytest.raises(FileNotFoundError, match="does not exist"):
     load_ruler(tmp_path / "nothing.jsonl")
+  with pytest.raises(FileNotFoundError, match=r" is no file; give a \.jsonl file of RULER\.$"):
+    load_ruler(tmp_path)

@@ -1,0 +1,125 @@
+"""Checkpoints that are refused or interrupted, and what the loop refuses at its start: nothing good is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rat_jax
+from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax.convert import mapping
+from rat_jax.convert.leaves import shapes_of
+from rat_jax.train import Checkpoints, TrainState, train
+
+CONFIG = RATPlusConfig(8, 1, 8, 2)
+MODEL, OPTIMIZER = RATPlusLM(CONFIG), rat_jax.make_optimizer(1e-2, total_steps=9)
+
+
+def params_of(config=CONFIG, value=1, dtype="float32"):
+  return mapping.tree(((name, np.full(shape, value, dtype)) for name, shape in shapes_of(config).items()),
+                      lambda name, leaf: jnp.asarray(leaf))
+
+
+def state_of(step=5, **fields):
+  return dataclasses.replace(rat_jax.init_train_state(MODEL, params_of(**fields), OPTIMIZER), step=jnp.int32(step))
+
+
+def kept(checkpoints):
+  """(steps, the value of every parameter, notes), and that no folder is left of a checkpoint that was moved."""
+  assert [path.name for path in checkpoints.folder.iterdir()] == [str(step) for step in checkpoints.steps()]
+  _, params, notes = checkpoints.load_params()
+  (value,) = {float(x) for leaf in jax.tree.leaves(params) for x in np.unique(leaf)}
+  return checkpoints.steps(), value, notes
+
+
+@pytest.mark.parametrize(("notes", "message"), [
+    ({"a": np.float32(1)}, "notes['a']=np.float32(1.0) is no plain JSON: Object of type float32 is not JSON serial"),
+    ({"ok": 1, "b": [{1}]}, "notes['b']=[{1}] is no plain JSON: "), ({(1, 2): 3}, "notes[(1, 2)]=3 is no plain JSON: "),
+    ([1], "notes=[1]; give a dict."),
+])
+def test_notes_that_are_no_json_harm_nothing(notes, message, tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_of(value=1), CONFIG, {"ok": 1})
+  for call in (lambda: checkpoints.save(state_of(value=2), CONFIG, notes),
+               lambda: train(MODEL, OPTIMIZER, state_of(), lambda step: 1 / 0, steps=9, checkpoints=checkpoints,
+                             notes=notes)):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      call()
+  assert kept(checkpoints) == ([5], 1, {"ok": 1})
+
+
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(state_of(value=1), CONFIG, {"ok": 1})
+
+  def full(*_, **__):
+    assert (tmp_path / "replaced-5").is_dir()
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(OSError, match="No space left"):
+      checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
+  assert kept(checkpoints) == ([5], 1, {"ok": 1})
+  checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
+  assert kept(checkpoints) == ([5], 2, {"ok": 2})
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, 2.5, None])
+def test_a_number_of_checkpoints_that_is_none(keep, tmp_path):
+  with pytest.raises(ValueError, match=re.escape(f"keep={keep!r}; use an integer of at least 1.")):
+    Checkpoints(tmp_path, keep=keep)
+
+
+def test_parameters_of_another_config_are_not_saved(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(ValueError, match=r"the parameters: embedding is \(8, 8\), the config wants \(9, 8\); "):
+    checkpoints.save(state_of(), dataclasses.replace(CONFIG, vocab_size=9), {})
+  assert checkpoints.steps() == []
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params_of())  # as of two seeds
+  checkpoints.save(TrainState(stacked, (), jnp.int32(3)), CONFIG, {})
+  chex.assert_trees_all_equal(checkpoints.load_params()[1], stacked)
+  other = jax.tree.map(lambda x: jnp.stack([x, x, x]), params_of(RATPlusConfig(8, 1, 16, 2)))
+  with pytest.raises(ValueError, match="leaves differ in all"):
+    checkpoints.save(TrainState(other, (), jnp.int32(4)), CONFIG, {})
+  assert checkpoints.steps() == [3]
+
+
+def test_a_template_of_other_parameters_is_told_of_them(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_of(), CONFIG, {})
+  with pytest.raises(ValueError, match=r"holds embedding as float32 of shape \(8, 8\), the template as bfloat16 of"
+                                       r" shape \(8, 8\); give a template with parameters"):
+    checkpoints.restore(state_of(dtype="bfloat16"), CONFIG)
+  stacked = TrainState(jax.tree.map(lambda x: x[None], params_of()), (), jnp.int32(0))
+  with pytest.raises(ValueError, match=r"the template as float32 of shape \(1, 8, 8\)"):
+    checkpoints.restore(stacked, CONFIG)
+  with pytest.raises(ValueError, match="holds another optimizer's state"):
+    checkpoints.restore(TrainState(params_of(), (), jnp.int32(0)), CONFIG)
+  chex.assert_trees_all_equal(checkpoints.restore(state_of(0, value=7), CONFIG)[0], state_of())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(save_every=1), "save_every=1, notes=None and no checkpoints; give checkpoints=Checkpoints(folder), or leave"),
+    (dict(notes={"a": 1}), "save_every=0, notes={'a': 1} and no checkpoints; "),
+    (dict(steps=3), "steps=3, and this state is at step 5; `steps` counts from the start of the training, so use at"
+                    " least 5."),
+    (dict(steps=9.5), "steps=9.5; use an integer of at least 1."),
+    (dict(save_every=True), "save_every=True; use an integer of at least 0."),
+])
+def test_the_loop_refuses_before_its_first_batch(arguments, message, tmp_path):
+  metrics = tmp_path / "metrics.jsonl"
+  metrics.write_text('{"step": 7}\n')
+  with pytest.raises(ValueError, match=re.escape(message)):
+    train(MODEL, OPTIMIZER, state_of(), lambda step: 1 / 0, metrics_path=metrics, **dict(steps=9) | arguments)
+  assert metrics.read_text() == '{"step": 7}\n'
+
+
+def test_a_training_that_is_done_is_left_as_it_is():
+  chex.assert_trees_all_equal(train(MODEL, OPTIMIZER, state_of(), lambda step: 1 / 0, steps=5), state_of())
