@@ -50,7 +50,8 @@ def main() -> None:
   (folder / "table.md").write_text(table + "\n", encoding="utf-8")
   common.write_json(folder / "results.json", {"checkpoint": CHECKPOINT.value, "notes": notes, "length": LENGTH.value,
                                               "prompt_length": PROMPT_LENGTH.value,
-                                              "windows": WINDOWS.value, "device": common.device(), "modes": result})
+                                              "windows": min(WINDOWS.value, data.windows(LENGTH.value)),
+                                              "device": common.device(), "modes": result})
 
 
 def check_prompt(num_layers: int) -> None:

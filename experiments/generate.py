@@ -31,6 +31,10 @@ TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of 
 
 
 def main() -> None:
+  if PROMPT_FILE.value:
+    common.refuse(("prompt",), f"--prompt_file={PROMPT_FILE.value} is the text to continue; leave one of them out.")
+  if TEMPERATURE.value == 0 and TOP_P.value != 1:
+    common.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
   config, params, notes = common.load_model(CHECKPOINT.value)
   common.check_tokenizer(TOKENIZER.value, config, notes)
   config, end = dataclasses.replace(config, dtype=cast(Any, DTYPE.value or config.dtype)), TOKENIZER.value.eod_id

@@ -42,6 +42,8 @@ CHIPS = {"H100": "NVIDIA H100 80GB HBM3", "TPU v5p": "TPU v5", "TPU v6e": "TPU v
 
 def main() -> None:
   if COST.value:
+    common.refuse(("checkpoint", "data", "dtype", "memory", "memory_rate", "freeze"), f"--cost={COST.value} prints what"
+                  " the retrofit of a preset takes, and trains nothing; leave it out.")
     print(cost(dataclasses.replace(RATPlusConfig.preset(COST.value), memory=True, gate_bias=GATE_BIAS.value)))
     return
   if CHECKPOINT.value is None:

@@ -73,6 +73,8 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
         accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
+  Says so and trains nothing where the run has come that far already.
+
   Args:
     params: where to start; None is a fresh draw from --seed.
     modes: one loss for each.
@@ -104,16 +106,20 @@ def fit(config: RATPlusConfig, params: Params | None, modes: list[Mode], data: T
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     common.check_same_run(checkpoints.folder, saved, notes)
-    print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
-    if "steps" in saved and saved["steps"] != STEPS.value:
-      print(rate_change(int(state.step), saved["steps"], STEPS.value))
-  size = sum(x.size for x in jax.tree.leaves(params))
-  print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
-        f" {', then '.join(map(str, modes))}, on {common.device()}")
-  train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes,
-        notes=notes | {"steps": STEPS.value},  # which a resumed run may move
-        combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value, accumulate_by=accumulate_by,
-        remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
-        metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
+    if int(state.step) < STEPS.value:
+      print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+      if "steps" in saved and saved["steps"] != STEPS.value:
+        print(rate_change(int(state.step), saved["steps"], STEPS.value))
+  if int(state.step) < STEPS.value:
+    size = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{size:,} parameters, {STEPS.value} batches of {BATCH_SIZE.value} x {LENGTH.value} tokens under"
+          f" {', then '.join(map(str, modes))}, on {common.device()}")
+    train(model, optimizer, state, batch_at, steps=STEPS.value, modes=modes,
+          notes=notes | {"steps": STEPS.value},  # which a resumed run may move
+          combine=cast(Combine, COMBINE.value), accumulation=ACCUMULATION.value, accumulate_by=accumulate_by,
+          remat=cast(Remat, REMAT.value), unroll=UNROLL.value, donate=True, log_every=LOG_EVERY.value,
+          metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=SAVE_EVERY.value, label=script)
+  else:
+    print(f"nothing to train: the run in {folder} is at step {int(state.step)}")
   plots.draw_training(folder / "metrics.jsonl", modes, folder / "training.png")
   print(f"checkpoint: {checkpoints.folder}; losses: {folder}/training.png")

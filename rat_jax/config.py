@@ -9,6 +9,11 @@ import numbers
 import typing
 from typing import Any, Literal
 
+import numpy as np
+
+# Programs compute in float32, where they take what is smaller than _SMALLEST for 0.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 @dataclasses.dataclass(frozen=True)
 class RATPlusConfig:
@@ -54,16 +59,17 @@ class RATPlusConfig:
       raise ValueError(f"head_dim={self.head_dim} is odd; RoPE rotates pairs, so give an even width.")
     for name, hint in typing.get_type_hints(type(self)).items():
       choices, value = typing.get_args(hint), getattr(self, name)
-      if typing.get_origin(hint) is Literal and value not in choices:
+      if typing.get_origin(hint) is Literal and not (isinstance(value, str) and value in choices):
         raise ValueError(f"{name}={value!r} is unknown; use one of {choices}.")
       if hint is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a bool; use True or False.")
-    self._settle_float("rope_base", "use a finite number above 0", positive=True)
-    self._settle_float("norm_eps", "use a finite number above 0", positive=True)
+    self._settle_float("rope_base", "use a finite number of at least 1 that float32 can hold", least=1.0)
+    self._settle_float("norm_eps", "use a finite number above 0 that float32 can hold", least=_SMALLEST)
     if self.init_std is not None:
-      self._settle_float("init_std", "use a finite number above 0, or None for 1/sqrt(fan-in)", positive=True)
+      self._settle_float("init_std", "use a finite number above 0 that float32 can hold, or None for 1/sqrt(fan-in)",
+                         least=_SMALLEST)
     if self.gate_bias is not None:
-      self._settle_float("gate_bias", "use a finite number, or None for no bias")
+      self._settle_float("gate_bias", "use a finite number that float32 can hold, or None for no bias")
       if not self.memory:
         raise ValueError(f"gate_bias={self.gate_bias} with memory=False; use None: attention has no gate.")
 
@@ -74,20 +80,20 @@ class RATPlusConfig:
       raise ValueError(f"{name}={value!r}; use an integer of at least 1.")
     object.__setattr__(self, name, int(value))
 
-  def _settle_float(self, name: str, fix: str, positive: bool = False) -> None:
+  def _settle_float(self, name: str, fix: str, least: float = -_LARGEST) -> None:
     value = getattr(self, name)
     try:
       number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond all floats
       number = math.inf
-    if not math.isfinite(number) or (positive and number <= 0):
+    if not least <= number <= _LARGEST:
       raise ValueError(f"{name}={value!r}; {fix}.")
     object.__setattr__(self, name, number)
 
   @classmethod
   def preset(cls, name: str) -> RATPlusConfig:
     """A published or ready-made size. Raises ValueError for an unknown name."""
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
       raise ValueError(f"preset {name!r} is unknown; use one of {tuple(_PRESETS)}.")
     return cls(**_PRESETS[name])
 
@@ -100,7 +106,7 @@ class RATPlusConfig:
     """The inverse of `to_json`; fields that are absent take their defaults. Raises ValueError otherwise."""
     try:
       fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
       raise ValueError(f"the configuration is not JSON: {error}.") from error
     known = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(fields, dict) or fields.keys() - known.keys():

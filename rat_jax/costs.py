@@ -41,7 +41,9 @@ def training_flops(config: RATPlusConfig, mode: Mode, length: int) -> float:
 
   6 for every entry of a matrix that a token is multiplied by, and 12 N H for every key that its query reads (the mean
   of 64 positions). Norms, the memory, softmax, selection and what is computed twice to save memory are not counted.
+  Raises ValueError for a length below 1.
   """
+  check_count("length", length)
   layers = jax.eval_shape(transformer.initializers(config)["layers"], jax.random.key(0))
   matrices: int = sum(math.prod(leaf.shape) for name, leaf in layers.items() if not name.endswith(("_norm", "_bias")))
   check_modes(mode, None, config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import as_floats
 from pallas_kernels.packing import number_documents
 from pallas_kernels.scan.api import gated_scan
 from rat_jax import checks
@@ -24,7 +25,7 @@ def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
   """Keys and values after the memory.
 
   Args:
-    gate_logits, k, v: [B, T, K, H], k and v before RoPE.
+    gate_logits, k, v: [B, T, K, H], floating; k and v before RoPE.
     state: (k~, v~) float32 [B, K, H] each before the first token, of the document that the first token is in;
       None is zero.
     segment_ids: int [B, T]; the memory starts afresh where a document does. Segment 0 is padding: it writes
@@ -35,9 +36,9 @@ def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
     float32; and the state after the last real token, float32.
 
   Raises:
-    ValueError: shapes that do not match.
+    ValueError: shapes that do not match, what is not floating.
   """
-  gate_logits, k, v = (jnp.asarray(x) for x in (gate_logits, k, v))
+  gate_logits, k, v = (as_floats(name, x) for name, x in (("gate_logits", gate_logits), ("k", k), ("v", v)))
   if gate_logits.ndim != 4 or k.shape != gate_logits.shape or v.shape != gate_logits.shape:
     raise ValueError(f"gate_logits, k, v have shapes {gate_logits.shape}, {k.shape}, {v.shape}; give [B, T, K, H]"
                      " each.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pallas_kernels import arguments
 from pallas_kernels.implementation import Operation, call
 from pallas_kernels.split import Letters
 
@@ -51,10 +52,10 @@ def decode_attention(
     q: [B, N, H], already rotated.
     keys, values: [B, K, R, H], N a multiple of K; the rows of a head lie together.
     visible: bool, the cache rows that a row reads: [B, R], or [B, K, R] where heads differ.
-    layer: int32 [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
+    layer: int [], which layer of keys and values that are [L, B, K, R, H], 0..L-1. A loop over layers should say it
       here rather than hand over slices: before a kernel a slice is a copy.
     own: key and value [B, K, H] of the new token itself, which are not in the cache yet and always seen.
-    blocks: int32 [B, K or N, n], the only blocks of S rows that are read, by a key/value head or by every query head
+    blocks: int [B, K or N, n], the only blocks of S rows that are read, by a key/value head or by every query head
       for itself: block i holds rows i*S .. i*S+S-1. `visible` is then [B, K or N, n, S], of the rows of these blocks;
       a block has visible rows in one place at most, and any index may stand where it has none.
     implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs, for arrays that are all
@@ -65,14 +66,15 @@ def decode_attention(
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.
 
   Raises:
-    ValueError: shapes or types that do not match, an unknown implementation.
+    ValueError: shapes or types that do not match, an unknown implementation; where values can be seen, a layer or a
+      block with visible rows that is not there, and integers beyond int32.
     NotImplementedError: a known implementation that this operation, the device or these shapes do not have.
   """
   q, keys, values, visible = (jnp.asarray(x) for x in (q, keys, values, visible))
   if own is not None and len(own) != 2:
     raise ValueError(f"own has length {len(own)}; give a key and a value, [B, K, H] each.")
   own = None if own is None else (jnp.asarray(own[0]), jnp.asarray(own[1]))
-  blocks = None if blocks is None else jnp.asarray(blocks)
+  blocks = None if blocks is None else arguments.as_int32("blocks", blocks, "[B, K or N, n]")
   _check(q, keys, values, visible, layer, own, blocks)
   part: tuple[Array, Array] = call(OPERATION, implementation, q, keys, values, visible, layer, own, blocks)
   return part
@@ -91,7 +93,7 @@ def _check(q: Array, keys: Array, values: Array, visible: Array, layer: Array | 
     raise ValueError(f"q has shape {q.shape} and keys {keys.shape}; every axis must have at least one entry.")
   if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
     raise ValueError(f"layer={layer}; give an integer, or an integer array without axes.")
-  if isinstance(layer, numbers.Integral) and not 0 <= int(layer) < keys.shape[0]:
+  if layer is not None and arguments.is_concrete(layer) and not 0 <= int(np.asarray(layer)) < keys.shape[0]:
     raise ValueError(f"layer={layer}; there are {keys.shape[0]}, from 0 on.")
   if q.shape[1] % kv:
     raise ValueError(f"q has {q.shape[1]} heads and keys {kv}; the first must be a multiple of the second.")
@@ -99,12 +101,13 @@ def _check(q: Array, keys: Array, values: Array, visible: Array, layer: Array | 
     raise ValueError(f"q, keys, values are {q.dtype}, {keys.dtype}, {values.dtype}; give them one floating type.")
   if blocks is not None:
     heads = q.shape[1]
-    if blocks.dtype != jnp.int32 or blocks.ndim != 3 or blocks.shape[0] != b or blocks.shape[1] not in (kv, heads):
-      raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give int32 [B, K or N, n], here B={b}, K={kv},"
+    if blocks.ndim != 3 or blocks.shape[0] != b or blocks.shape[1] not in (kv, heads):
+      raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give integers [B, K or N, n], here B={b}, K={kv},"
                        f" N={heads}.")
     if visible.dtype != jnp.bool_ or visible.shape[:-1] != blocks.shape or 0 in visible.shape:
       raise ValueError(f"visible is {visible.dtype} {visible.shape}; with blocks {blocks.shape} give bool"
                        " [B, K or N, n, S], with a row in every block.")
+    arguments.check_blocks(blocks, visible, -(-rows // visible.shape[-1]))
   elif visible.dtype != jnp.bool_ or visible.shape not in ((b, rows), (b, kv, rows)):
     raise ValueError(f"visible is {visible.dtype} {visible.shape}; give bool [B, R] = {(b, rows)} or"
                      f" [B, K, R] = {(b, kv, rows)}.")

@@ -7,6 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import arguments
 from pallas_kernels.implementation import Operation, call
 from pallas_kernels.pattern import Pattern
 
@@ -52,11 +53,12 @@ def dilated_attention(
     [B, T, N, H] in q's type; zeros for padding.
 
   Raises:
-    ValueError: shapes or types that do not match, a bad dilation, window or sinks, an unknown implementation.
+    ValueError: shapes or types that do not match, a bad dilation, window or sinks, an unknown implementation; where
+      values can be seen, segment_ids beyond int32.
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
-  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+  segment_ids = None if segment_ids is None else arguments.as_int32("segment_ids", segment_ids, "[B, T]")
   _check(q, k, v, dilation, window, sinks, segment_ids)
   out: Array = call(OPERATION, implementation, q, k, v, segment_ids, pattern=Pattern(dilation, window, sinks))
   return out
@@ -85,6 +87,5 @@ def _check(q: Array, k: Array, v: Array, dilation: int | None, window: int, sink
   for name, value in (("window", window), ("sinks", sinks)):
     if not _within(0, value):
       raise ValueError(f"{name}={value}; use an integer from 0 to {_MOST}.")
-  if segment_ids is not None and (segment_ids.shape != q.shape[:2]
-                                  or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+  if segment_ids is not None and segment_ids.shape != q.shape[:2]:
     raise ValueError(f"segment_ids is {segment_ids.dtype} {segment_ids.shape}; give integers [B, T] = {q.shape[:2]}.")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import arguments
 from pallas_kernels.implementation import Operation, call
 from pallas_kernels.scan.xla import STATES, Arrays
 from pallas_kernels.split import Letters
@@ -43,9 +44,9 @@ def gated_scan(
   +inf keep the state as it is, -inf replaces it.
 
   Args:
-    gate_logits: [B, T, ...], float32 or bfloat16.
+    gate_logits: [B, T, ...], float32 or bfloat16; float64 becomes float32, here and below.
     inputs: tuple of arrays of the same shape as `gate_logits`, float32 or bfloat16.
-    state: one float32 array [B, ...] per input, the state before the first token; None is zero.
+    state: one array of floats [B, ...] per input, the state before the first token; None is zero.
     reset: bool [B, T]; True drops the state before that token.
     implementation: None for the fastest; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of
       128 tokens and 32 channels is padded, so None takes "xla" for fewer than 64 tokens).
@@ -57,7 +58,7 @@ def gated_scan(
     ValueError: shapes or types that do not match, an unknown implementation.
     NotImplementedError: a known implementation that this operation does not have, or that cannot take this case.
   """
-  gate_logits, inputs = jnp.asarray(gate_logits), _arrays("inputs", inputs)
+  gate_logits, inputs = arguments.as_floats("gate_logits", gate_logits), _arrays("inputs", inputs)
   state = None if state is None else _arrays("state", state)
   reset = None if reset is None else jnp.asarray(reset)
   _check(gate_logits, inputs, state, reset)
@@ -71,7 +72,7 @@ def gated_scan(
 def _arrays(name: str, given: Sequence[Array]) -> tuple[Array, ...]:
   if not isinstance(given, Sequence):
     raise ValueError(f"{name} is a {type(given).__name__}; give a tuple of arrays, also of a single one.")
-  return tuple(jnp.asarray(x) for x in given)
+  return tuple(arguments.as_floats(f"{name}[{i}]", x) for i, x in enumerate(given))
 
 
 def _check(gate_logits: Array, inputs: Arrays, state: Arrays | None, reset: Array | None) -> None:

@@ -7,6 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import arguments
 from pallas_kernels.implementation import Operation, call
 from pallas_kernels.pattern import Rule
 
@@ -45,11 +46,11 @@ def sparse_attention(
   Args:
     q: [B, T, N, H], already rotated.
     k, v: [B, S, K, H], N a multiple of K; for RAT+ already through the memory.
-    blocks: int32 [B, T, K or N, n], the blocks that are chosen by a key/value head, or by every query head for itself,
+    blocks: int [B, T, K or N, n], the blocks that are chosen by a key/value head, or by every query head for itself,
       in any order. The same one twice counts once.
     valid: bool, alike: where it is False, `blocks` may hold anything.
     block: the keys of a block, >= 1. The last block ends with the keys.
-    q_positions: int32 [B, T]; default: the last T of 0..S-1. A query below 0 reads nothing. Of a row that has fewer
+    q_positions: int [B, T]; default: the last T of 0..S-1. A query below 0 reads nothing. Of a row that has fewer
       than S keys, queries come before those that are none.
     rule: what is read besides, by positions alone (`pattern.Rule`); static and hashable.
     implementation: None or "xla".
@@ -58,18 +59,21 @@ def sparse_attention(
     (out, lse): float32 [B, T, N, H] and float32 [B, T, N]; zeros and `softmax.NOTHING` where nothing is read.
 
   Raises:
-    ValueError: shapes or types that do not match, a bad block, an unknown implementation.
+    ValueError: shapes or types that do not match, a bad block, an unknown implementation; where values can be seen,
+      integers beyond int32, and a valid entry of `blocks` that is no block of the keys.
     NotImplementedError: a known implementation that this operation does not have.
   """
-  q, k, v, blocks, valid = (jnp.asarray(x) for x in (q, k, v, blocks, valid))
-  q_positions = None if q_positions is None else jnp.asarray(q_positions)
+  q, k, v, valid = (jnp.asarray(x) for x in (q, k, v, valid))
+  blocks = arguments.as_int32("blocks", blocks, "[B, T, K or N, n]")
+  q_positions = None if q_positions is None else arguments.as_int32("q_positions", q_positions, "[B, T]")
   _check(q, k, v, block, q_positions)
-  _check_blocks(q, k, blocks, valid)
+  block = min(int(block), k.shape[1])  # what a larger one holds besides is no key
+  _check_blocks(q, k, blocks, valid, block)
   if q_positions is None:
     last = jnp.arange(k.shape[1] - q.shape[1], k.shape[1], dtype=jnp.int32)
     q_positions = jnp.broadcast_to(last, q.shape[:2])
-  part: tuple[Array, Array] = call(OPERATION, implementation, q, k, v, blocks, valid, q_positions.astype(jnp.int32),
-                                   block=block, rule=rule)
+  part: tuple[Array, Array] = call(OPERATION, implementation, q, k, v, blocks, valid, q_positions, block=block,
+                                   rule=rule)
   return part
 
 
@@ -90,16 +94,16 @@ def _check(q: Array, k: Array, v: Array, block: int, q_positions: Array | None) 
   if q_positions is None and q.shape[1] > k.shape[1]:
     raise ValueError(f"q has {q.shape[1]} tokens and k {k.shape[1]}; give q_positions, as queries are no longer the"
                      " last of the keys.")
-  if q_positions is not None and (q_positions.shape != q.shape[:2]
-                                  or not jnp.issubdtype(q_positions.dtype, jnp.integer)):
+  if q_positions is not None and q_positions.shape != q.shape[:2]:
     raise ValueError(f"q_positions is {q_positions.dtype} {q_positions.shape}; give integers [B, T] = {q.shape[:2]}.")
 
 
-def _check_blocks(q: Array, k: Array, blocks: Array, valid: Array) -> None:
+def _check_blocks(q: Array, k: Array, blocks: Array, valid: Array, block: int) -> None:
   heads, kv_heads = q.shape[2], k.shape[2]
-  if (blocks.dtype != jnp.int32 or blocks.ndim != 4 or blocks.shape[:2] != q.shape[:2]
-      or blocks.shape[2] not in (heads, kv_heads) or blocks.shape[3] < 1):
-    raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give int32 [B, T, K or N, n], here B={q.shape[0]},"
+  if (blocks.ndim != 4 or blocks.shape[:2] != q.shape[:2] or blocks.shape[2] not in (heads, kv_heads)
+      or blocks.shape[3] < 1):
+    raise ValueError(f"blocks is {blocks.dtype} {blocks.shape}; give integers [B, T, K or N, n], here B={q.shape[0]},"
                      f" T={q.shape[1]}, K={kv_heads}, N={heads}.")
   if valid.dtype != jnp.bool_ or valid.shape != blocks.shape:
     raise ValueError(f"valid is {valid.dtype} {valid.shape}; give bool of the shape of blocks, {blocks.shape}.")
+  arguments.check_blocks(blocks, valid, -(-k.shape[1] // block))

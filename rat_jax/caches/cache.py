@@ -133,8 +133,11 @@ def cache_bytes(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
   """The bytes that a cache allocates, every leaf counted. Nothing is allocated to find out.
 
   SnapKV needs `prompt_length`, the padded length of the prompt. A `prefill_mode` adds nothing, but for the rows' ids
-  (int32 [B]) where it chooses at random. Raises ValueError as `empty_cache`.
+  (int32 [B]) where it chooses at random. Raises ValueError as `empty_cache`, and for a
+  `prompt_length` that is no count.
   """
+  if prompt_length is not None:
+    checks.check_count("prompt_length", prompt_length, least=0)
   leaves = jax.tree.leaves(jax.eval_shape(
       lambda: empty_cache(config, mode, batch, max_length, prompt_width=prompt_length)))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

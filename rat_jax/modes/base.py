@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.arguments import as_int32
 from pallas_kernels.pattern import Pattern, seen
 from rat_jax.attention import by_rule
 from rat_jax.attention.terms import Heads, Held, Origin, Placement
@@ -184,8 +184,8 @@ class Mode:
     object.__setattr__(self, field, bool(value))
 
   def _settle_modes(self, modes: object, unit: str) -> None:
-    """Checks that the field `modes` holds something, and stores it as a tuple; each is one of `unit`."""
-    if not isinstance(modes, Iterable):
+    """Checks that the field `modes` is a filled list or tuple, and stores it as a tuple; each is one of `unit`."""
+    if not isinstance(modes, (list, tuple)):  # a set or a dict has an order of its own, or none
       raise ValueError(f"{type(self).__name__}: modes={modes!r}; give a tuple with one mode for each {unit}.")
     settled = tuple(modes)
     object.__setattr__(self, "modes", settled)
@@ -236,7 +236,14 @@ def visible(mode: Mode, q_pos: ArrayLike, k_pos: ArrayLike) -> Array:
     bool [..., T, S]: causal, and read by the mode's rule; of a PerHead [..., K, T, S].
 
   Raises:
-    ValueError: a PerLayer (ask one of its modes), and modes that choose by the query.
+    ValueError: a PerLayer (ask one of its modes), and modes that choose by the query; positions without an axis, that
+      are no integers or, where values can be seen, that int32 does not hold.
   """
   check_mode(mode)
-  return seen(mode, jnp.asarray(q_pos, jnp.int32), jnp.asarray(k_pos, jnp.int32))
+  positions = []
+  for name, value, axes in (("q_pos", q_pos, "[..., T]"), ("k_pos", k_pos, "[..., S]")):
+    given = as_int32(name, value, axes)
+    if not given.ndim:
+      raise ValueError(f"{name} is {given.dtype} {given.shape}; give integers {axes}, with at least one axis.")
+    positions.append(given)
+  return seen(mode, *positions)

@@ -123,7 +123,7 @@ class SnapKV(SelectingMode):
       if self.selector == "score":
         scores = self._pooled(jnp.where(real[:, None], scores, 0.0))
       scores = scoring.by_group(self, scores[:, None])[:, 0]
-    return jnp.where(real, scores, -jnp.inf)
+    return jnp.where(real, scoring.without_nan(scores), -jnp.inf)
 
   def _pooled(self, scores: Array) -> Array:
     """Pooled over neighbours [..., S], stride 1; an average counts the zeros beyond the edges."""

@@ -29,7 +29,15 @@ def write(mode: Mode) -> str:
 
 
 def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
-  """The mode that a text describes; `table` maps names to classes. Raises ValueError that quotes the text."""
+  """The mode that a text describes; `table` maps names to classes. Raises ValueError that quotes the whole text."""
+  try:
+    return _parse_union(text, table)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"mode {text!r}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
+
+
+def _parse_union(text: str, table: Mapping[str, type[Mode]]) -> Mode:
+  """The mode of a part of a text."""
   first, *others = _cut(text, "|")
   mode = _parse_one(first, table)
   for other in others:
@@ -37,8 +45,8 @@ def parse(text: str, table: Mapping[str, type[Mode]]) -> Mode:
     try:
       mode = mode | joined  # type: ignore[operator]  # those that have unions say so
     except TypeError as error:
-      raise ValueError(f"mode {text!r}: {mode} and {joined} have no union; write a position-only mode, then one that"
-                       " chooses blocks, such as streaming_llm:64|quest:1024.") from error
+      raise ValueError(f"{mode} and {joined} have no union; write a position-only mode, then one that chooses blocks,"
+                       " such as streaming_llm:64|quest:1024.") from error
   return mode
 
 
@@ -51,24 +59,24 @@ def _parse_one(text: str, table: Mapping[str, type[Mode]]) -> Mode:
   """The mode of a text that is no union."""
   name, _, rest = text.strip().partition(":")
   if name not in table:
-    raise ValueError(f"mode {text!r}: the name {name!r} is unknown; use one of {', '.join(table)}.")
+    raise ValueError(f"the name {name!r} is unknown; use one of {', '.join(table)}.")
   positional: list[Any] = []
   named: dict[str, Any] = {}
   for argument in _split(rest, ","):
     key, equals, value = argument.partition("=")
     if equals and key.strip().isidentifier():
       if key.strip() in named:
-        raise ValueError(f"mode {text!r}: {key.strip()} is given twice; leave one of them out.")
-      named[key.strip()] = _read_value(value, text, table)
+        raise ValueError(f"{key.strip()} is given twice; leave one of them out.")
+      named[key.strip()] = _read_value(value, table)
     elif named:
-      raise ValueError(f"mode {text!r}: {argument!r} comes after field=value; put it first.")
+      raise ValueError(f"{argument!r} comes after field=value; put it first.")
     else:
-      positional.append(_read_value(argument, text, table))
+      positional.append(_read_value(argument, table))
   try:
     return table[name](*positional, **named)
   except TypeError as error:
     fields = ", ".join(f.name for f in _fields(table[name]))
-    raise ValueError(f"mode {text!r}: {error}; the fields of {name} are: {fields or 'none'}.") from error
+    raise ValueError(f"{error}; the fields of {name} are: {fields or 'none'}.") from error
 
 
 def _write_value(value: Any) -> str:
@@ -79,14 +87,14 @@ def _write_value(value: Any) -> str:
   return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _read_value(text: str, whole: str, table: Mapping[str, type[Mode]]) -> Any:
+def _read_value(text: str, table: Mapping[str, type[Mode]]) -> Any:
   text = text.strip()
   if text.startswith("[") and text.endswith("]"):
-    return tuple(_read_value(item, whole, table) for item in _split(text[1:-1], ";"))
+    return tuple(_read_value(item, table) for item in _split(text[1:-1], ";"))
   if text.startswith("(") and text.endswith(")"):
-    return parse(text[1:-1], table)
+    return _parse_union(text[1:-1], table)
   if text.partition(":")[0] in table:
-    return parse(text, table)
+    return _parse_union(text, table)
   constants = {"none": None, "true": True, "false": False}
   if text.lower() in constants:
     return constants[text.lower()]
@@ -98,12 +106,15 @@ def _read_value(text: str, whole: str, table: Mapping[str, type[Mode]]) -> Any:
     return value
   if text.isidentifier():
     return text
-  raise ValueError(f"mode {whole!r}: {text!r} is no number, name, mode or [list].")
+  raise ValueError(f"{text!r} is no number, name, mode or [list].")
 
 
 def _split(text: str, separator: str) -> list[str]:
-  """What `_cut` makes of a text, without what is blank."""
-  return [piece for piece in _cut(text, separator) if piece.strip()]
+  """What `_cut` makes of a text, nothing of a blank one. Raises ValueError for a blank piece beside others."""
+  pieces = _cut(text, separator) if text.strip() else []
+  if not all(piece.strip() for piece in pieces):
+    raise ValueError(f"{text!r} has nothing before or after a {separator!r}; write it, or leave that out.")
+  return pieces
 
 
 def _cut(text: str, separator: str) -> list[str]:

@@ -72,7 +72,8 @@ class TopK(SelectingMode):
       scores = scoring.draw(self, origin, scoring.heads_that_choose(self, q, kv_heads), positions, count)
     else:
       scores = scoring.by_group(self, scoring.product("btkgh,bskh->btkgs")(scoring.grouped(q, kv_heads), k))
-    return jnp.where(seen(None, positions, jnp.arange(count, dtype=jnp.int32))[:, :, None], scores, -jnp.inf)
+    visible = seen(None, positions, jnp.arange(count, dtype=jnp.int32))[:, :, None]
+    return jnp.where(visible, scoring.without_nan(scores), -jnp.inf)
 
   def _read(self, scores: Array, positions: Positions) -> Mask:
     """Which keys are read: bool [B, T, M, S]. A threshold for each query; of keys that just reach it the first ones."""

@@ -99,6 +99,9 @@ def test_operations_are_those_counted_by_hand():
   for mode, keys in ((Dense(), np.arange(1, 33).mean()), (Dilated(4), (np.arange(1, 33) // 4 + (
       np.arange(1, 33) % 4 > 0)).mean())):
     assert rat_jax.training_flops(config, mode, 32) == pytest.approx(6 * (3 * layer + 50 * 8) + 12 * 3 * 8 * keys)
+  for wrong in (0, -3, 2.5, True, "8"):
+    with pytest.raises(ValueError, match=f"^length={wrong!r}; use an integer of at least 1\\.$"):
+      rat_jax.training_flops(config, Dense(), wrong)
 
 
 @pytest.fixture

@@ -60,6 +60,18 @@ def test_a_run_goes_on_with_its_own_text_alone(texts):
 
 
 @pytest.mark.slow
+def test_a_run_that_has_come_that_far_says_that_nothing_is_trained(texts):
+  pretrain = ["-m", "experiments.pretrain", *TOY, f"--workdir={texts}/run", f"--data={texts}/one"]
+  run_python(*pretrain, "--steps=2")
+  metrics = (texts / "run" / "metrics.jsonl").read_text()
+  for steps in (1, 2):
+    said = run_python(*pretrain, f"--steps={steps}").splitlines()
+    assert said == [f"nothing to train: the run in {texts}/run is at step 2",
+                    f"checkpoint: {texts}/run/checkpoints; losses: {texts}/run/training.png"]
+  assert (texts / "run" / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.slow
 def test_bits_are_per_token_and_per_byte(texts):
   config = RATPlusConfig(256, 1, 16, 2)
   params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
@@ -74,7 +86,9 @@ def test_bits_are_per_token_and_per_byte(texts):
   assert "| bits per token | bits per byte |" in table
   sidecar = json.loads((texts / "eval" / "data" / "heldout.json").read_text())
   assert sidecar["bytes"] == sidecar["tokens"] - sidecar["documents"]
-  for figures in json.loads((texts / "eval" / "results.json").read_text())["modes"].values():
+  result = json.loads((texts / "eval" / "results.json").read_text())
+  assert result["windows"] == (sidecar["tokens"] - 1) // 32 < 512
+  for figures in result["modes"].values():
     assert figures["bits_per_token"] == pytest.approx(math.log2(256), rel=0.05)  # it knows nothing yet
     assert figures["bits_per_byte"] == pytest.approx(figures["bits_per_token"] * sidecar["tokens"] / sidecar["bytes"])
 
@@ -103,3 +117,17 @@ def test_what_would_change_nothing_or_lies_elsewhere_is_refused(texts):
     assert message in said, (script, given, said)
     assert len(said.splitlines()) <= 2, said
   assert sorted(texts.iterdir()) == there
+
+
+@pytest.mark.slow
+def test_flags_that_would_change_nothing_are_refused(tmp_path):
+  for script, given, message in (
+      ("generate", ["--checkpoint=none", "--prompt=x", "--prompt_file=y"],
+       "error: --prompt: --prompt_file=y is the text to continue; leave one of them out.\n"),
+      ("generate", ["--checkpoint=none", "--temperature=0", "--top_p=0.5"],
+       "error: --top_p: --temperature=0 takes the likeliest token and samples none; leave one of them out.\n"),
+      ("generate", [f"--checkpoint={tmp_path}/none", "--temperature=0", "--top_p=1"], "/none does not exist"),
+      ("retrofit", ["--cost=tiny", "--checkpoint=x", "--nomemory", "--freeze=embedding"],
+       "error: --checkpoint, --memory, --freeze: --cost=tiny prints what the retrofit of a preset takes, and trains"
+       " nothing; leave it out.\n")):
+    assert message in run_python("-m", f"experiments.{script}", *given, check=False), (script, given)

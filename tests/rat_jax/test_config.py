@@ -36,6 +36,15 @@ def test_defaults_are_filled_in():
     (dict(init_std=0.0), r"init_std=0\.0"),
     (dict(rope_base=float("inf")), "rope_base=inf; use a finite number"),
     (dict(gate_bias=float("nan")), "gate_bias=nan; use a finite number"),
+    (dict(gate_bias=-1e39), r"gate_bias=-1e\+39; use a finite number that float32 can hold, or None for no bias\."),
+    (dict(dtype=np.dtype("float32")), r"dtype=dtype\('float32'\) is unknown; use one of \('float32', 'bfloat16'\)\."),
+    (dict(param_dtype=np.float32), "param_dtype=<class 'numpy.float32'> is unknown"),
+    (dict(norm_eps=1e-60), r"norm_eps=1e-60; use a finite number above 0 that float32 can hold\."),
+    (dict(norm_eps=1e-39), "norm_eps=1e-39; use"),  # subnormal: programs take it for 0
+    (dict(init_std=1e39), r"init_std=1e\+39; use a finite number above 0 that float32 can hold, or None for"),
+    (dict(rope_base=1e-300), r"rope_base=1e-300; use a finite number of at least 1 that float32 can hold\."),
+    (dict(rope_base=0.5), r"rope_base=0\.5"),
+    (dict(rope_base=1e39), r"rope_base=1e\+39"),
 ])
 def test_bad_fields(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -45,7 +54,9 @@ def test_bad_fields(changes, message):
 def test_json():
   config = RATPlusConfig(**GOOD, gate_bias=-3.0, init_std=None, dtype="bfloat16")
   assert RATPlusConfig.from_json(config.to_json()) == config
-  for text, message in (("{", "is not JSON"), ('{"vocab_size": 3}', "lacks"), ("[]", "unknown fields list"),
+  for text, message in (("{", "is not JSON"), (None, "is not JSON: the JSON object must be str"),
+                        ("[" * 100_000, "is not JSON: maximum recursion depth"),
+                        ('{"vocab_size": 3}', "lacks"), ("[]", "unknown fields list"),
                         ('{"colour": 1}', r"unknown fields \['colour'\]")):
     with pytest.raises(ValueError, match=message):
       RATPlusConfig.from_json(text)
@@ -60,8 +71,9 @@ def test_presets_have_their_published_sizes(name, parameters):
   shapes = jax.eval_shape(RATPlusLM(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), np.int32))
   if parameters:
     assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(parameters, rel=0.01)
-  with pytest.raises(ValueError, match="preset 'huge' is unknown"):
-    RATPlusConfig.preset("huge")
+  for unknown, quoted in (("huge", "'huge'"), (["tiny"], r"\['tiny'\]"), (None, "None")):
+    with pytest.raises(ValueError, match=f"preset {quoted} is unknown; use one of"):
+      RATPlusConfig.preset(unknown)
 
 
 def test_initial_scales():

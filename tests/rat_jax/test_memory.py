@@ -127,7 +127,11 @@ def test_lists_are_arrays():
 @pytest.mark.parametrize(("change", "message"), [
     (dict(inputs=()), "at least one input"),
     (dict(inputs=(np.zeros((1, 3, 2, 4), np.float32),)), r"inputs\[0\] has shape"),
-    (dict(inputs=(np.zeros((1, 5, 2, 4), np.int32),)), "use float32 or bfloat16"),
+    (dict(inputs=(np.zeros((1, 5, 2, 4), np.int32),)), r"inputs\[0\] is int32; use float32 or bfloat16\."),
+    (dict(gate_logits=np.zeros((1, 5, 2, 4), bool)), r"gate_logits is bool; use float32 or bfloat16\."),
+    (dict(inputs=(np.zeros((1, 5, 2, 4), np.float16),)), r"inputs\[0\] is float16; use float32 or bfloat16\."),
+    (dict(state=(np.zeros((1, 2, 4), complex),)), r"state\[0\] is complex128; use float32 or bfloat16\."),
+    (dict(state=(np.zeros((1, 2, 4), np.int32),)), r"state\[0\] is int32; use float32 or bfloat16\."),
     (dict(state=(np.zeros((1, 2, 4)),) * 2), "state has shapes"),
     (dict(state=(0.0,)), r"state has shapes \[\(\)\]; give one array of shape \(1, 2, 4\)"),
     (dict(state=0.0), "state is a float; give a tuple of arrays"),
@@ -146,3 +150,25 @@ def test_bad_arguments(change, message):
     rat_jax.memory(x, x[:, :, :1], x)
   with pytest.raises(NotImplementedError, match=r"does not exist for gated_scan; it has \('xla', 'mosaic_gpu'\)"):
     gated_scan(x, (x,), implementation="cudnn")
+
+
+def test_the_memory_takes_floats_alone():
+  x, ids = np.ones((1, 3, 1, 2), np.float32), np.array([[1, 1, 2]])
+  for name in ("gate_logits", "k", "v"):
+    for dtype in (np.int64, bool, complex):
+      with pytest.raises(ValueError, match=rf"^{name} is {np.dtype(dtype)}; use float32 or bfloat16\.$"):
+        rat_jax.memory(**{"gate_logits": x, "k": x, "v": x, name: x.astype(dtype)}, segment_ids=ids)
+  with pytest.raises(ValueError, match=r"^state\[1\] is int32; use float32 or bfloat16\.$"):
+    rat_jax.memory(x, x, x, (x[:, 0], np.zeros((1, 1, 2), np.int32)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_float64_is_taken_as_float32(wide):
+  x = np.random.default_rng(0).normal(size=(1, 3, 1, 2))
+  narrow, state = x.astype(np.float32), (x[:, 0].astype(np.float32),) * 2
+  expected = rat_jax.memory(narrow, narrow, narrow, state)
+  with jax.enable_x64(wide):
+    found = rat_jax.memory(x, x, x, (x[:, 0],) * 2)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs)

@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import common, retrofit, training
 from rat_jax import RATPlusConfig
-from rat_jax.convert import add_memory
+from rat_jax.convert.added_memory import memory_leaves
 
 flags.FLAGS(["retrofit", "--learning_rate=1e-3", "--warmup=0.1"])
 
@@ -29,8 +29,7 @@ assert (f"{before:.3g}", f"{after:.3g}") == ("0.000118", "0.00097"), (before, af
 assert training.rate_change(80, 100, 400) == (
     "--steps=400 where the run had 100: the learning rate of the next batch is 0.00097, it would have been 0.000118")
 
-config = RATPlusConfig(31, 2, 16, 2, memory=False)
-_, added = add_memory(config, {"layers": {}})
+added = {"layers": dict(memory_leaves(RATPlusConfig(31, 2, 16, 2, gate_bias=-12.0)))}
 assert not retrofit.is_trained(added)
 gates = np.array(added["layers"]["memory_gate"])
 gates[1, -1] = 1e-9

@@ -75,7 +75,11 @@ OWN = LAYERS[0, :, :, 0]
     (dict(layer=3, keys=LAYERS, values=LAYERS), ValueError, "layer=3; there are 3, from 0 on"),
     (dict(layer=np.int32(7), keys=LAYERS, values=LAYERS), ValueError, "layer=7; there are 3, from 0 on"),
     (dict(layer=1.0, keys=LAYERS, values=LAYERS), ValueError, "layer=1.0; give an integer"),
-    (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give int32 \[B, K or N, n\]"),
+    (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give integers \[B, K or N, n\]"),
+    (dict(blocks=np.zeros((2, 2, 1))), ValueError, r"float64 \(2, 2, 1\); give integers \[B, K or N, n\]"),
+    (dict(blocks=np.full((2, 2, 1), 2**32)), ValueError, "blocks holds 4294967296, which int32 does not"),
+    *((dict(layer=layer, keys=LAYERS, values=LAYERS), ValueError, f"layer={int(layer)}; there are 3, from 0 on")
+      for layer in (-1, np.array(-1), jnp.int32(7), np.array(2**32), 2**70)),
     (dict(blocks=np.zeros((2, 2, 1), np.int32)), ValueError, r"with blocks \(2, 2, 1\) give bool"),
     (dict(own=(OWN, np.zeros((2, 4, 8), np.float32))), ValueError, "give key and value"),
     (dict(own=(OWN,)), ValueError, "own has length 1; give a key and a value"),
@@ -89,3 +93,16 @@ def test_bad_arguments(change, error, message):
   arguments = dict(q=np.zeros((2, 4, 8), np.float32), keys=cache, values=cache, visible=np.ones((2, 5), bool))
   with pytest.raises(error, match=message):
     decode_attention(**(arguments | change))
+
+
+def test_blocks_that_are_read_are_there():
+  """Three blocks of two rows, the last of one; what has no visible row may be any number."""
+  cache = np.random.default_rng(0).normal(size=(1, 1, 5, 8)).astype(np.float32)
+  visible = np.array([[[[True, True], [False, False]]]])
+  arguments = cache[:, :, 0], cache, cache
+  expected, _ = decode_attention(*arguments, visible, blocks=np.array([[[2, 0]]], np.int32))
+  out, _ = decode_attention(*arguments, visible, blocks=np.array([[[2, 99]]], np.uint16))
+  np.testing.assert_array_equal(out, expected)
+  for wrong in (3, -1):
+    with pytest.raises(ValueError, match=rf"blocks holds {wrong}, which is read; .* are 0\.\.2\."):
+      decode_attention(*arguments, visible, blocks=np.array([[[wrong, 0]]]))

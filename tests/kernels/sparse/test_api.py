@@ -132,7 +132,10 @@ BLOCKS = np.zeros((2, 5, 2, 1), np.int32)
     (dict(block=2.0), ValueError, "block=2.0; use an integer"),
     (dict(k=K[:, :3], v=K[:, :3]), ValueError, "q has 5 tokens and k 3; give q_positions"),
     (dict(q_positions=np.zeros((1, 5), int)), ValueError, r"q_positions is int\d+ \(1, 5\); give integers \[B, T\]"),
-    (dict(blocks=BLOCKS.astype(np.int16)), ValueError, r"is int16 \(2, 5, 2, 1\); give int32 \[B, T, K or N, n\]"),
+    (dict(blocks=BLOCKS.astype(float)), ValueError, r"is float64 \(2, 5, 2, 1\); give integers \[B, T, K or N, n\]"),
+    (dict(blocks=BLOCKS + np.int64(2**32)), ValueError, r"blocks holds 4294967296, .* use -2147483648\.\.2147483647"),
+    (dict(blocks=BLOCKS + 3), ValueError, r"blocks holds 3, which is read; the blocks of these keys are 0\.\.2\."),
+    (dict(q_positions=np.full((2, 5), 2**63, np.uint64)), ValueError, "q_positions holds 9223372036854775808"),
     (dict(blocks=BLOCKS[:, :, :1]), ValueError, "here B=2, T=5, K=2, N=4"),
     (dict(valid=BLOCKS), ValueError, r"valid is int32 .* give bool of the shape of blocks, \(2, 5, 2, 1\)"),
     (dict(implementation="fast"), ValueError, "'fast' is unknown"),
@@ -142,3 +145,23 @@ def test_bad_arguments(change, error, message):
   arguments = dict(q=X, k=K, v=K, blocks=BLOCKS, valid=np.ones_like(BLOCKS, bool), block=2)
   with pytest.raises(error, match=message):
     sparse_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_blocks_of_any_integer_type(wide):
+  (q, k, v), rest = suite.draw_sparse(ArgSpec(1, 8, 2, 1, 8, "float32", block=2, chosen=2))
+  chosen = np.where(rest["valid"], rest["blocks"], 0)
+  expected, _ = sparse_attention(q, k, v, chosen, rest["valid"], block=2)
+  with jax.enable_x64(wide):
+    for dtype in (np.int64, np.uint8):
+      out, _ = sparse_attention(q, k, v, chosen.astype(dtype), rest["valid"], block=2)
+      np.testing.assert_array_equal(out, expected)
+
+
+def test_a_block_beyond_the_keys_is_all_of_them():
+  (q, k, v), rest = suite.draw_sparse(ArgSpec(1, 8, 2, 1, 8, "float32", block=8, chosen=1))
+  out, lse = sparse_attention(q, k, v, rest["blocks"], rest["valid"], block=8)
+  for block in (2**31, 2**70, np.int64(9)):
+    large, large_lse = sparse_attention(q, k, v, rest["blocks"], rest["valid"], block=block)
+    np.testing.assert_array_equal(large, out)
+    np.testing.assert_array_equal(large_lse, lse)

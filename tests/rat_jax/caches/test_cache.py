@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
 import rat_jax
-from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, StreamingLLM, visible
+from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, SnapKV, StreamingLLM, visible
 from rat_jax.caches.cache import empty_cache
 from rat_jax.caches.slots import Slots, fill, write
 
@@ -82,3 +83,11 @@ def test_tokens_read():
   assert rat_jax.tokens_read(config, Dense(), 100) == (100, 100)
   assert rat_jax.tokens_read(config, Dilated(16), 100) == (7, 7)  # 6 representatives and the query's own token
   assert rat_jax.tokens_read(config, PerLayer((StreamingLLM(8, 2), Dilated(50))), 100) == (11, 2)
+
+
+def test_cache_bytes_of_a_prompt_that_is_no_count_are_refused():
+  config = RATPlusConfig(31, 2, 16, 2)
+  for mode in (Dense(), SnapKV(5, obs_window=2)):
+    for wrong in (4.0, "4", True, -5):
+      with pytest.raises(ValueError, match=f"^prompt_length={wrong!r}; use an integer of at least 0\\.$"):
+        rat_jax.cache_bytes(config, mode, 1, 8, wrong)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, StreamingLLM, parse_mode, visible
+from rat_jax import Dense, Dilated, MoBA, PerHead, PerLayer, Quest, StreamingLLM, parse_mode, visible
 from rat_jax.modes import MODES, Mode
 from rat_jax.plan import layer_runs
 
@@ -183,7 +183,13 @@ def test_lists_become_tuples_and_what_cannot_be_hashed_is_named():
     ("dilated:$", "is no number"),
     ("", "the name '' is unknown"),
     ("dilated:4,window=1,window=2", "window is given twice; leave one of them out"),
-    ("dense|", "the name '' is unknown"),
+    ("dense|", r"^mode 'dense\|': the name '' is unknown"),
+    ("dilated:16,,window=3", "^mode 'dilated:16,,window=3': '16,,window=3' has nothing before or after a ','; write it,"
+     r" or leave that out\.$"),
+    ("dilated:16,", "'16,' has nothing before or after a ','"),
+    ("per_layer:[dense;;dilated:8]", r"^mode 'per_layer:\[dense;;dilated:8\]': 'dense;;dilated:8' has nothing before"),
+    ("per_layer:[dense;dilated:0]", r"^mode 'per_layer:\[dense;dilated:0\]': Dilated: dilation=0; use an integer"),
+    ("quest:1024,also=(dilated:$)", r"^mode 'quest:1024,also=\(dilated:\$\)': '\$' is no number"),
     ("dense|dilated:4", "dense and dilated:4 have no union; write a position-only mode, then one that chooses blocks"),
     ("quest:1024|streaming_llm:8", "quest:1024 and streaming_llm:8 have no union"),
     ("dense|streaming_llm:8|quest:1024", "dense and streaming_llm:8 have no union"),
@@ -192,6 +198,11 @@ def test_lists_become_tuples_and_what_cannot_be_hashed_is_named():
 def test_bad_text(text, message):
   with pytest.raises(ValueError, match=message):
     parse_mode(text)
+
+
+def test_text_nested_too_deeply():
+  with pytest.raises(ValueError, match=r"^mode 'dilated:\[\[.*': nested too deeply$"):
+    parse_mode("dilated:" + "[" * 5000 + "]" * 5000)
 
 
 @pytest.mark.parametrize(("build", "message"), [
@@ -205,6 +216,12 @@ def test_bad_text(text, message):
     (lambda: PerLayer(()), "empty"),
     (lambda: PerLayer((PerLayer((Dense(),)),)), "not itself a PerLayer"),
     (lambda: PerLayer((3,)), r"modes\[0\]=3"),
+    (lambda: PerLayer({Dense()}), r"^PerLayer: modes=\{Dense\(\)\}; give a tuple with one mode for each layer\.$"),
+    (lambda: PerHead({Dense(): 1}), "^PerHead: modes=.*; give a tuple with one mode for each key/value head"),
+    (lambda: visible(Dense(), [0.7, 1.9], [0]), r"^q_pos is float64 \(2,\); give integers \[\.\.\., T\]\.$"),
+    (lambda: visible(Dense(), [0], [True]), r"^k_pos is bool \(1,\); give integers \[\.\.\., S\]\.$"),
+    (lambda: visible(Dense(), 3, [0]), r"^q_pos is int32 \(\); give integers \[\.\.\., T\], with at least one axis\.$"),
+    (lambda: visible(Dense(), [0], np.array([2**32], np.uint64)), "^k_pos holds 4294967296, which int32 does not"),
     (lambda: layer_runs(PerLayer((Dense(), Dense())), 3), "modes has 2 entries and the model num_layers=3"),
     (lambda: visible(PerLayer((Dense(),)), np.arange(2), np.arange(2)), "Pass one of its modes"),
 ])
