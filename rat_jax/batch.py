@@ -123,7 +123,7 @@ def to_right_padding(tokens: ArrayLike, mask: ArrayLike) -> tuple[Tokens, Length
     mask: bool or 0/1 [B, T], true for real tokens. They move to the front in their order; the rest becomes 0.
 
   Raises:
-    ValueError: misshapen arguments, and where values can be seen, a mask of other numbers.
+    ValueError: misshapen arguments, and where values can be seen, tokens beyond int32 and a mask of other numbers.
   """
   given, real = checks.as_array(tokens, "tokens"), checks.as_array(mask, "mask")
   if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
@@ -131,6 +131,7 @@ def to_right_padding(tokens: ArrayLike, mask: ArrayLike) -> tuple[Tokens, Length
   if real.shape != given.shape or not (real.dtype == bool or jnp.issubdtype(real.dtype, jnp.integer)):
     raise ValueError(f"mask has shape {real.shape} and type {real.dtype}; give booleans, or 0 and 1, of shape"
                      f" {given.shape}.")
+  checks.check_int32("tokens", given)
   if checks.is_concrete(real) and not np.isin(np.asarray(real), (0, 1)).all():
     raise ValueError(f"mask holds {np.unique(np.asarray(real)).tolist()}; give 1 for real tokens and 0 for padding.")
   real = jnp.asarray(real, bool)

@@ -102,7 +102,16 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...]) -> HostOrDe
   given = as_array(value, name)
   if given.shape != shape or not jnp.issubdtype(given.dtype, jnp.integer):
     raise ValueError(f"{name} has shape {given.shape} and type {given.dtype}; it must be integers of shape {shape}.")
+  check_int32(name, given)
   return given
+
+
+def check_int32(name: str, given: HostOrDevice) -> None:
+  """Raises ValueError, where values can be seen, for integers that int32 does not hold: a cast would wrap them."""
+  if is_concrete(given) and given.size and given.dtype.itemsize >= 4 and given.dtype != jnp.int32:
+    low, high = int(np.min(np.asarray(given))), int(np.max(np.asarray(given)))
+    if low < -2**31 or high >= 2**31:
+      raise ValueError(f"{name} run from {low} to {high}; use numbers that int32 holds, {-2**31} to {2**31 - 1}.")
 
 
 def as_array(value: ArrayLike, name: str) -> HostOrDevice:

@@ -52,7 +52,8 @@ def generate(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: Array
   widths, with `lengths`.
   """
   checks.check_count("max_new_tokens", max_new_tokens)
-  if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
+  temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
+  if not (temperature >= 0 and 0 < top_p <= 1):
     raise ValueError(f"temperature={temperature}, top_p={top_p}; use a finite temperature of 0 or more and top_p in"
                      " (0, 1].")
   if temperature > 0 and key is None:
@@ -76,11 +77,22 @@ def generate(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: Array
   return new
 
 
+def _number(name: str, value: object) -> float:
+  """A finite float, of a number of Python, numpy or jax. Raises ValueError for anything else."""
+  try:
+    number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]  # may refuse
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  if not math.isfinite(number):
+    raise ValueError(f"{name}={value!r}; use a finite number.")
+  return number
+
+
 def _ends(eos_id: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
   """The tokens that end a row. Raises ValueError for what is no integer of the vocabulary."""
   if eos_id is None:
     return ()
-  given = eos_id.tolist() if isinstance(eos_id, np.ndarray) else eos_id
+  given = np.asarray(eos_id).tolist() if isinstance(eos_id, (np.ndarray, jax.Array)) else eos_id
   ends = tuple(given) if isinstance(given, (list, tuple)) else (given,)
   for end in ends:
     if isinstance(end, bool) or not isinstance(end, (int, np.integer)) or not 0 <= end < vocab_size:

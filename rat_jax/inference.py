@@ -76,6 +76,8 @@ def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, le
       with `prompt`, a cache that does not hold what the prompt's form reads.
   """
   _check_cache(model, cache)
+  if not isinstance(prompt, bool):
+    raise ValueError(f"prompt={prompt!r}; use True or False.")
   if prompt:
     for run, store in zip(cache.plan, cache.stores, strict=True):
       if not store.serves(run.form):
@@ -108,6 +110,9 @@ def decode_step(model: RATPlusLM, params: Params, next_tokens: ArrayLike, cache:
 
 
 def _check_cache(model: RATPlusLM, cache: Cache) -> None:
+  if not isinstance(cache, Cache):
+    raise ValueError(f"cache is a {type(cache).__name__}; give the cache alone that `prefill` or a step made beside its"
+                     " logits.")
   if cache.config != model.config:
     raise ValueError(f"the cache belongs to another model ({cache.config.difference(model.config)}); make one with"
                      " `prefill` of this model.")

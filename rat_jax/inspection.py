@@ -13,6 +13,7 @@ from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, ArrayLike, Params, Stream
 from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
+from rat_jax.convert.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.modes.snapkv import Kept
@@ -34,6 +35,7 @@ def inspect(model: RATPlusLM, params: Params, tokens: ArrayLike, mode: Mode, **a
   """
   if {arguments.get(name, "memory") for name in ("select_from", "attend_to")} != {"memory"}:
     raise ValueError("inspect takes no select_from and attend_to but \"memory\"; it shows the model as it is.")
+  check_params(params, model.config, same_type=False)
   given: Any = model.apply({"params": params}, tokens, mode=mode, method="checked", **arguments)
   how, batch = given
   if batch.documents is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
+from rat_jax.convert.leaves import check_params
 
 
 def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = -12.0) -> tuple[RATPlusConfig, Params]:
@@ -20,6 +21,7 @@ def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = -12.0) 
   """
   if config.memory:
     raise ValueError("memory=True: the model has a memory already.")
+  check_params(params, config, same_type=False)
   config = dataclasses.replace(config, memory=True, gate_bias=gate_bias)
   return config, params | {"layers": params["layers"] | dict(memory_leaves(config))}
 

@@ -52,3 +52,5 @@ def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, s
     if same_type and spec.dtype != config.param_dtype:
       raise ValueError(f"{where}: {name} is {spec.dtype}, the config has param_dtype={config.param_dtype!r}; cast the"
                        " leaves, or set param_dtype to what they are.")
+    if "float" not in spec.dtype:
+      raise ValueError(f"{where}: {name} is {spec.dtype}; parameters are floating numbers, such as float32.")

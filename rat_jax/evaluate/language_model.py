@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.axes import Array, Params
+from rat_jax.convert.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.loss import IGNORED, as_batch, sequence_loss
@@ -28,6 +29,7 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
   Raises:
     ValueError: batches without a single counted target, a prompt that leaves nothing to score.
   """
+  check_params(params, model.config, same_type=False)
   sums, count = dict.fromkeys(modes, 0.0), 0.0
   if not sums:
     raise ValueError("modes is empty; give at least one mode.")

@@ -12,7 +12,7 @@ from pallas_kernels.attention import softmax
 from pallas_kernels.attention.masks import keys_read
 from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, Blocks, Mask, Positions, Scores
-from rat_jax.selection.scores import Choosers, score_blocks
+from rat_jax.selection.scores import Choosers, score_blocks, without_nan
 
 if TYPE_CHECKING:
   from rat_jax.modes.block_mode import BlockMode
@@ -56,6 +56,7 @@ def pick(mode: BlockMode, scores: Scores, positions: Positions, max_length: int)
   count, own_block = scores.shape[-1], (positions // mode.block)[:, :, None, None]
   most = mode.block_counts(max_length)
   forced = mode.forced(jnp.arange(count, dtype=jnp.int32), own_block)
+  scores = without_nan(scores)
   priority = jnp.where(forced & (scores > -jnp.inf), jnp.inf, scores)
   top, blocks = jax.lax.top_k(priority, min(count, int(most.max())))
   allowed = jnp.asarray(most)[jnp.clip(positions, 0, max_length - 1)][:, :, None, None]

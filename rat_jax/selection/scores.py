@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.pattern import seen
 from rat_jax.attention.terms import Origin
@@ -28,6 +29,11 @@ class Choosers(NamedTuple):
   q: Queries
   positions: Positions
   own: Summaries
+
+
+def without_nan(scores: Scores) -> Scores:
+  """NaN as the largest number: it is chosen, and shows in what is attended to, rather than displacing or hiding."""
+  return jnp.where(jnp.isnan(scores), np.finfo(np.float32).max, scores)
 
 
 def score_blocks(mode: BlockMode, choosers: Choosers, summaries: Summaries, keys: tuple[Keys, Positions],

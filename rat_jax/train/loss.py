@@ -14,19 +14,29 @@ from rat_jax.axes import Array, HostOrDevice, Logits, Params, Stream
 from rat_jax.model import RATPlusLM
 
 IGNORED = -100  # a target that does not count
+# What other libraries call parts of a batch, and what stands for them here.
+_OTHER_NAMES = {"input_ids": "tokens", "labels": "targets, the next tokens", "segment_id": "segment_ids",
+                "segments": "segment_ids", "position_ids": "segment_ids", "positions": "segment_ids",
+                "weight": "weights", "mask": "weights, or targets of -100", "loss_mask": "weights, or targets of -100",
+                "attention_mask": "segment_ids, 0 for padding", "lengths": "segment_ids, 0 for padding"}
 _LOGITS = 1 << 27  # logits that are held at a time, 512 MiB
 
 
 def as_batch(batch: Mapping[str, Any], vocab_size: int) -> dict[str, Array]:
   """A batch as the loss takes it: tokens, targets and segment_ids int32 [B, T], weights float32 [B, T].
 
-  An unsigned type would take `IGNORED` for one of its own numbers. Raises ValueError for missing or misshapen arrays
-  and, where values can be seen, for what is no token of the vocabulary.
+  An unsigned type would take `IGNORED` for one of its own numbers. Targets of padding (segment id 0) do not count.
+  Raises ValueError for missing or misshapen arrays, for names that other libraries use and, where values can be seen,
+  for what is no token of the vocabulary and weights that are negative or not finite.
   """
+  if not isinstance(batch, Mapping):
+    raise ValueError(f"the batch is a {type(batch).__name__}; give a dict with \"tokens\" and \"targets\".")
   missing = {"tokens", "targets"} - batch.keys()
   if missing:
     raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\","
                      " which are the next tokens.")
+  for name in sorted(batch.keys() & _OTHER_NAMES.keys()):
+    raise ValueError(f"the batch has {name!r}, which is not read here; give {_OTHER_NAMES[name]}, or leave it out.")
   made = {"tokens": checks.as_tokens(batch["tokens"], vocab_size, segment_ids=batch.get("segment_ids"))}
   shape = made["tokens"].shape
   for name in ("targets", "segment_ids"):
@@ -37,9 +47,15 @@ def as_batch(batch: Mapping[str, Any], vocab_size: int) -> dict[str, Array]:
       made[name] = jnp.asarray(given, jnp.int32)
   if "weights" in batch:
     weights = checks.as_array(batch["weights"], "batch['weights']")
-    if weights.shape != shape:
-      raise ValueError(f"batch['weights'] has shape {weights.shape}; tokens have {shape}.")
+    if weights.shape != shape or (not jnp.issubdtype(weights.dtype, np.integer) and not jnp.issubdtype(
+        weights.dtype, jnp.floating)):
+      raise ValueError(f"batch['weights'] has shape {weights.shape} and type {weights.dtype}; tokens have {shape}, and"
+                       " weights are numbers.")
+    if checks.is_concrete(weights) and not (np.isfinite(seen := np.asarray(weights, np.float64)) & (seen >= 0)).all():
+      raise ValueError(f"batch['weights'] run from {seen.min()} to {seen.max()}; use finite numbers of 0 or more.")
     made["weights"] = jnp.asarray(weights, jnp.float32)
+  if "segment_ids" in made:
+    made["targets"] = jnp.where(made["segment_ids"] == 0, IGNORED, made["targets"])
   return made
 
 
@@ -100,4 +116,4 @@ def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) 
   safe = jnp.where(counted, targets, 0)
   log_p = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
   weighted = counted if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
-  return -jnp.sum(jnp.where(counted, log_p, 0.0) * weighted), jnp.sum(weighted)
+  return -jnp.sum(jnp.where(counted, log_p, 0.0) * weighted), jnp.sum(weighted, dtype=jnp.float32)

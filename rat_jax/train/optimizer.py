@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rat_jax import checks
 from rat_jax.axes import Array, Params
 
 
@@ -54,18 +56,9 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
 
   Raises ValueError for values out of range.
   """
+  _check_settings({"learning_rate": learning_rate, "min_learning_rate": min_learning_rate, "b1": b1, "b2": b2,
+                   "weight_decay": weight_decay, "clip_norm": clip_norm}, total_steps, warmup_steps, rates)
   rates = tuple((str(pattern), float(factor)) for pattern, factor in rates)
-  if learning_rate <= 0 or min_learning_rate < 0:
-    raise ValueError(f"learning_rate={learning_rate}, min_learning_rate={min_learning_rate}; use a rate above 0 and a"
-                     " minimum of 0 or more.")
-  if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
-    raise ValueError(f"total_steps={total_steps}, warmup_steps={warmup_steps}; use at least one step and at most as"
-                     " many of warm-up.")
-  if clip_norm <= 0:
-    raise ValueError(f"clip_norm={clip_norm}; use a number above 0 (inf for no clipping).")
-  for pattern, factor in rates:
-    if not 0 <= factor < math.inf:
-      raise ValueError(f"rates: {pattern!r} has the factor {factor}; use 0 (frozen) or more.")
 
   def schedule(count: Array) -> Array:
     count = jnp.asarray(count, jnp.float32)
@@ -88,11 +81,47 @@ def make_optimizer(learning_rate: float, *, total_steps: int, warmup_steps: int 
   return Optimizer(injected, schedule, clip_norm, rates)
 
 
+def _check_settings(settings: dict[str, float], total_steps: int, warmup_steps: int,
+                    rates: Sequence[tuple[str, float]]) -> None:
+  """Raises ValueError for settings of `make_optimizer` that are out of range or no numbers."""
+  for name, value in settings.items():
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or (
+        math.isinf(value) and name != "clip_norm"):
+      raise ValueError(f"{name}={value!r}; use a finite number.")
+  learning_rate, min_learning_rate, b1, b2, weight_decay, clip_norm = settings.values()
+  if learning_rate <= 0 or min_learning_rate < 0:
+    raise ValueError(f"learning_rate={learning_rate}, min_learning_rate={min_learning_rate}; use a rate above 0 and a"
+                     " minimum of 0 or more.")
+  for name, count in (("total_steps", total_steps), ("warmup_steps", warmup_steps)):
+    checks.check_count(name, count, least=0)
+  if total_steps < 1 or warmup_steps > total_steps:
+    raise ValueError(f"total_steps={total_steps}, warmup_steps={warmup_steps}; use at least one step and at most as"
+                     " many of warm-up.")
+  if not (0 <= b1 < 1 and 0 <= b2 < 1 and weight_decay >= 0):
+    raise ValueError(f"b1={b1}, b2={b2}, weight_decay={weight_decay}; use b1 and b2 in [0, 1), and a decay of 0 or"
+                     " more.")
+  if clip_norm <= 0:
+    raise ValueError(f"clip_norm={clip_norm}; use a number above 0 (inf for no clipping).")
+  if isinstance(rates, Mapping) or any(isinstance(pair, str) or len(pair) != 2 for pair in rates):
+    raise ValueError(f"rates={rates!r}; give pairs of a pattern and a factor, such as"
+                     " [('layers/memory_gate*', 10.0)].")
+  for pattern, factor in rates:
+    if not 0 <= float(factor) < math.inf:
+      raise ValueError(f"rates: {pattern!r} has the factor {factor}; use 0 (frozen) or more.")
+
+
 class MasterWeights(NamedTuple):
   """The optimizer's state for parameters that are not all float32, and these in float32, where updates add up."""
 
   opt_state: optax.OptState
   params: Params
+
+
+def check_rates(optimizer: Optimizer, names: Sequence[str]) -> None:
+  """Raises ValueError for a pattern of the optimizer's rates that fits no parameter of these names."""
+  for pattern, _ in optimizer.rates:
+    if not fnmatch.filter(names, pattern):
+      raise ValueError(f"rates: {pattern!r} fits no parameter; they are {', '.join(names)}.")
 
 
 def initial(optimizer: Optimizer, params: Params) -> optax.OptState | MasterWeights:

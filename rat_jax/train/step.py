@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -18,7 +18,7 @@ import optax
 
 from rat_jax import checks, transformer
 from rat_jax.axes import Array, Params
-from rat_jax.convert.leaves import check_params
+from rat_jax.convert.leaves import check_params, named_leaves
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
@@ -50,10 +50,12 @@ def init_train_state(model: RATPlusLM, params: Params, optimizer: Optimizer) -> 
   Parameters that are not float32 have a float32 master copy in the optimizer's state (`optimizers.MasterWeights`), 4
   bytes each beside the 8 of both moments: a step of 2e-5 is too small for a bfloat16 norm of 1 to move.
 
-  Raises ValueError for an optimizer that is none of `make_optimizer`, and parameters that are not the model's.
+  Raises ValueError for an optimizer that is none of `make_optimizer`, rates for parameters that are not there, and
+  parameters that are not the model's.
   """
   _check_optimizer(optimizer)
   check_params(params, model.config, same_type=False)
+  optimizers.check_rates(optimizer, list(named_leaves(params)))
   return TrainState(params, optimizers.initial(optimizer, params), jnp.int32(0))
 
 
@@ -74,8 +76,8 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   donate_argnums=0, compiler_options=rat_jax.compiler_options())`.
 
   Args:
-    batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T] and
-      "weights" float [B, T] of the targets.
+    batch: "tokens" int [B, T], "targets" int [B, T] with -100 where none counts, optional "segment_ids" [B, T] (0 is
+      padding, whose targets do not count) and "weights" float [B, T] of the targets.
     modes: one loss for each, the (weighted) mean over the counted targets. (Dense(),) is plain training, a single
       sparse mode adapts to that mode.
     combine: "sequential" makes one clipped update per mode, in order; "sum" makes one on the summed loss.
@@ -96,6 +98,8 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
       compilation, tokens or targets that are not in the vocabulary.
   """
   _check_optimizer(optimizer)
+  if isinstance(modes, str) or not isinstance(modes, Iterable):
+    raise ValueError(f"modes={modes!r}; give a sequence of modes, such as (Dense(),).")
   modes = tuple(modes)
   if not modes or combine not in ("sequential", "sum"):
     raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
@@ -140,7 +144,7 @@ def _train_step(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...],
     carried, (losses, norms) = jax.lax.scan(lambda carried, i: update(carried, functools.partial(
         jax.lax.switch, i, gradients)), carried, jnp.arange(len(groups), dtype=jnp.int32))
   metrics = {"loss": losses.reshape(-1), "grad_norm": norms, "learning_rate": learning_rate,
-             "tokens": jnp.sum(batch["targets"] != IGNORED)}
+             "tokens": jnp.sum(batch["targets"] != IGNORED, dtype=jnp.int32)}
   return TrainState(*carried, state.step + 1), metrics
 
 

@@ -144,6 +144,8 @@ def test_one_program_for_all_tokens_and_temperatures():
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(eos_id=23), "eos_id=23"),
+    (dict(temperature="1"), "temperature='1'; use a finite number"),
+    (dict(top_p=None), "top_p=None; use a finite number"),
     (dict(eos_id=True), "eos_id=True"),
     (dict(eos_id=[1, 4.0]), r"eos_id=\[1, 4.0\]"),
     (dict(lengths=np.array([9, 4, 0])), "prompt of row 2 is empty"),
@@ -151,6 +153,8 @@ def test_one_program_for_all_tokens_and_temperatures():
     (dict(tokens=[[1, 2], [3]]), "tokens is no array with one length for all rows"),
     (dict(tokens=np.zeros((0, 4), int)), "B is at least 1"),
     (dict(params={"params": PARAMS}), "give the tree inside"),
+    (dict(params=jax.tree.map(lambda x: x.astype(np.int8), PARAMS)), "parameters are floating numbers"),
+    (dict(row_ids=[2**32 + 5, 0, 0]), "row_ids run from 0 to 4294967301"),
     (dict(model=RATPlusLM(dataclasses.replace(CONFIG, memory=False))), "memory_gate"),
     (dict(model=RATPlusLM(dataclasses.replace(CONFIG, vocab_size=24))), r"embedding is \(23, 16\), .* wants \(24"),
 ])

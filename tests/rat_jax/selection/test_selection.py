@@ -23,6 +23,7 @@ from rat_jax import (
   RATPlusConfig,
   SnapKV,
   StreamingLLM,
+  TopK,
   parse_mode,
   visible,
 )
@@ -292,6 +293,21 @@ def test_text_round_trip(mode):
 def test_bad_modes(build, message):
   with pytest.raises(ValueError, match=message):
     build()
+
+
+def test_a_key_that_is_no_number_is_chosen_and_shows():
+  q, k, v = draw(1, 12, 2, 1)
+  bad = k.copy()
+  bad[0, 1, 0, 0] = np.nan
+  for mode in (MoBA(2, 4, keep_first=False), Quest(8, block=4), TopK(3), DilatedTopK(4, 2)):
+    assert np.isnan(attend(q[:, -1:], bad, v, mode)).all(), mode
+  own = select(q[:, -1:], bad, MoBA(1, 4, keep_first=False))
+  np.testing.assert_array_equal(own.blocks.ravel(), [2, 2])  # the query's own block is not displaced
+  assert own.valid.all()
+  two = np.concatenate([bad, k], axis=2)
+  kept = compress(q[:, -2:], two, two, SnapKV(5, obs_window=2))
+  np.testing.assert_array_equal(kept.lengths, [5])
+  assert (np.asarray(kept.positions) >= 0).all()
 
 
 def test_a_step_after_compression_reads_what_was_kept_and_no_empty_slot():

@@ -67,6 +67,36 @@ def test_weights_may_be_fractions():
                                rtol=1e-5)
 
 
+def test_targets_of_padding_do_not_count():
+  state, batch = fresh()
+  segments = np.where(np.arange(12) < 7, 1, 0) * np.ones((4, 1), int)
+  marked = {**batch, "targets": np.where(segments == 0, -100, batch["targets"]), "segment_ids": segments}
+  step = functools.partial(rat_jax.train_step, MODEL, OPTIMIZER, state, modes=(Dense(),))
+  (_, ours), (_, expected) = step({**batch, "segment_ids": segments}), step(marked)
+  assert ours["tokens"] == expected["tokens"] == 4 * 7
+  np.testing.assert_array_equal(ours["loss"], expected["loss"])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(labels=[[1]]), "'labels', which is not read here; give targets"),
+    (dict(attention_mask=[[1]]), "give segment_ids, 0 for padding"),
+    (dict(weights=np.full((4, 12), np.nan)), "weights'] run from nan to nan"),
+    (dict(weights=np.full((4, 12), -1.0)), "use finite numbers of 0 or more"),
+    (dict(targets=np.full((4, 12), 2**32 + 1)), "use numbers that int32 holds"),
+])
+def test_what_a_batch_may_not_hold(change, message):
+  state, batch = fresh()
+  with pytest.raises(ValueError, match=message):
+    rat_jax.train_step(MODEL, OPTIMIZER, state, batch | change)
+
+
+def test_rates_for_parameters_that_are_not_there():
+  state, _ = fresh()
+  optimizer = rat_jax.make_optimizer(1e-2, total_steps=10, rates=[("layers/typo*", 0.0)])
+  with pytest.raises(ValueError, match=r"rates: 'layers/typo\*' fits no parameter; they are embedding, "):
+    rat_jax.init_train_state(MODEL, state.params, optimizer)
+
+
 def test_bfloat16_parameters_move_by_less_than_they_can_hold():
   model = RATPlusLM(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
   params = model.init(jax.random.key(0), batch_at(0)["tokens"])["params"]

@@ -359,6 +359,7 @@ def test_damaged_parameters_are_passed_over_before_any_is_given(tmp_path):
     (dict(accumulation=True), "accumulation=True"),
     (dict(accumulate_by="row"), "accumulate_by='row'"),
     (dict(optimizer=optax.adam(1e-3)), "give one of rat_jax.make_optimizer"),
+    (dict(modes=Dense()), "give a sequence of modes"),
     (dict(batch={"input_ids": [[1]], "labels": [[1]]}), "lacks"),
     (dict(model=RATPlusLM(dataclasses.replace(CONFIG, embed_dim=32, num_heads=2, mlp_dim=64))), "leaves differ in all"),
 ])
@@ -384,6 +385,12 @@ def test_bad_batches():
     (dict(learning_rate=1.0, total_steps=0), "total_steps=0"),
     (dict(learning_rate=1.0, total_steps=5, warmup_steps=6), "warmup_steps=6"),
     (dict(learning_rate=1.0, total_steps=5, clip_norm=0.0), "clip_norm=0.0"),
+    (dict(learning_rate=float("nan"), total_steps=5), "learning_rate=nan"),
+    (dict(learning_rate=1.0, total_steps=5, b2=1.0), "b2=1.0"),
+    (dict(learning_rate=1.0, total_steps=5, weight_decay=-1.0), "weight_decay=-1.0"),
+    (dict(learning_rate=1.0, total_steps=5.5), "total_steps=5.5"),
+    (dict(learning_rate="1", total_steps=5), "learning_rate='1'"),
+    (dict(learning_rate=1.0, total_steps=5, rates={"layers/*": 0.0}), "give pairs of a pattern and a factor"),
 ])
 def test_bad_optimizers(arguments, message):
   with pytest.raises(ValueError, match=message):
