@@ -24,7 +24,7 @@ def as_int32(name: str, value: Any, axes: str) -> Array:
   """
   given = _as_array(value)
   if not jnp.issubdtype(given.dtype, jnp.integer):
-    raise ValueError(f"{name} is {given.dtype} {given.shape}; give integers {axes}.")
+    raise ValueError(f"{name} is {_named(given)} {given.shape}; give integers {axes}.")
   if given.dtype.itemsize >= 4 and given.dtype != np.int32 and given.size and is_concrete(given):
     values = np.asarray(given)
     for found in (int(values.min()), int(values.max())):
@@ -37,8 +37,13 @@ def as_floats(name: str, value: Any) -> Array:
   """Floats in their type, float64 as float32. Raises ValueError for another type, such as integers."""
   given = _as_array(value)
   if not jnp.issubdtype(given.dtype, jnp.floating):
-    raise ValueError(f"{name} is {given.dtype}; use float32 or bfloat16.")
+    raise ValueError(f"{name} is {_named(given)}; use float32 or bfloat16.")
   return jnp.asarray(given, jnp.float32 if given.dtype == np.float64 else given.dtype)
+
+
+def _named(given: Any) -> str:
+  """The type as jax has it: float64 is float32 unless 64-bit types are enabled."""
+  return str(jax.dtypes.canonicalize_dtype(given.dtype))
 
 
 def check_blocks(blocks: Array, read: Array, count: int) -> None:

@@ -58,7 +58,8 @@ def dilated_attention(
     NotImplementedError: a known implementation that this operation does not have, or that cannot serve these arrays.
   """
   q, k, v = (jnp.asarray(x) for x in (q, k, v))
-  segment_ids = None if segment_ids is None else arguments.as_int32("segment_ids", segment_ids, "[B, T]")
+  if segment_ids is not None:
+    segment_ids = arguments.as_int32("segment_ids", segment_ids, f"[B, T] = {q.shape[:2]}")
   _check(q, k, v, dilation, window, sinks, segment_ids)
   out: Array = call(OPERATION, implementation, q, k, v, segment_ids, pattern=Pattern(dilation, window, sinks))
   return out

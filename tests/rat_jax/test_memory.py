@@ -130,7 +130,7 @@ def test_lists_are_arrays():
     (dict(inputs=(np.zeros((1, 5, 2, 4), np.int32),)), r"inputs\[0\] is int32; use float32 or bfloat16\."),
     (dict(gate_logits=np.zeros((1, 5, 2, 4), bool)), r"gate_logits is bool; use float32 or bfloat16\."),
     (dict(inputs=(np.zeros((1, 5, 2, 4), np.float16),)), r"inputs\[0\] is float16; use float32 or bfloat16\."),
-    (dict(state=(np.zeros((1, 2, 4), complex),)), r"state\[0\] is complex128; use float32 or bfloat16\."),
+    (dict(state=(np.zeros((1, 2, 4), complex),)), r"state\[0\] is complex64; use float32 or bfloat16\."),
     (dict(state=(np.zeros((1, 2, 4), np.int32),)), r"state\[0\] is int32; use float32 or bfloat16\."),
     (dict(state=(np.zeros((1, 2, 4)),) * 2), "state has shapes"),
     (dict(state=(0.0,)), r"state has shapes \[\(\)\]; give one array of shape \(1, 2, 4\)"),
@@ -155,7 +155,7 @@ def test_bad_arguments(change, message):
 def test_the_memory_takes_floats_alone():
   x, ids = np.ones((1, 3, 1, 2), np.float32), np.array([[1, 1, 2]])
   for name in ("gate_logits", "k", "v"):
-    for dtype in (np.int64, bool, complex):
+    for dtype in (np.int32, bool, np.complex64):
       with pytest.raises(ValueError, match=rf"^{name} is {np.dtype(dtype)}; use float32 or bfloat16\.$"):
         rat_jax.memory(**{"gate_logits": x, "k": x, "v": x, name: x.astype(dtype)}, segment_ids=ids)
   with pytest.raises(ValueError, match=r"^state\[1\] is int32; use float32 or bfloat16\.$"):

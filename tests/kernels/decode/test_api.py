@@ -76,7 +76,7 @@ OWN = LAYERS[0, :, :, 0]
     (dict(layer=np.int32(7), keys=LAYERS, values=LAYERS), ValueError, "layer=7; there are 3, from 0 on"),
     (dict(layer=1.0, keys=LAYERS, values=LAYERS), ValueError, "layer=1.0; give an integer"),
     (dict(blocks=np.zeros((2, 3, 1), np.int32)), ValueError, r"int32 \(2, 3, 1\); give integers \[B, K or N, n\]"),
-    (dict(blocks=np.zeros((2, 2, 1))), ValueError, r"float64 \(2, 2, 1\); give integers \[B, K or N, n\]"),
+    (dict(blocks=np.zeros((2, 2, 1))), ValueError, r"float32 \(2, 2, 1\); give integers \[B, K or N, n\]"),
     (dict(blocks=np.full((2, 2, 1), 2**32)), ValueError, "blocks holds 4294967296, which int32 does not"),
     *((dict(layer=layer, keys=LAYERS, values=LAYERS), ValueError, f"layer={int(layer)}; there are 3, from 0 on")
       for layer in (-1, np.array(-1), jnp.int32(7), np.array(2**32), 2**70)),

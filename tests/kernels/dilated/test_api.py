@@ -26,6 +26,6 @@ def test_segment_ids_that_int32_does_not_hold_are_refused():
       ([[2**32 + 1, 1, 1, 1]], r"segment_ids holds 4294967297, which int32 does not; use -2147483648\.\.2147483647\."),
       (np.array([[-2**31 - 1, 1, 1, 1]]), "segment_ids holds -2147483649"),
       (np.array([[2**31, 1, 1, 1]], np.uint32), "segment_ids holds 2147483648"),
-      ([[1.0, 1.0, 1.0, 1.0]], r"segment_ids is float64 \(1, 4\); give integers \[B, T\]\.")):
+      ([[1.0, 1.0, 1.0, 1.0]], r"segment_ids is float32 \(1, 4\); give integers \[B, T\] = \(1, 4\)\.")):
     with pytest.raises(ValueError, match=message):
       dilated_attention(X, X, X, dilation=1, segment_ids=ids)

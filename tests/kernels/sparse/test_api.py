@@ -132,7 +132,7 @@ BLOCKS = np.zeros((2, 5, 2, 1), np.int32)
     (dict(block=2.0), ValueError, "block=2.0; use an integer"),
     (dict(k=K[:, :3], v=K[:, :3]), ValueError, "q has 5 tokens and k 3; give q_positions"),
     (dict(q_positions=np.zeros((1, 5), int)), ValueError, r"q_positions is int\d+ \(1, 5\); give integers \[B, T\]"),
-    (dict(blocks=BLOCKS.astype(float)), ValueError, r"is float64 \(2, 5, 2, 1\); give integers \[B, T, K or N, n\]"),
+    (dict(blocks=BLOCKS.astype(float)), ValueError, r"is float32 \(2, 5, 2, 1\); give integers \[B, T, K or N, n\]"),
     (dict(blocks=BLOCKS + np.int64(2**32)), ValueError, r"blocks holds 4294967296, .* use -2147483648\.\.2147483647"),
     (dict(blocks=BLOCKS + 3), ValueError, r"blocks holds 3, which is read; the blocks of these keys are 0\.\.2\."),
     (dict(q_positions=np.full((2, 5), 2**63, np.uint64)), ValueError, "q_positions holds 9223372036854775808"),

@@ -218,7 +218,7 @@ def test_text_nested_too_deeply():
     (lambda: PerLayer((3,)), r"modes\[0\]=3"),
     (lambda: PerLayer({Dense()}), r"^PerLayer: modes=\{Dense\(\)\}; give a tuple with one mode for each layer\.$"),
     (lambda: PerHead({Dense(): 1}), "^PerHead: modes=.*; give a tuple with one mode for each key/value head"),
-    (lambda: visible(Dense(), [0.7, 1.9], [0]), r"^q_pos is float64 \(2,\); give integers \[\.\.\., T\]\.$"),
+    (lambda: visible(Dense(), [0.7, 1.9], [0]), r"^q_pos is float32 \(2,\); give integers \[\.\.\., T\]\.$"),
     (lambda: visible(Dense(), [0], [True]), r"^k_pos is bool \(1,\); give integers \[\.\.\., S\]\.$"),
     (lambda: visible(Dense(), 3, [0]), r"^q_pos is int32 \(\); give integers \[\.\.\., T\], with at least one axis\.$"),
     (lambda: visible(Dense(), [0], np.array([2**32], np.uint64)), "^k_pos holds 4294967296, which int32 does not"),
