@@ -149,8 +149,8 @@ def refuse(names: Sequence[str], why: str) -> None:
 
 
 def workdir(script: str) -> pathlib.Path:
-  """The script's folder, made if it is not there. Raises ValueError for a URL."""
-  folder = local_path(WORKDIR.value or f"runs/{script}", "--workdir")
+  """The script's folder, made if it is not there."""
+  folder = pathlib.Path(WORKDIR.value or f"runs/{script}")
   folder.mkdir(parents=True, exist_ok=True)
   return folder
 

@@ -26,7 +26,7 @@ from rat_jax import RATPlusConfig
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import check_new_folder
-from rat_jax.paths import local_path
+from rat_jax.paths import local_path, read_text
 from rat_jax.pretrained import write_pretrained
 from rat_jax.train import Checkpoints
 
@@ -85,7 +85,7 @@ def _config() -> RATPlusConfig | None:
   path = local_path(CONFIG.value, "--config")
   try:
     if path.is_file():
-      return RATPlusConfig.from_json(path.read_text(encoding="utf-8"))
+      return RATPlusConfig.from_json(read_text(path))
     return RATPlusConfig.preset(CONFIG.value)
   except ValueError as error:
     raise ValueError(f"--config={path}: {error}") from error

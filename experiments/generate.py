@@ -16,7 +16,7 @@ from absl import flags
 import rat_jax
 from experiments import common
 from rat_jax import RATPlusLM
-from rat_jax.data.text import read_text
+from rat_jax.paths import read_text
 
 CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
 DTYPE = common.define_dtype()

@@ -24,7 +24,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
-from rat_jax.paths import local_path
+from rat_jax.paths import lacking, local_path
 from rat_jax.train import Checkpoints
 
 MATCHED = 95.0  # percent that every task needs under Dense for a comparison
@@ -66,8 +66,7 @@ def load(folders: str) -> tuple[RATPlusConfig, Any]:
     found = [path for path in around.glob("seed-*") if path.name.removeprefix("seed-").isdecimal()]
     paths = sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
     if not paths:
-      state = "holds no seed-* checkpoints" if around.is_dir() else "is no folder" if around.exists() else (
-          "does not exist")
+      state = "holds no seed-* checkpoints" if around.is_dir() else lacking(around, "folder")
       raise FileNotFoundError(f"{around} {state}; give the folder around seed-*, which experiments.sft_niah makes.")
     for path in paths:
       config, of_seed, notes = Checkpoints(path).load_params()

@@ -24,9 +24,9 @@ import rat_jax
 from experiments import common, niah
 from experiments.niah_table import Row, blank
 from rat_jax import RATPlusLM, evaluate
-from rat_jax.data.text import read_text
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.modes import Mode
+from rat_jax.paths import read_text
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.loss import IGNORED
 

@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import arguments
+from pallas_kernels.arguments import is_concrete as is_concrete
 from rat_jax.axes import Array, ArrayLike, HostOrDevice, Keys, Queries
-
-
-def is_concrete(x: object) -> bool:
-  """Whether the values of x can be looked at: not while a program is traced, nor where other hosts hold a part."""
-  return x is not None and not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def as_tokens(tokens: ArrayLike, vocab_size: int, *, lengths: ArrayLike | None = None,
@@ -108,10 +105,9 @@ def as_integers(name: str, value: ArrayLike, shape: tuple[int, ...]) -> HostOrDe
 
 def check_int32(name: str, given: HostOrDevice) -> None:
   """Raises ValueError, where values can be seen, for integers that int32 does not hold: a cast would wrap them."""
-  if is_concrete(given) and given.size and given.dtype.itemsize >= 4 and given.dtype != jnp.int32:
-    low, high = int(np.min(np.asarray(given))), int(np.max(np.asarray(given)))
-    if low < -2**31 or high >= 2**31:
-      raise ValueError(f"{name} run from {low} to {high}; use numbers that int32 holds, {-2**31} to {2**31 - 1}.")
+  if beyond := arguments.beyond_int32(given):
+    raise ValueError(f"{name} run from {beyond[0]} to {beyond[1]}; use numbers that int32 holds, {arguments.LEAST} to"
+                     f" {arguments.MOST}.")
 
 
 def as_array(value: ArrayLike, name: str) -> HostOrDevice:
@@ -119,9 +115,8 @@ def as_array(value: ArrayLike, name: str) -> HostOrDevice:
 
   Raises ValueError for lists of several lengths.
   """
-  on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
   try:
-    return jnp.asarray(value) if on_device else np.asarray(value)
+    return arguments.as_array(value)
   except (TypeError, ValueError) as error:
     raise ValueError(f"{name} is no array with one length for all rows; pad its rows on the right, and give the real"
                      " tokens of each as lengths.") from error

@@ -15,14 +15,11 @@ from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import check_leaves, check_params, named_leaves, shapes_of
+from rat_jax.convert.leaves import check_leaves, check_params, is_finite, named_leaves, shapes_of
 from rat_jax.convert.mapping import Place
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
-from rat_jax.data.text import read_text
-from rat_jax.paths import local_path
+from rat_jax.paths import local_path, read_text
 from rat_jax.version import __version__
-
-_PIECE = 2**22  # entries
 
 
 def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, params: Params, *,
@@ -40,9 +37,6 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
       type, `max_file_bytes` that is no count. FloatingPointError: parameters that are not finite.
   """
   folder = local_path(folder, "folder")
-  for name, leaf in named_leaves(params).items():
-    if not isinstance(leaf, jax.Array | np.ndarray):
-      raise ValueError(f"the parameters: {name}={leaf!r} is no array but a {type(leaf).__name__}; give arrays.")
   check_params(params, config)
   leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
   write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
@@ -68,12 +62,10 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
 
 
 def _finite(leaves: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-  """The same leaves. Raises FloatingPointError for one that is not finite; looks at a piece of it at a time."""
+  """The same leaves. Raises FloatingPointError for one that is not finite."""
   for name, leaf in leaves:
-    flat = np.ravel(leaf, order="K")
-    if flat.dtype.kind in "fV" and not all(np.isfinite(flat[i:i + _PIECE]).all() for i in range(0, flat.size, _PIECE)):
+    if not is_finite(leaf):
       raise FloatingPointError(f"{folder} is not written: {name} is not finite.")
-    del flat
     yield name, leaf
     del leaf  # before the next is made
 

@@ -117,28 +117,30 @@ def test_files_and_functions_are_short():
 
 
 def calls(tree, names):
-  """The calls of methods and functions of these names, as (name, call)."""
+  """The calls of methods and functions of these names, as (name, what it is a method of or "", call)."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
-      yield node.func.attr, node
+      yield node.func.attr, ast.unparse(node.func.value), node
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+      yield node.func.id, "", node
 
 
-def test_every_array_is_made_of_a_type_that_is_said():
+def test_arrays_that_are_made_of_a_shape_say_their_type():
   """Else it would be another where 64-bit types are enabled."""
   shapes = {"zeros": 1, "ones": 1, "empty": 1, "full": 2, "arange": 3}  # arguments before the type
   for file in FILES:
-    for name, call in calls(ast.parse(file.read_text(encoding="utf-8")), shapes):
-      if ast.unparse(call.func.value) == "jnp":
+    for name, owner, call in calls(ast.parse(file.read_text(encoding="utf-8")), shapes):
+      if owner == "jnp":
         assert len(call.args) > shapes[name] or "dtype" in {k.arg for k in call.keywords}, (file, ast.unparse(call))
 
 
 def test_every_text_that_is_read_or_written_names_its_encoding():
-  """Else it depends on the machine's locale."""
+  """Else it depends on the machine's locale. `read_text(path)` is rat_jax.paths', which does."""
   scripts = sorted((ROOT / "experiments").rglob("*.py"))
   assert len(scripts) > 20
   for file in (*FILES, *scripts):
-    for name, call in calls(ast.parse(file.read_text(encoding="utf-8")), {"read_text", "write_text", "open"}):
-      said = [ast.unparse(one) for one in (*call.args, *(k.value for k in call.keywords))]
-      binary = name == "open" and any("b" in mode for mode in said if len(mode) < 6)
-      of_path = name != "open" or (isinstance(call.func.value, (ast.Name, ast.BinOp)) and said != [])
-      assert binary or not of_path or any("utf-8" in one for one in said), (file, ast.unparse(call))
+    for name, owner, call in calls(ast.parse(file.read_text(encoding="utf-8")), {"read_text", "write_text", "open"}):
+      said = {ast.unparse(one) for one in (*call.args, *(k.value for k in call.keywords))}
+      binary = name == "open" and said & {"'rb'", "'wb'", "'ab'"}
+      ours = name == "read_text" and owner == ""
+      assert binary or ours or any("utf-8" in one for one in said), (file, ast.unparse(call))

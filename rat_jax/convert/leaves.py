@@ -14,6 +14,8 @@ from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert.tensors import Spec
 
+_PIECE = 2**22  # entries
+
 
 def named_leaves(params: Params) -> dict[str, jax.Array | np.ndarray]:
   """{"layers/query": the leaf}."""
@@ -32,7 +34,11 @@ def check_params(params: Params, config: RATPlusConfig, same_type: bool = True) 
   """Raises ValueError where parameters, traced or not, are not those of the config, as `check_leaves`."""
   if isinstance(params, Mapping) and params.keys() == {"params"}:
     raise ValueError("the parameters are {'params': ...}; give the tree inside, variables['params'].")
-  specs = {name: Spec(np.shape(leaf), str(leaf.dtype)) for name, leaf in named_leaves(params).items()}
+  leaves = named_leaves(params)
+  for name, leaf in leaves.items():
+    if not hasattr(leaf, "dtype"):
+      raise ValueError(f"the parameters: {name}={leaf!r} is no array but a {type(leaf).__name__}; give arrays.")
+  specs = {name: Spec(np.shape(leaf), str(leaf.dtype)) for name, leaf in leaves.items()}
   check_leaves(specs, config, "the parameters", same_type)
 
 
@@ -54,3 +60,10 @@ def check_leaves(found: Mapping[str, Spec], config: RATPlusConfig, where: str, s
                        " leaves, or set param_dtype to what they are.")
     if "float" not in spec.dtype:
       raise ValueError(f"{where}: {name} is {spec.dtype}; parameters are floating numbers, such as float32.")
+
+
+def is_finite(leaf: np.ndarray) -> bool:
+  """Whether every number is finite. Looks at a piece at a time, so that no second leaf is made."""
+  flat = np.ravel(leaf, order="K")
+  return flat.dtype.kind not in "fV" or all(
+      np.isfinite(flat[i:i + _PIECE]).all() for i in range(0, flat.size, _PIECE))

@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from rat_jax.data.text import without_mark
 from rat_jax.data.token_file import TokenFile, replaced_together, write_parts
 from rat_jax.data.tokenizer import BYTES, Tokenizer
-from rat_jax.paths import local_path
+from rat_jax.paths import local_path, without_mark
 
 _PIECE, _LEAST = 1 << 16, 1 << 10  # bytes of a piece of a large file, and of a small one
 _LINE_END, _SPACE = re.compile(rb"\r?\n|\r"), re.compile(rb"\s+")

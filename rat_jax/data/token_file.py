@@ -15,8 +15,7 @@ import numpy as np
 
 from rat_jax import checks
 from rat_jax.data.permutation import permute
-from rat_jax.data.text import read_text
-from rat_jax.paths import local_path
+from rat_jax.paths import lacking, local_path, read_text
 from rat_jax.train.loss import IGNORED
 
 Batch = dict[str, np.ndarray]
@@ -159,9 +158,8 @@ def _read_sidecar(path: pathlib.Path) -> Sidecar:
   beside = path.with_suffix(".json")
   for needed in (path, beside):
     if not needed.is_file():
-      state = "is no file" if needed.exists() else "does not exist"
-      raise FileNotFoundError(f"{needed} {state}; `python -m experiments.prepare_data` writes a token file and"
-                              " its sidecar.")
+      raise FileNotFoundError(f"{needed} {lacking(needed, 'file')}; `python -m experiments.prepare_data` writes a token"
+                              " file and its sidecar.")
   try:
     sidecar = Sidecar(**json.loads(read_text(beside)))
   except (ValueError, TypeError, RecursionError) as error:  # also of a number's length and of depth

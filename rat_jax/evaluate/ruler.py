@@ -7,8 +7,7 @@ import json
 import os
 import re
 
-from rat_jax.data.text import read_text
-from rat_jax.paths import local_path
+from rat_jax.paths import lacking, local_path, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +26,7 @@ def load_ruler(path: str | os.PathLike[str]) -> list[Example]:
   """
   path = local_path(path, "path")
   if not path.is_file():
-    state = "is no file" if path.exists() else "does not exist"
-    raise FileNotFoundError(f"{path} {state}; give a .jsonl file of RULER.")
+    raise FileNotFoundError(f"{path} {lacking(path, 'file')}; give a .jsonl file of RULER.")
   lines = re.split(r"\r\n?|\n", read_text(path))  # JSON has none of these inside a text
   examples = [_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
   if not examples:

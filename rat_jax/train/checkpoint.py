@@ -27,8 +27,8 @@ from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import check_params, named_leaves, shapes_of
-from rat_jax.paths import local_path
+from rat_jax.convert.leaves import check_params, is_finite, named_leaves, shapes_of
+from rat_jax.paths import lacking, local_path
 from rat_jax.train.step import TrainState
 
 _PARAMS = ".params"
@@ -64,7 +64,7 @@ class Checkpoints:
     _check_config(state.params, config)
     check_notes(notes)
     arrays = _arrays(state)
-    bad = [name for name, array in arrays.items() if array.dtype.kind not in "iu" and not _is_finite(array)]
+    bad = [name for name, array in arrays.items() if not is_finite(array)]
     if bad:
       raise FloatingPointError(f"step {int(state.step)} is not saved: {bad[0]} is not finite ({len(bad)} such arrays).")
     manifest = {name: _entry(array) for name, array in arrays.items()}
@@ -133,8 +133,7 @@ class Checkpoints:
     """(what `read` makes of the newest checkpoint that it can read, what is written about that one)."""
     steps = self.steps()
     if not steps:
-      state = "holds no checkpoint" if self.folder.is_dir() else "is no folder" if self.folder.exists() else (
-          "does not exist")
+      state = "holds no checkpoint" if self.folder.is_dir() else lacking(self.folder, "folder")
       raise FileNotFoundError(f"{self.folder} {state}; give the folder that a training saved to, such as"
                               " runs/pretrain/checkpoints.")
     damaged = []
@@ -257,10 +256,6 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
   """The path, or where that is taken, the path with the next free number."""
   names = (path.with_name(f"{path.name}-{i}") if i else path for i in itertools.count())
   return next(name for name in names if not name.exists())
-
-
-def _is_finite(array: np.ndarray) -> bool:
-  return bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def _entry(array: np.ndarray) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def as_batch(batch: Mapping[str, Any], vocab_size: int) -> dict[str, Array]:
   if missing:
     raise ValueError(f"the batch has {sorted(batch)} and lacks {sorted(missing)}; give \"tokens\" and \"targets\","
                      " which are the next tokens.")
-  for name in sorted(batch.keys() & _OTHER_NAMES.keys()):
-    raise ValueError(f"the batch has {name!r}, which is not read here; give {_OTHER_NAMES[name]}, or leave it out.")
+  if unread := sorted(batch.keys() & _OTHER_NAMES.keys()):
+    raise ValueError(f"the batch has {unread[0]!r}, which is not read here; give {_OTHER_NAMES[unread[0]]}, or leave it"
+                     " out.")
   made = {"tokens": checks.as_tokens(batch["tokens"], vocab_size, segment_ids=batch.get("segment_ids"))}
   shape = made["tokens"].shape
   for name in ("targets", "segment_ids"):
@@ -47,12 +48,14 @@ def as_batch(batch: Mapping[str, Any], vocab_size: int) -> dict[str, Array]:
       made[name] = jnp.asarray(given, jnp.int32)
   if "weights" in batch:
     weights = checks.as_array(batch["weights"], "batch['weights']")
-    if weights.shape != shape or (not jnp.issubdtype(weights.dtype, np.integer) and not jnp.issubdtype(
-        weights.dtype, jnp.floating)):
+    if weights.shape != shape or not any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.integer, jnp.floating)):
       raise ValueError(f"batch['weights'] has shape {weights.shape} and type {weights.dtype}; tokens have {shape}, and"
                        " weights are numbers.")
-    if checks.is_concrete(weights) and not (np.isfinite(seen := np.asarray(weights, np.float64)) & (seen >= 0)).all():
-      raise ValueError(f"batch['weights'] run from {seen.min()} to {seen.max()}; use finite numbers of 0 or more.")
+    if checks.is_concrete(weights):
+      values = np.asarray(weights, np.float64)
+      if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"batch['weights'] run from {values.min()} to {values.max()}; use finite numbers of 0 or"
+                         " more.")
     made["weights"] = jnp.asarray(weights, jnp.float32)
   if "segment_ids" in made:
     made["targets"] = jnp.where(made["segment_ids"] == 0, IGNORED, made["targets"])

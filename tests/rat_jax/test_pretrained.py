@@ -48,7 +48,7 @@ def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_parameters_that_are_not_finite_are_not_written(value, tmp_path, monkeypatch):
-  monkeypatch.setattr("rat_jax.pretrained._PIECE", 5)  # so that it is in the last of several pieces
+  monkeypatch.setattr("rat_jax.convert.leaves._PIECE", 5)  # so that it is in the last of several pieces
   params = filled()
   params["embedding"][7, 7] = value
   with pytest.raises(FloatingPointError, match=r"^.*/model is not written: embedding is not finite\.$"):

@@ -15,9 +15,9 @@ import pytest
 
 from rat_jax.convert.tensors import read_json
 from rat_jax.data import BYTES, TokenFile, prepare, prepare_standard_library
-from rat_jax.data.text import read_text
 from rat_jax.data.token_file import write_token_file
 from rat_jax.evaluate import load_ruler
+from rat_jax.paths import read_text
 
 # Files in Latin-1, binary ones, and two that are equal lie in the corpus of these tests.
 pytestmark = [pytest.mark.filterwarnings("ignore:.*are no UTF-8 text and were passed over"),
