@@ -93,7 +93,7 @@ import numpy as np
 
 import rat_jax
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM, StreamingLLM, visible
-from rat_jax.data import prepare_standard_library
+from rat_jax.data import BYTES, prepare_standard_library
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import cross_entropy, init_train_state, make_optimizer, train
 
@@ -239,17 +239,11 @@ plt.show()
 # %%
 model, params, _ = trained["RAT+"]
 prompt = np.asarray(data["heldout"].tokens[:LENGTH // 2], np.int32)[None]
-
-
-def text(tokens):
-  return bytes(np.asarray(tokens)[0].tolist()).decode("utf-8", "replace")
-
-
-print(f"--- prompt\n{text(prompt)}")
+print(f"--- prompt\n{BYTES.decode(prompt[0])}")
 for mode in (Dense(), Dilated(16)):
   new = rat_jax.generate(model, params, prompt, mode=mode, max_new_tokens=LENGTH // 2, temperature=0.7, top_p=0.95,
                          key=jax.random.key(0))
-  print(f"\n--- {mode}\n{text(new)}")
+  print(f"\n--- {mode}\n{BYTES.decode_after(prompt[0], np.asarray(new)[0])}")
 
 # %% [markdown]
 # ## Keep the numbers
@@ -265,5 +259,5 @@ results = {
     "untrained_bits_per_byte": {name: untrained for name, (_, _, untrained) in trained.items()},
     "bits_per_byte": {name: {str(mode): value for mode, value in by_mode.items()} for name, by_mode in bits.items()},
 }
-RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 print(f"{results['seconds']:.0f} s in all; the numbers are in {RESULTS}.")

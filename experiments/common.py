@@ -45,8 +45,10 @@ def define_path(name: str, help_text: str, *, required: bool = False) -> flags.F
                       required=required)
 
 
-SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling.", lower_bound=0)
-WORKDIR = define_path("workdir", "Folder for everything that is written. Default: runs/<script>.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, data order and sampling. A command that draws nothing takes"
+                            " it too.", lower_bound=0)
+WORKDIR = define_path("workdir", "Folder for everything that is written, but for a command's --output. Default:"
+                      " runs/<script>.")
 flags.disclaim_key_flags()  # what is defined by the functions below is its script's, and in that script's --help
 
 

@@ -21,8 +21,8 @@ import rat_jax
 from experiments import common, training
 from rat_jax import Dense, RATPlusConfig
 from rat_jax.convert import add_memory
-from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
+from rat_jax.leaves import named_leaves
 from rat_jax.train import ARL
 
 CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained: an attention model, or one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def generate(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: Array
     int32 [B, max_new_tokens].
 
   Raises:
-    ValueError: a temperature above 0 without a key, an empty prompt, and what `prefill` refuses.
+    ValueError: a temperature above 0 without a key, a key that is none, an empty prompt, and what `prefill` refuses.
     FloatingPointError: outside of compilation, logits that are not finite, such as those of parameters with a NaN. A
       loop of your own asks `jnp.isfinite`.
 
@@ -65,7 +66,7 @@ def generate(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: Array
     raise ValueError(f"the prompt of row {np.argmin(lengths)} is empty; give every row at least one token.")
   logits, cache = prefill(model, params, tokens, lengths, mode=mode, prefill_mode=prefill_mode,
                           max_length=tokens.shape[1] + max_new_tokens, row_ids=row_ids)
-  key = jax.random.key(0) if key is None else key
+  key = _checked_key(key)
   continued, lost_at = _continue(max_new_tokens, temperature > 0, top_p < 1, ends, params, logits, cache, key,
                                  jnp.float32(np.clip(temperature, *_TEMPERATURES)), jnp.float32(top_p))
   if checks.is_concrete(lost_at) and (steps := np.asarray(lost_at)).max() >= 0:
@@ -86,6 +87,17 @@ def _number(name: str, value: object) -> float:
   if not math.isfinite(number):
     raise ValueError(f"{name}={value!r}; use a finite number.")
   return number
+
+
+def _checked_key(key: object) -> Array:
+  """One random key, of the new kind or the old; None is any. Raises ValueError for what is no key, and for several."""
+  if key is None:
+    return jax.random.key(0)
+  try:
+    jax.eval_shape(jax.random.fold_in, key, 0)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"key={key!r} is no single random key; pass key=jax.random.key(seed).") from error
+  return cast(Array, key)
 
 
 def _ends(eos_id: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:

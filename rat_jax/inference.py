@@ -18,7 +18,7 @@ from rat_jax.axes import Array, ArrayLike, Lengths, Logits, Params, RowIds, Stat
 from rat_jax.caches.cache import Cache, arrived, arriving, empty_cache
 from rat_jax.caches.store import NewTokens
 from rat_jax.config import RATPlusConfig
-from rat_jax.convert.leaves import check_params
+from rat_jax.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Mode
 from rat_jax.plan import check_modes

@@ -13,7 +13,7 @@ from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, ArrayLike, Params, Stream
 from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
-from rat_jax.convert.leaves import check_params
+from rat_jax.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.modes.snapkv import Kept

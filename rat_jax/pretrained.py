@@ -15,9 +15,9 @@ from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import check_leaves, check_params, is_finite, named_leaves, shapes_of
 from rat_jax.convert.mapping import Place
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.leaves import check_leaves, check_params, is_finite, named_leaves, shapes_of
 from rat_jax.paths import local_path, read_text
 from rat_jax.version import __version__
 

@@ -297,8 +297,15 @@ class Forward:
   def check(self, config: RATPlusConfig) -> None:
     """Raises ValueError for choices that are unknown."""
     self.sources.check(config)
-    if self.remat not in _KEPT:
-      raise ValueError(f"remat={self.remat!r} is unknown; use one of {tuple(_KEPT)}.")
+    check_gradients(self.remat, self.unroll)
+
+
+def check_gradients(remat: object, unroll: object) -> None:
+  """Raises ValueError for an unknown `remat`, and an `unroll` that is neither True nor False."""
+  if remat not in tuple(_KEPT):
+    raise ValueError(f"remat={remat!r} is unknown; use one of {tuple(_KEPT)}.")
+  if not isinstance(unroll, bool):
+    raise ValueError(f"unroll={unroll!r}; use True or False.")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

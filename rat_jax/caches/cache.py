@@ -134,10 +134,14 @@ def cache_bytes(config: RATPlusConfig, mode: Mode, batch: int, max_length: int, 
 
   SnapKV needs `prompt_length`, the padded length of the prompt. A `prefill_mode` adds nothing, but for the rows' ids
   (int32 [B]) where it chooses at random. Raises ValueError as `empty_cache`, and for a
-  `prompt_length` that is no count.
+  `prompt_length` that is no count or beyond `max_length`.
   """
   if prompt_length is not None:
     checks.check_count("prompt_length", prompt_length, least=0)
+    checks.check_count("max_length", max_length)
+    if prompt_length > max_length:
+      raise ValueError(f"prompt_length={prompt_length} with max_length={max_length}; a cache has room for its prompt,"
+                       " so use a prompt_length of at most max_length.")
   leaves = jax.tree.leaves(jax.eval_shape(
       lambda: empty_cache(config, mode, batch, max_length, prompt_width=prompt_length)))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

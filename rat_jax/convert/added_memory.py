@@ -10,7 +10,7 @@ import numpy as np
 
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
-from rat_jax.convert.leaves import check_params
+from rat_jax.leaves import check_params
 
 
 def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = -12.0) -> tuple[RATPlusConfig, Params]:

@@ -22,9 +22,9 @@ from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.added_memory import memory_leaves
-from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
+from rat_jax.leaves import check_params
 from rat_jax.paths import local_path
 from rat_jax.version import __version__
 

@@ -19,9 +19,9 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import check_params
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import InMemory, Tensors, TorchTensors
+from rat_jax.leaves import check_params
 from rat_jax.paths import local_path
 
 _COMPILED = "_orig_mod."

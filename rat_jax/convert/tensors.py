@@ -8,24 +8,18 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
+from rat_jax.leaves import Spec
 from rat_jax.paths import local_path
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = frozenset(_DTYPES.values())
-
-
-class Spec(NamedTuple):
-  """What a tensor is before it is read."""
-
-  shape: tuple[int, ...]
-  dtype: str
 
 
 class Tensors(Protocol):

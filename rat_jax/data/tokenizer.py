@@ -113,10 +113,12 @@ def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> To
       own, else the common one that the vocabulary holds.
 
   Raises:
-    FileNotFoundError: no such file. ValueError: a file that is no tokenizer, or an unknown end.
+    FileNotFoundError: no such file. ValueError: a file that is no tokenizer, an unknown end, or one for bytes.
     ImportError: the extra "hf" is not installed.
   """
   if source == "bytes":
+    if end is not None:
+      raise ValueError(f"end={end!r} of the tokenizer \"bytes\", whose documents end in NUL; leave end out.")
     return BYTES
   if str(source).startswith(_HUB):
     path = _downloaded(str(source).removeprefix(_HUB))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.axes import Array, Params
-from rat_jax.convert.leaves import check_params
+from rat_jax.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.train.loss import IGNORED, as_batch, sequence_loss
@@ -30,6 +30,8 @@ def loss_by_mode(model: RATPlusLM, params: Params, batches: Iterable[Mapping[str
     ValueError: batches without a single counted target, a prompt that leaves nothing to score.
   """
   check_params(params, model.config, same_type=False)
+  if isinstance(batches, Mapping):
+    raise ValueError(f"batches is one batch, with {sorted(batches)}; give a sequence of batches, such as [batch].")
   sums, count = dict.fromkeys(modes, 0.0), 0.0
   if not sums:
     raise ValueError("modes is empty; give at least one mode.")

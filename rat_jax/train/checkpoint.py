@@ -27,7 +27,7 @@ from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import check_params, is_finite, named_leaves, shapes_of
+from rat_jax.leaves import check_params, is_finite, named_leaves, shapes_of
 from rat_jax.paths import lacking, local_path
 from rat_jax.train.step import TrainState
 

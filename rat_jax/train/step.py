@@ -18,7 +18,7 @@ import optax
 
 from rat_jax import checks, transformer
 from rat_jax.axes import Array, Params
-from rat_jax.convert.leaves import check_params, named_leaves
+from rat_jax.leaves import check_params, named_leaves
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
 from rat_jax.train import optimizer as optimizers
@@ -105,6 +105,7 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
     raise ValueError(f"modes={modes}, combine={combine!r}; give at least one mode and 'sequential' or 'sum'.")
   if accumulate_by not in ("batch", "target"):
     raise ValueError(f"accumulate_by={accumulate_by!r}; use 'batch' or 'target'.")
+  transformer.check_gradients(remat, unroll)
   checks.check_count("accumulation", accumulation)
   checked = as_batch(batch, model.config.vocab_size)
   size = checked["tokens"].shape[0]

@@ -139,6 +139,9 @@ def test_one_program_for_all_tokens_and_temperatures():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(temperature=1.0), "needs a random key"),
+    (dict(temperature=1.0, key=7), "key=7 is no single random key"),
+    (dict(temperature=1.0, key="seed"), "key='seed' is no single random key"),
+    (dict(temperature=1.0, key=jax.random.split(jax.random.key(0))), "no single random key"),
     (dict(temperature=-1.0), "temperature=-1.0"),
     (dict(temperature=float("nan")), "temperature=nan"),
     (dict(top_p=0.0), "top_p=0.0"),

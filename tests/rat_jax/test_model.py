@@ -59,6 +59,8 @@ def test_prompts_that_are_known_when_compiling_give_the_same_logits(setting):
 
 @pytest.mark.parametrize(("arguments", "text"), [
     (dict(remat="nonsense"), "remat='nonsense' is unknown; use one of"),
+    (dict(remat=["products"]), r"remat=\['products'\] is unknown"),
+    (dict(unroll="x"), "unroll='x'; use True or False"),
     (dict(remat="nonsense", select_from="plain"), "remat='nonsense' is unknown"),
     (dict(select_from="other"), "select_from='other' is unknown; use \"memory\" or \"plain\""),
     (dict(attend_to="other", unroll=True), "attend_to='other' is unknown")])

@@ -14,7 +14,7 @@ import rat_jax
 from conftest import ROOT
 from rat_jax import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import named_leaves, shapes_of
+from rat_jax.leaves import named_leaves, shapes_of
 
 CONFIG = RATPlusConfig(8, 1, 8, 2, param_dtype="bfloat16")
 
@@ -48,7 +48,7 @@ def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_parameters_that_are_not_finite_are_not_written(value, tmp_path, monkeypatch):
-  monkeypatch.setattr("rat_jax.convert.leaves._PIECE", 5)  # so that it is in the last of several pieces
+  monkeypatch.setattr("rat_jax.leaves._PIECE", 5)  # so that it is in the last of several pieces
   params = filled()
   params["embedding"][7, 7] = value
   with pytest.raises(FloatingPointError, match=r"^.*/model is not written: embedding is not finite\.$"):

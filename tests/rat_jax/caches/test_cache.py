@@ -91,3 +91,5 @@ def test_cache_bytes_of_a_prompt_that_is_no_count_are_refused():
     for wrong in (4.0, "4", True, -5):
       with pytest.raises(ValueError, match=f"^prompt_length={wrong!r}; use an integer of at least 0\\.$"):
         rat_jax.cache_bytes(config, mode, 1, 8, wrong)
+    with pytest.raises(ValueError, match=r"^prompt_length=9 with max_length=8; "):
+      rat_jax.cache_bytes(config, mode, 1, 8, 9)

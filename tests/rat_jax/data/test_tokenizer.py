@@ -115,6 +115,8 @@ def test_bad_sources_are_named(folder):
     load_tokenizer(folder / "nowhere")
   with pytest.raises(FileNotFoundError, match="neither tokenizer"):
     load_tokenizer(folder)
+  with pytest.raises(ValueError, match="end='</s>' of the tokenizer \"bytes\""):
+    load_tokenizer("bytes", end="</s>")
   for name in ("broken.json", "broken.model"):
     (folder / name).write_text("{")
     with pytest.raises(ValueError, match=name):

@@ -14,7 +14,7 @@ import pytest
 import rat_jax
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.convert import mapping
-from rat_jax.convert.leaves import shapes_of
+from rat_jax.leaves import shapes_of
 from rat_jax.train import Checkpoints, TrainState, train
 
 CONFIG = RATPlusConfig(8, 1, 8, 2)

@@ -18,9 +18,9 @@ import pytest
 import rat_jax
 from conftest import GRADIENT, assert_close, compilations
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.convert.leaves import named_leaves
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.evaluate import loss_by_mode
+from rat_jax.leaves import named_leaves
 from rat_jax.train import Checkpoints, cross_entropy, drop_metrics, train
 from rat_jax.train.loss import sequence_loss
 
@@ -162,6 +162,8 @@ def test_evaluation_weighs_targets_equally():
     assert losses[mode] == pytest.approx(expected, rel=1e-6)
   with pytest.raises(ValueError, match="no target that counts"):
     loss_by_mode(MODEL, params, [], MODES)
+  with pytest.raises(ValueError, match=r"batches is one batch, with \['targets', 'tokens'\]"):
+    loss_by_mode(MODEL, params, batches[0], MODES)
   assert loss_by_mode(MODEL, params, batches, [*MODES, *MODES]) == losses
 
 
@@ -354,7 +356,8 @@ def test_damaged_parameters_are_passed_over_before_any_is_given(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(modes=()), "at least one mode"),
     (dict(combine="both"), "combine='both'"),
-    (dict(remat="some"), "remat='some'"),
+    (dict(remat=["some"]), r"remat=\['some'\]"),
+    (dict(unroll=2), "unroll=2; use True or False"),
     (dict(accumulation=3), "accumulation=3 does not divide the batch of 4"),
     (dict(accumulation=True), "accumulation=True"),
     (dict(accumulate_by="row"), "accumulate_by='row'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +13,15 @@ import numpy as np
 from rat_jax import transformer
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
-from rat_jax.convert.tensors import Spec
 
 _PIECE = 2**22  # entries
+
+
+class Spec(NamedTuple):
+  """What a tensor is before it is read."""
+
+  shape: tuple[int, ...]
+  dtype: str
 
 
 def named_leaves(params: Params) -> dict[str, jax.Array | np.ndarray]:
