@@ -10,7 +10,7 @@ quickstart: $(VENV)/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
 
 test: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
 
 # SLOW="slow and not matrix" leaves out the cells of matrices that others stand for.
 SLOW ?= slow
