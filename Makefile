@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-torch test-gpu lint notebook needles clean
+.PHONY: quickstart test test-slow test-examples test-torch test-gpu lint notebook needles clean
 
 quickstart: $(VENV)/core
 	$(BIN)/python -m experiments.quickstart $(FLAGS)
@@ -16,6 +16,11 @@ test: $(VENV)/dev
 SLOW ?= slow
 test-slow: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
+
+# What hypothesis draws, with more examples than in `make test`.
+EXAMPLES ?= 60
+test-examples: $(VENV)/dev
+	JAX_PLATFORMS=cpu EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 -m "hypothesis and not gpu" tests
 
 # What needs torch: the RAT+ authors' files, and OLMo 2 in transformers. Python 3.11, for which there is a small build.
 test-torch: $(VENV)/dev

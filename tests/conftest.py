@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from hypothesis import settings
 
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
@@ -52,6 +53,11 @@ def _memory_maps():
   """How many this process holds; 0 where the system does not say."""
   maps = pathlib.Path("/proc/self/maps")
   return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def examples(few):
+  """Settings of hypothesis: `few` examples, each of which compiles; EXAMPLES says another number."""
+  return settings(deadline=None, max_examples=int(os.environ.get("EXAMPLES", few)))
 
 
 def first_quick(count, cases):

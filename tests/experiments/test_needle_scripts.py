@@ -34,7 +34,7 @@ def rows_named(*labels):
   return rows
 
 
-QUICK = ("dense", "Quest 8, 1/4", "MoBA 16 prompt, 1/4", "SnapKV aware, 1/4", "dilated:8 everywhere")
+QUICK = ("Quest 8, 1/4", "SnapKV aware, 1/4")
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])

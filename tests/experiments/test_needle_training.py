@@ -91,6 +91,7 @@ def test_stages_wait_for_no_spare_seed_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_short_training_learns_the_easiest_task(tmp_path):
   run_python("-m", "experiments.sft_niah", "--seeds=1", "--layers=2", "--width=64", "--heads=2", "--tasks=single_2",
              "--stages=64x32", "--steps=800", "--dilation=8", "--dtype=float32", "--learning_rate=2e-3",

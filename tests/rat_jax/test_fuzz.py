@@ -1,12 +1,11 @@
 """Arguments of every kind: a result that another reading confirms, or an error that the documentation names.
 
-EXAMPLES=20000 makes an hour of it.
+EXAMPLES=80000 makes an hour of it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import string
 
 import jax
@@ -15,13 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import rat_jax
-from conftest import OPERATION, WHOLE_MODEL, assert_close
+from conftest import OPERATION, WHOLE_MODEL, assert_close, examples
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM, evaluate, parse_mode
 from rat_jax.data import BYTES, prepare
 from rat_jax.modes import MODES, Mode
 
-often = settings(max_examples=int(os.environ.get("EXAMPLES", "12")), deadline=None,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONFIG = RATPlusConfig(31, 1, 16, 2, init_std=0.3)
 MODEL = RATPlusLM(CONFIG)
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 6))

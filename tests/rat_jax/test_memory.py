@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from jax.test_util import check_grads
 
 import rat_jax
-from conftest import GRADIENT, OPERATION, assert_close
+from conftest import GRADIENT, OPERATION, assert_close, examples
 from pallas_kernels import gated_scan
 from pallas_kernels.scan import reference
 
@@ -41,7 +41,7 @@ def oracle(logits, x, state, ids):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 99))
-@settings(deadline=None, max_examples=25)
+@examples(10)
 def test_documents_and_padding(ids, seed):
   logits, k, v, state = draw(1, len(ids), seed)
   k_mem, v_mem, last = memory(logits, k, v, state, segment_ids=np.array([ids]))
@@ -53,7 +53,7 @@ def test_documents_and_padding(ids, seed):
 
 
 @given(st.integers(1, 40), st.integers(1, 13))
-@settings(deadline=None, max_examples=15)
+@examples(8)
 def test_chunks_of_any_size_go_on_where_the_last_one_ended(length, chunk):
   logits, k, v, _ = draw(2, length)
   whole = memory(logits, k, v)

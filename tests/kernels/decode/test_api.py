@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
-from conftest import OPERATION, assert_close
+from conftest import OPERATION, assert_close, examples
 from kernels import suite
 from pallas_kernels import decode_attention
 from pallas_kernels.attention import softmax
@@ -20,14 +20,14 @@ from pallas_kernels.decode.arg_specs import ArgSpec
 
 @given(st.integers(1, 3), st.integers(1, 40), st.sampled_from([(1, 1), (4, 4), (6, 2)]), st.sampled_from([8, 64]),
        st.sampled_from(["float32", "bfloat16"]), st.booleans(), st.integers(0, 9))
-@settings(deadline=None, max_examples=10)
+@examples(4)
 def test_plain_jax_equals_the_reference(batch, rows, heads, width, dtype, per_head, seed):
   suite.check_poison("decode_attention", "xla", ArgSpec(batch, rows, *heads, width, dtype, per_head), seed)
 
 
 @given(st.integers(1, 2), st.integers(1, 40), st.sampled_from([(1, 1), (4, 4), (6, 2)]), st.integers(1, 9),
        st.integers(1, 6), st.booleans(), st.integers(0, 9))
-@settings(deadline=None, max_examples=10)
+@examples(4)
 def test_plain_jax_reads_chosen_blocks(batch, rows, heads, block, chosen, apart, seed):
   spec = ArgSpec(batch, rows, *heads, 8, "float32", block=block, chosen=min(chosen, -(-rows // block)), apart=apart)
   suite.check_poison("decode_attention", "xla", spec, seed)

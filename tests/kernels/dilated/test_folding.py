@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import pallas_kernels
-from conftest import GRADIENT, OPERATION, assert_close, first_quick
+from conftest import GRADIENT, OPERATION, assert_close, examples, first_quick
 from pallas_kernels.attention import softmax
 from pallas_kernels.dilated import folding
 
@@ -89,7 +89,7 @@ def test_many_sinks_in_chunks_of_queries(monkeypatch):
 @pytest.mark.slow
 @given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 12), st.integers(0, 12),
        st.integers(0, 99))
-@settings(deadline=None, max_examples=8)
+@examples(4)
 def test_any_pattern(length, dilation, window, sinks, seed):
   check(length, folding.Pattern(dilation, window, sinks), 1, 2, seed)
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import rat_jax
-from conftest import GRADIENT, OPERATION, assert_close, first_quick
+from conftest import GRADIENT, OPERATION, assert_close, examples, first_quick
 from pallas_kernels import dilated_attention
 from pallas_kernels.dilated import xla
 from rat_jax import Dense, Dilated, PerHead, PerLayer, StreamingLLM, visible
@@ -46,7 +46,7 @@ patterns = st.tuples(st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 20
 
 
 @given(patterns, st.integers(1, 45), st.sampled_from([(4, 4), (4, 2), (1, 1)]))
-@settings(deadline=None, max_examples=15)
+@examples(5)
 def test_the_two_part_form_equals_the_oracle(pattern, length, heads):
   q, k, v = draw(2, length, *heads, 8)
   expected = oracle(q, k, v, mask_of(Dilated(*pattern), length, 2))
@@ -104,7 +104,7 @@ def test_memory_grows_with_the_length_and_not_its_square(pattern, gradient):
 
 
 @given(patterns, st.lists(st.integers(0, 3), min_size=1, max_size=40))
-@settings(deadline=None, max_examples=25)
+@examples(8)
 def test_packed_rows(pattern, ids):
   q, k, v = draw(1, len(ids), 2, 2, 8)
   dilation, window, sinks = pattern

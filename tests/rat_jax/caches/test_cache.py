@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import rat_jax
+from conftest import examples
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, SnapKV, StreamingLLM, visible
 from rat_jax.caches.cache import empty_cache
 from rat_jax.caches.slots import Slots, fill, write
@@ -17,7 +18,7 @@ patterns = st.builds(Dilated, st.one_of(st.none(), st.integers(1, 9)), st.intege
 
 
 @given(patterns, st.integers(1, 40), st.data())
-@settings(deadline=None, max_examples=60)
+@examples(20)
 def test_readable_slots_are_what_the_next_query_sees(mode, max_length, data):
   length = data.draw(st.integers(0, max_length))
   slots = Slots.of(mode.pattern, max_length)
@@ -31,7 +32,7 @@ def test_readable_slots_are_what_the_next_query_sees(mode, max_length, data):
 
 
 @given(patterns, st.integers(1, 24), st.data())
-@settings(deadline=None, max_examples=40)
+@examples(12)
 def test_filled_and_appended_caches_hold_the_same(mode, max_length, data):
   lengths = np.array(data.draw(st.lists(st.integers(0, max_length), min_size=2, max_size=2)))
   chunks = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import rat_jax
-from conftest import FIXTURES, run_python
+from conftest import FIXTURES, examples, run_python
 from rat_jax import RATPlusConfig, RATPlusLM, batch as batches, transformer
 from rat_jax.convert import export_olmo2, load_olmo2, tensors
 
@@ -124,7 +124,7 @@ def test_an_export_is_checked_and_takes_the_tokens_of_its_source(tmp_path):
   assert not (tmp_path / "new").exists()
 
 
-@settings(max_examples=8, deadline=None)
+@examples(3)
 @given(layers=st.integers(1, 3), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]), tied=st.booleans(),
        dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.booleans())
 def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype, memory):

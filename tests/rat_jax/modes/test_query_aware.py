@@ -109,7 +109,7 @@ def matrix():
     grouped = memory and kv_heads == 2
     name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{mode}"
     yield pytest.param(mode, memory, kv_heads, id=name, marks=() if grouped and mode in QUICK else (
-        [pytest.mark.slow] if grouped or i % 3 == 0 else [pytest.mark.slow, pytest.mark.matrix]))
+        [pytest.mark.slow] if grouped or i % 6 == 0 else [pytest.mark.slow, pytest.mark.matrix]))
 
 
 @pytest.mark.parametrize(("mode", "memory", "kv_heads"), list(matrix()))
@@ -144,7 +144,7 @@ def test_other_forms_of_the_prompt(mode, prefill_mode):
 
 
 @pytest.mark.parametrize(("mode", "prefill_mode"), [
-    pytest.param(mode, prefill_mode, marks=() if i % 9 == 0 else pytest.mark.slow)
+    pytest.param(mode, prefill_mode, marks=() if i % 18 == 0 else pytest.mark.slow)
     for i, (mode, prefill_mode) in enumerate([*((mode, None) for mode in CHOOSING), *OVERRIDDEN])], ids=str)
 def test_prompts_known_when_compiling_save_work_and_change_no_number(mode, prefill_mode):
   model, params, tokens = setup(True, 2)
@@ -156,7 +156,8 @@ def test_prompts_known_when_compiling_save_work_and_change_no_number(mode, prefi
     assert_close(known[b, :n], run(prompt_lengths=prompts, lengths=lengths)[b, :n], WHOLE_MODEL)
 
 
-@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [4, 2])
 def test_per_head(kv_heads):
   mode = PerHead(tuple([Dilated(4), StreamingLLM(3), Dense(), Dilated(3, 1)][:kv_heads]))
   check_every_way(PerLayer((mode, Dense(), mode)), None, kv_heads == 2, kv_heads, chunks=(5,))
@@ -185,7 +186,7 @@ def test_prompt_chunks_of_any_size(mode, chunk):
       assert_close(a, b, WHOLE_MODEL)
 
 
-@pytest.mark.parametrize("mode", [Quest(8, block=3), DilatedTopK(4, 2, score="mean")], ids=str)
+@pytest.mark.parametrize("mode", first_quick(1, [Quest(8, block=3), DilatedTopK(4, 2, score="mean")]), ids=str)
 def test_a_prompt_goes_on(mode):
   model, params, tokens = setup(True, 2)
   expected = apply(model, params, tokens, mode=mode, prompt_lengths=np.full(4, 20))
@@ -196,7 +197,7 @@ def test_a_prompt_goes_on(mode):
   assert_close(logits, expected[:, 20], WHOLE_MODEL)
 
 
-@pytest.mark.parametrize(("mode", "prefill_mode", "serves"), first_quick(2, [
+@pytest.mark.parametrize(("mode", "prefill_mode", "serves"), first_quick(1, [
     (Dilated(4, 2), MoBA(3, 4), False), (Dense(), MoBA(3, 4), True), (SnapKV(6, obs_window=3), None, False),
     (Dilated(4, 2), Dense(), False), (Dilated(4, 2, 1), Dilated(8, 1), True), (Dilated(4, 2), Dilated(4, 3), False)]))
 def test_where_a_prompt_cannot_go_on(mode, prefill_mode, serves):

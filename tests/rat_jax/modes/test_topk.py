@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import rat_jax
-from conftest import OPERATION, assert_close
+from conftest import OPERATION, assert_close, examples
 from rat_jax import Dense, RATPlusConfig, TopK, parse_mode
 
 select = jax.jit(rat_jax.select, static_argnums=2, static_argnames="layer")
@@ -49,7 +49,7 @@ MODES = st.builds(
 
 
 @given(MODES, st.integers(1, 17), st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
+@examples(12)
 def test_the_best_keys_are_read(mode, length, seed):
   q, k, _ = draw(length, seed=seed, whole=True)
   chosen = select(q, k, mode)

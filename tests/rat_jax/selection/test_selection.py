@@ -8,10 +8,10 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import rat_jax
-from conftest import OPERATION, assert_close, first_quick
+from conftest import OPERATION, assert_close, examples, first_quick
 from rat_jax import (
   Dense,
   Dilated,
@@ -83,7 +83,7 @@ def block_modes(draw):
 
 
 @given(block_modes(), st.integers(1, 40), st.sampled_from([(4, 4), (4, 2)]), st.integers(0, 50))
-@settings(deadline=None, max_examples=10)
+@examples(4)
 def test_choices_and_outputs_equal_a_plain_reading_of_the_rules(mode, length, heads, seed):
   q, k, v = draw(1, length, *heads, seed=seed)
   selection, out = select(q, k, mode), np.asarray(attend(q, k, v, mode))
@@ -113,7 +113,7 @@ def test_choices_and_outputs_equal_a_plain_reading_of_the_rules(mode, length, he
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 20), st.sampled_from([1, 3, 5]),
        st.sampled_from(["avg", "max"]), st.sampled_from(["head", "kv"]), st.integers(0, 20))
-@settings(deadline=None, max_examples=25)
+@examples(8)
 def test_what_snapkv_keeps(length, window, extra, kernel, pool, group, seed):
   mode = SnapKV(window + extra, obs_window=window, kernel=kernel, pool=pool, group=group)
   q, k, v = draw(2, length, 4, 2, seed=seed)
