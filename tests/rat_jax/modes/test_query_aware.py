@@ -104,7 +104,7 @@ def check_every_way(mode, prefill_mode, memory, kv_heads, chunks=(None, 5)):
 
 
 def matrix():
-  """Every mode on every backbone: some quickly, all on grouped RAT+ and a third of the others in the slow run."""
+  """Every mode on every backbone: some quickly, all on grouped RAT+ and a sixth of the others in the slow run."""
   for i, (mode, (memory, kv_heads)) in enumerate(itertools.product(CHOOSING, BACKBONES)):
     grouped = memory and kv_heads == 2
     name = f"{'ratplus' if memory else 'attention'}-{'grouped' if kv_heads == 2 else 'N=K'}-{mode}"
