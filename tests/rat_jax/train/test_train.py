@@ -355,6 +355,7 @@ def test_damaged_parameters_are_passed_over_before_any_is_given(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(modes=()), "at least one mode"),
     (dict(combine="both"), "combine='both'"),
+    (dict(remat="some"), "remat='some'"),
     (dict(remat=["some"]), r"remat=\['some'\]"),
     (dict(unroll=2), "unroll=2; use True or False"),
     (dict(accumulation=3), "accumulation=3 does not divide the batch of 4"),
