@@ -146,6 +146,7 @@ def test_the_age_of_the_memory_is_that_of_its_weights():
   np.testing.assert_allclose(of_all("reach", model, params)["age"][0][0], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accuracy_by_distance_adds_up_to_the_accuracy():
   model, params = trained()
   found = of_all("distance", model, params)

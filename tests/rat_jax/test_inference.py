@@ -214,7 +214,8 @@ def test_lists_serve_as_arrays():
                                 model.apply({"params": params}, tokens, lengths=np.array([5, 6, 7, 8])))
 
 
-@pytest.mark.parametrize("rows", first_quick(1, [2, 1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, 1])
 def test_the_steps_of_a_gpu_give_the_same_logits(rows, monkeypatch):
   """There layers are compiled one by one and single rows are doubled; the results do not depend on it."""
   model, params, tokens = setup(True, 2)

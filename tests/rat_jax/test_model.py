@@ -71,6 +71,7 @@ def test_unknown_choices_are_refused_whatever_else_is_asked(setting, arguments, 
   assert not compiled
 
 
+@pytest.mark.slow
 def test_the_experiment_honours_remat_and_unroll(setting):
   """The 2x2 is differentiated as everything else is, and gives the same gradients however it keeps what it needs."""
   params, tokens = setting

@@ -44,6 +44,7 @@ def test_any_shape(batch, length, heads, block, chosen, apart, rule, seed):
   suite.check_poison("sparse_attention", "xla", spec, seed)
 
 
+@pytest.mark.slow
 def test_all_blocks_are_dense_attention_and_a_rule_alone_is_its_pattern():
   (q, k, v), rest = suite.draw_sparse(ArgSpec(2, 45, 4, 2, 8, "float32", block=10, chosen=5))
   every = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), rest["blocks"].shape)

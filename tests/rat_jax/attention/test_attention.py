@@ -145,6 +145,7 @@ def test_attend_with_lengths_and_positions(mode):
   assert_close(whole, oracle(q, k, v, mask_of(mode, 12, 3)), OPERATION)
 
 
+@pytest.mark.slow
 def test_rows_that_see_nothing_have_finite_gradients():
   q, k, v = draw(1, 6, 2, 2, 8)
   lengths = np.array([0])

@@ -46,7 +46,8 @@ def test_logits_of_every_configuration(authors, backbone):
       assert_within(logits, fixture[f"logits{suffix}/{name}"], LOGITS, name)
 
 
-@FIRST
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_intermediates(authors, backbone):
   fixture = authors(f"model_{backbone}")
   config, params, modes = fixture.config, fixture.params(), fixture.modes()
@@ -163,6 +164,7 @@ def assert_within_channel(actual, expected, tolerance):
   assert (np.abs(np.asarray(actual, np.float64) - expected) <= tolerance * np.maximum(scale, 1e-30)).all()
 
 
+@pytest.mark.slow
 def test_memory_with_extreme_gates(authors):
   fixture = authors("memory_stress")
   k_mem, v_mem, state = rat_jax.memory(gate_logits(fixture["gate"]), fixture["k"], fixture["v"])

@@ -146,6 +146,7 @@ def test_a_row_depends_on_seed_step_and_place_alone():
     assert (np.asarray(other["tokens"]) != np.asarray(many)).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_near_misses_and_spacing():
   task = TASKS["multikey_2"]
   made = np.asarray(batch(evaluation_rows(task, 20, near_miss=1.0), 200, 0, 0)["tokens"])

@@ -212,8 +212,8 @@ def test_where_a_prompt_cannot_go_on(mode, prefill_mode, serves):
       rat_jax.extend(model, params, tokens[:, 9:], cache, prompt=True)
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [
-    pytest.param(Quest(8, block=3), "bfloat16", marks=pytest.mark.slow), (MoBA(3, block=5), "float32")], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "dtype"), [(Quest(8, block=3), "bfloat16"), (MoBA(3, block=5), "float32")], ids=str)
 def test_summaries_kept_are_those_of_the_keys(mode, dtype):
   config = RATPlusConfig(VOCAB, 2, 32, 4, num_kv_heads=2, init_std=None, dtype=dtype)
   model, tokens = RATPlusLM(config), setup(True, 2)[2]
@@ -293,6 +293,7 @@ def test_generation_is_a_loop_over_whole_sequences(mode, prefill_mode):
     rows[np.arange(4), lengths + step] = best
 
 
+@pytest.mark.slow
 def test_inspect_shows_every_layer_that_chooses():
   model, params, tokens = setup(True, 2)
   mode = PerLayer((Quest(8, block=3), Dense(), MoBA(3, block=4)))

@@ -91,6 +91,7 @@ def test_a_draw_depends_on_seed_row_layer_head_position_and_key_alone():
   assert (np.asarray(other.scores) != np.asarray(both.scores))[np.isfinite(both.scores)].all()
 
 
+@pytest.mark.slow
 def test_everything_is_dense_and_gradients_are_finite():
   q, k, v = draw(12)
   assert_close(attend(q, k, v, TopK(1.0)), attend(q, k, v, Dense()), OPERATION)
