@@ -4,18 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow test-examples test-torch test-gpu lint notebook needles clean
+.PHONY: quickstart test test-ci test-examples test-torch test-gpu lint notebook needles address clean
 
+# FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
-	$(BIN)/python -m experiments.quickstart $(FLAGS)
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m experiments.quickstart $(if $(FULL),--full) $(FLAGS)
 
 test: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
 
-# SLOW="slow and not matrix" leaves out the cells of matrices that others stand for.
-SLOW ?= slow
-test-slow: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "$(SLOW)" tests
+# What is slow and must pass nevertheless: a sample of every subject.
+test-ci: $(VENV)/dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults)" tests
+
+# The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults. pyproject.toml says what each is.
+test-slow-%: $(VENV)/dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and $*" tests
 
 # What hypothesis draws, with more examples than in `make test`.
 EXAMPLES ?= 60
@@ -36,15 +40,22 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The claim itself: both main arms from scratch, five seeds each, and the table of all modes. On one GPU; EXTRA=tpu for
-# a TPU. Stopped, it goes on where it was.
+# The claim itself: both main arms from scratch, five seeds each (SEEDS=3: three), and the table of all modes. On one
+# GPU; EXTRA=tpu for a TPU. Stopped, it goes on where it was.
 EXTRA ?= cuda
+SEEDS ?= 5
 needles: $(VENV)/core
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[$(EXTRA)]'
-	PYTHON=$(BIN)/python bash experiments/needles.sh main
+	$(BIN)/python -m experiments.runs --run=needles$(if $(filter 3,$(SEEDS)),-three)
 
 notebook: $(VENV)/dev
 	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py
+
+# Fills in where the repository lies: make address URL=https://github.com/somebody/rat_jax
+address:
+	@test -n "$(URL)" || { echo "give the address: make address URL=https://..."; exit 1; }
+	sed -i.old 's#https://github.com/OWNER/REPOSITORY#$(URL)#g' $(UNADDRESSED) && rm -f $(UNADDRESSED:=.old)
+UNADDRESSED := README.md CONTRIBUTING.md CITATION.cff pyproject.toml colab/quickstart.py colab/quickstart.ipynb
 
 $(VENV)/python: Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'
@@ -53,7 +64,7 @@ $(VENV)/python: Makefile
 	@touch $@
 
 $(VENV)/core: $(VENV)/python requirements.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[scripts]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/core

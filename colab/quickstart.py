@@ -18,21 +18,24 @@
 # %% [markdown]
 # ## Install
 #
-# Put the address of the repository into `REPO_URL`. Colab comes with an older jax than rat_jax needs, so this cell
-# brings a newer one, for the accelerator that it finds, before anything imports jax. Where rat_jax is installed
-# already, nothing is installed.
+# Put the address of the repository into `REPO_URL`, or upload an archive of it (rat_jax*.zip or .tar.gz) beside this
+# notebook. Colab comes with an older jax than rat_jax needs, so this cell
+# brings a newer one, for the accelerator that it finds, before anything imports jax. Where the notebook finds rat_jax
+# with its sources, nothing is installed.
 
 # %%
 import glob
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
-REPO_URL = "https://github.com/OWNER/REPOSITORY"  # fill in
+REPO_URL = "https://github.com/OWNER/REPOSITORY"  # fill in, or upload an archive
+ARCHIVES = sorted(glob.glob("rat_jax*.zip") + glob.glob("rat_jax*.tar.gz"))
 
 
 def jax_extra():
@@ -54,16 +57,39 @@ def numbers(version):
   return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-package = importlib.util.find_spec("rat_jax")
-if package is not None and package.origin:  # a mere folder of that name has no origin
+def installed_sources():
+  """The repository whose rat_jax is imported here; None where there is none, or only the package."""
+  package = importlib.util.find_spec("rat_jax")
+  if package is None or not package.origin:  # a mere folder of that name has no origin
+    return None
+  root = pathlib.Path(package.origin).parents[1]
+  return root if (root / "experiments" / "pictures").is_dir() else None
+
+
+def fetched_sources():
+  """The repository, from an archive beside the notebook or from REPO_URL, in a folder of its own."""
+  folder = pathlib.Path("rat_jax_sources")
+  shutil.rmtree(folder, ignore_errors=True)
+  if ARCHIVES:
+    shutil.unpack_archive(ARCHIVES[-1], folder)
+  else:
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPO_URL, str(folder)], check=True)
+  return next(folder.glob("**/pyproject.toml")).parent.resolve()
+
+
+root = installed_sources()
+if root is not None:
   print("rat_jax is here already: nothing to install.")
-elif "OWNER/REPOSITORY" in REPO_URL:
-  raise SystemExit("Put the address of the repository into REPO_URL, above, and run this cell again.")
+elif "OWNER/REPOSITORY" in REPO_URL and not ARCHIVES:
+  raise SystemExit("Put the address of the repository into REPO_URL, above, or upload an archive of it (rat_jax*.zip or"
+                   " rat_jax*.tar.gz), and run this cell again.")
 else:
   # jax's GPU plugins must have jax's own version: those that came with the older jax go first.
   pip("uninstall", "--yes", *(f"jax-cuda{cuda}-{part}" for cuda in (12, 13) for part in ("plugin", "pjrt")))
-  pip("install", "--upgrade", f"jax{jax_extra()}>=0.10.2", f"git+{REPO_URL}")
+  root = fetched_sources()
+  pip("install", "--upgrade", f"jax{jax_extra()}>=0.10.2", f"{root}[scripts]")
   importlib.invalidate_caches()
+sys.path.insert(0, str(root))
 
 if numbers(importlib.metadata.version("jax")) < (0, 10, 2):
   raise SystemExit(f"jax {importlib.metadata.version('jax')} is too old: rat_jax needs 0.10.2 or newer.")
@@ -83,20 +109,21 @@ print("jax", importlib.metadata.version("jax"))
 import dataclasses
 import json
 import math
-import pathlib
 import tempfile
 import time
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 
 import rat_jax
-from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM, StreamingLLM, visible
+from experiments import pictures
+from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM, StreamingLLM
 from rat_jax.data import BYTES, prepare_standard_library
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.train import cross_entropy, init_train_state, make_optimizer, train
 
+# %matplotlib inline
 STEPS = int(os.environ.get("RAT_JAX_STEPS", "600"))
 EVAL_WINDOWS = int(os.environ.get("RAT_JAX_EVAL_WINDOWS", "128"))
 RESULTS = pathlib.Path(os.environ.get("RAT_JAX_RESULTS", "quickstart_results.json"))
@@ -194,17 +221,7 @@ for mode in modes:
 # `visible` is the definition of every mode: row t is a query, and a dark cell is a key that it reads.
 
 # %%
-shown = 64
-figure, axes = plt.subplots(2, 4, figsize=(10, 5.8), sharex=True, sharey=True, layout="constrained")
-for axis, mode in zip(axes.flat, modes, strict=True):
-  seen = np.asarray(visible(mode, np.arange(shown), np.arange(shown)))
-  axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
-  axis.set_title(f"{mode}\n{seen[-1].sum()} of {shown} keys at the end", fontsize=9)
-for axis in axes[-1]:
-  axis.set_xlabel("key")
-for axis in axes[:, 0]:
-  axis.set_ylabel("query")
-plt.show()
+display(pictures.masks(modes, length=64))
 
 # %% [markdown]
 # ## Quality against keys per query
@@ -216,20 +233,12 @@ plt.show()
 # training, which RAT+ did: `make quickstart` in the repository also trains attention on the sparse branch.
 
 # %%
-dilations = [mode for mode in modes if mode == Dense() or (isinstance(mode, Dilated) and not mode.window)]
-figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-for (name, by_mode), colour in zip(bits.items(), ("#1b6ca8", "#d1495b"), strict=True):
-  axis.plot([keys[m] for m in dilations], [by_mode[m] for m in dilations], "-o", color=colour, label=name)
-  for mode, marker in zip((m for m in modes if m not in dilations), "s^", strict=True):
-    axis.plot(keys[mode], by_mode[mode], marker, color=colour, markerfacecolor="white", markersize=8,
-              label=f"{name}, {mode}")
-axis.set_xscale("log", base=2)
-axis.xaxis.set_major_formatter("{x:g}")
-axis.set_xlabel(f"keys that the last of {LENGTH} queries reads")
-axis.set_ylabel("held-out bits per byte")
-axis.grid(alpha=0.3)
-axis.legend(fontsize=8)
-plt.show()
+points = {name: {} for name in bits}
+for name, by_mode in bits.items():
+  for mode, value in by_mode.items():
+    plain = mode == Dense() or (isinstance(mode, Dilated) and not mode.window)
+    points[name].setdefault("dense, dilated" if plain else str(mode), []).append((keys[mode], value))
+display(pictures.against_keys(points, "held-out bits per byte", "The mode is chosen at inference"))
 
 # %% [markdown]
 # ## Generate

@@ -6,27 +6,32 @@ The paper adapts for 1B tokens at a tenth of the pretraining rate (arXiv 2602.18
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
-from absl import flags
-
-from experiments import common, training
-
-CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained, to start from.",
-                                required=True)
-DTYPE = common.define_dtype()
-MODE = common.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
+from experiments.shared import command, inputs, training
 
 
-def main() -> None:
-  config, params, notes = training.load(CHECKPOINT.value, DTYPE.value)
-  data = training.train_data("adapt")
-  common.check_data(data, config, notes)
-  training.fit(config, params, MODE.value, data, "adapt",
-               start=str(pathlib.Path(CHECKPOINT.value).absolute()))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(training.Settings):
+  checkpoint: pathlib.Path
+  dtype: str | None
+
+
+def define_flags() -> None:
+  command.define_common_flags("adapt")
+  training.define_flags(learning_rate=1e-4, warmup=0.0)
+  command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained, to start from.", required=True)
+  command.define_dtype()
+  command.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
+
+
+def main(settings: Settings) -> None:
+  config, params, notes = training.load(settings.checkpoint, settings.dtype)
+  data = training.train_data(settings)
+  inputs.check_data(data, config, notes)
+  training.fit(settings, config, params, data, "adapt", start=settings.checkpoint)
 
 
 if __name__ == "__main__":
-  flags.set_default(training.LEARNING_RATE, 1e-4)
-  flags.set_default(training.WARMUP, 0.0)
-  common.run(main)
+  command.run(main, Settings, define_flags)

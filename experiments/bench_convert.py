@@ -18,13 +18,14 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import jax
 import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments.shared import command, output
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.convert import mapping, olmo2, ratplus
 from rat_jax.convert.tensors import SafetensorsFolder
@@ -34,43 +35,56 @@ _LOAD = """
 import sys, jax, rat_jax
 rat_jax.load_pretrained(sys.argv[1], place=lambda name, leaf: jax.block_until_ready(jax.device_put(leaf)))
 """
-LOAD = flags.DEFINE_bool("load", False, "Load what was written too, to the CPU: it takes as much memory as the model.")
 _DEFAULTS = {"ratplus": "ratplus-7b", "olmo2": "olmo2-7b", "checkpoints": "ratplus-1b"}
-FROM = flags.DEFINE_enum("from", "ratplus", list(_DEFAULTS), "Whose form: float32 .pth, bfloat16 safetensors, our own.")
-PRESET = flags.DEFINE_string("preset", None, f"Default: {', '.join(_DEFAULTS.values())}.")
 
 
-def main() -> None:
-  folder = common.workdir("bench_convert")
-  preset = PRESET.value or _DEFAULTS[FROM.value]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(command.Settings):
+  """`from_` is --from, a word that Python keeps for itself."""
+
+  from_: Literal["ratplus", "olmo2", "checkpoints"]
+  preset: str | None
+  load: bool
+
+
+def define_flags() -> None:
+  command.define_common_flags("bench_convert")
+  flags.DEFINE_enum("from", "ratplus", list(_DEFAULTS), "Whose form: float32 .pth, bfloat16 safetensors, our own.")
+  flags.DEFINE_string("preset", None, f"Default: {', '.join(_DEFAULTS.values())}.")
+  flags.DEFINE_bool("load", False, "Load what was written too, to the CPU: it takes as much memory as the model.")
+
+
+def main(settings: Settings) -> None:
+  folder, form = output.made(settings.workdir), settings.from_
+  preset = settings.preset or _DEFAULTS[form]
   config = RATPlusConfig.preset(preset)
-  if FROM.value == "checkpoints":
+  if form == "checkpoints":
     config = dataclasses.replace(config, num_layers=4)
-  source, output = folder / "source", folder / "output"
-  for path in (source, output):
+  source, converted = folder / "source", folder / "output"
+  for path in (source, converted):
     shutil.rmtree(path, ignore_errors=True)
   source.mkdir()
   make = {"ratplus": empty_pth, "olmo2": empty_olmo2, "checkpoints": random_checkpoint}
-  given = make[FROM.value](config, source)
-  command = [sys.executable, "-m", "experiments.convert", f"--from={FROM.value}", f"--source={given}",
-             f"--output={output}", *([f"--config={preset}"] if FROM.value == "ratplus" else [])]
-  seconds, peak = run(command)
-  size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-  leaf = max(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in SafetensorsFolder(output).specs().values())
+  given = make[form](config, source)
+  seconds, peak = run([sys.executable, "-m", "experiments.convert", f"--from={form}", f"--source={given}",
+                       f"--output={converted}", *([f"--config={preset}"] if form == "ratplus" else [])])
+  size = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
+  specs = SafetensorsFolder(converted).specs().values()
+  leaf = max(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
   print(f"{preset}: {size / 1e9:.1f} GB in {seconds:.0f} s; largest leaf {leaf / 1e9:.2f} GB; peak memory of its"
         f" own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file {peak['RssFile'] / 1e9:.2f} GB")
-  if LOAD.value:
-    seconds, peak = run([sys.executable, "-c", _LOAD, str(output)])
+  if settings.load:
+    seconds, peak = run([sys.executable, "-c", _LOAD, str(converted)])
     print(f"loaded in {seconds:.0f} s; peak memory of its own {peak['RssAnon'] / 1e9:.2f} GB, pages of the file"
           f" {peak['RssFile'] / 1e9:.2f} GB")
-  for path in (source, output):
+  for path in (source, converted):
     shutil.rmtree(path)
 
 
-def run(command: list[str]) -> tuple[float, dict[str, int]]:
-  """(seconds, peak memory) of a command."""
+def run(arguments: list[str]) -> tuple[float, dict[str, int]]:
+  """(seconds, peak memory) of a process."""
   start = time.perf_counter()
-  with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+  with subprocess.Popen(arguments, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
     peak = watch(process)
   return time.perf_counter() - start, peak
 
@@ -125,4 +139,4 @@ def random_checkpoint(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Pa
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

@@ -19,58 +19,81 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import bench_cases, common, kernel_times, plots, torch_reference
-from experiments.bench_cases import Case, check, draw, floor, heads, work
-from pallas_kernels.table import IMPLEMENTATIONS as IMPLEMENTATIONS_OF
+from experiments import pictures
+from experiments.bench import cases, times, torch_reference
+from experiments.bench.cases import Case, check, draw, floor, work
+from experiments.shared import command, device, output
+from pallas_kernels.table import IMPLEMENTATIONS
 
-OPS = flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode", "sparse"],
-                              "What to time; sparse is attention to blocks chosen per query, where they are given.")
-IMPLEMENTATIONS = flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
-LENGTHS = flags.DEFINE_multi_integer("length", [], "Tokens, instead of those of the standard cases.", lower_bound=1)
-DILATIONS = flags.DEFINE_multi_integer("dilation", [], "D, instead of those of the standard cases.", lower_bound=1)
-BLOCKS = flags.DEFINE_multi_integer("block", [], "Tokens of a block, of Quest or sparse attention, beside --length.",
-                                    lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
-WINDOW = flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
-SINKS = flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, of what takes a second three at most; the median counts.",
-                              lower_bound=1)
-TORCH_REFERENCE = flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
-flags.DEFINE_alias("torch-reference", "torch_reference")
-GRADIENT = flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
-CROSSOVERS = flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
 # Work of so few seconds is timed as one of so many in a program, which takes time to start; of fewer where memory ends.
 SHORT, TOGETHER = 1e-3, 8
-flags.adopt_module_key_flags(bench_cases)  # its flags are in --help too
 
 
-def cases() -> list[Case]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(cases.Settings):
+  op: tuple[str, ...]
+  implementation: tuple[str, ...]
+  length: tuple[int, ...]
+  dilation: tuple[int, ...]
+  block: tuple[int, ...]
+  batch_size: int
+  window: int
+  sinks: int
+  rounds: int
+  torch_reference: str | None
+  gradient: bool
+  crossovers: bool
+
+
+def define_flags() -> None:
+  command.define_common_flags("bench_ops")
+  cases.define_flags()
+  flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode", "sparse"], "What to time;"
+                          " sparse is attention to blocks chosen per query, where they are given.")
+  flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
+  flags.DEFINE_multi_integer("length", [], "Tokens, instead of those of the standard cases.", lower_bound=1)
+  flags.DEFINE_multi_integer("dilation", [], "D, instead of those of the standard cases.", lower_bound=1)
+  flags.DEFINE_multi_integer("block", [], "Tokens of a block, of Quest or sparse attention, beside --length.",
+                             lower_bound=1)
+  flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
+  flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
+  flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
+  flags.DEFINE_integer("rounds", 7, "Timed rounds, of what takes a second three at most; the median counts.",
+                       lower_bound=1)
+  flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
+  flags.DEFINE_alias("torch-reference", "torch_reference")
+  flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
+  flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
+
+
+def cases_of(settings: Settings) -> list[Case]:
   """Those of the flags, or the standard ones, dense attention beside them."""
-  for block in BLOCKS.value:
-    if not LENGTHS.value or any(length % block for length in LENGTHS.value):
-      raise ValueError(f"--block={block} beside --length={LENGTHS.value}; give lengths that are multiples of it.")
-  ops = [op for op in OPS.value if op not in ("decode", "sparse") or not GRADIENT.value]
+  lengths, batch, gradient = settings.length, settings.batch_size, settings.gradient
+  for block in settings.block or ([64] if settings.op == ("sparse",) and lengths else []):
+    if not lengths or any(length % block or length < 16 * block for length in lengths):
+      raise ValueError(f"--block={block} beside --length={list(lengths)}; give lengths that are multiples of the block,"
+                       " and a sixteenth of which holds one.")
+  ops = [op for op in settings.op if op not in ("decode", "sparse") or not gradient]
   if not ops:
-    raise ValueError(f"--gradient with --op={OPS.value[0]}; only scan and prefill have gradients that are timed.")
+    raise ValueError(f"--gradient with --op={settings.op[0]}; only scan and prefill have gradients that are timed.")
   found = []
   for op in ops:
-    if op == "scan" and (LENGTHS.value or BATCH_SIZE.value > 1):
-      lengths = LENGTHS.value or [case.length for case in bench_cases.standard(op, GRADIENT.value)]
-      found += [Case(op, length, BATCH_SIZE.value) for length in lengths]
-    elif op == "sparse" and LENGTHS.value:
-      found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value
-                for block in (0, *(BLOCKS.value or [64]))]
-    elif op in ("prefill", "decode") and (LENGTHS.value or DILATIONS.value):
-      found += [Case(op, length, BATCH_SIZE.value, *((1, 0, 0) if d == 1 else (d, WINDOW.value, SINKS.value)))
-                for length in LENGTHS.value or [32768] for d in (1, *(DILATIONS.value or [16, 64]))]
+    if op == "scan" and (lengths or batch > 1):
+      of_scan = lengths or [case.length for case in cases.standard(op, gradient)]
+      found += [Case(op, length, batch) for length in of_scan]
+    elif op == "sparse" and lengths:
+      found += [Case(op, length, batch, block=block) for length in lengths for block in (0, *(settings.block or [64]))]
+    elif op in ("prefill", "decode") and (lengths or settings.dilation):
+      found += [Case(op, length, batch, *((1, 0, 0) if d == 1 else (d, settings.window, settings.sinks)))
+                for length in lengths or [32768] for d in (1, *(settings.dilation or [16, 64]))]
       if op == "decode":
-        found += [Case(op, length, BATCH_SIZE.value, block=block) for length in LENGTHS.value for block in BLOCKS.value]
+        found += [Case(op, length, batch, block=block) for length in lengths for block in settings.block]
     else:
-      found += bench_cases.standard(op, GRADIENT.value)
-  return [dataclasses.replace(case, gradient=GRADIENT.value) for case in found]
+      found += cases.standard(op, gradient)
+  return [dataclasses.replace(case, gradient=gradient) for case in found]
 
 
-def served(case: Case) -> list[str]:
+def served(settings: Settings, case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries', and
   in decoding our kernel, which the model takes.
   """
@@ -79,44 +102,49 @@ def served(case: Case) -> list[str]:
     return ["xla", "cudnn", "mosaic_gpu"] if is_gpu else ["xla"]
   if case.is_dense:
     return ["xla, cudnn" if is_gpu else "xla, xla"]
-  if IMPLEMENTATIONS.value:
-    return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in IMPLEMENTATIONS.value]
+  if settings.implementation:
+    return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in settings.implementation]
   if case.op == "prefill":
     return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
   if case.op == "sparse":
-    return list(IMPLEMENTATIONS_OF["sparse_attention"])
+    return list(IMPLEMENTATIONS["sparse_attention"])
   return ["xla", "mosaic_gpu"]
 
 
-def time_one(case: Case, implementation: str) -> tuple[float, float]:
+def time_one(settings: Settings, case: Case, implementation: str) -> tuple[float, float]:
   """(seconds, error) of a case by an implementation; NotImplementedError where it does not serve the case."""
-  draws = [draw(case, implementation)]
-  seconds, error = _time_together(case, implementation, draws)
+  drawn = lambda: draw(case, settings.size, settings.seed, implementation)
+  draws = [drawn()]
+  seconds, error = _time_together(settings, case, implementation, draws)
   limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
   room = 3 / 4 * limit / sum(x.nbytes for x in jax.tree.leaves(draws))
   if seconds >= SHORT or room < 2:
     return seconds, error
-  draws += [draw(case, implementation) for _ in range(int(min(room, TOGETHER)) - 1)]
-  return _time_together(case, implementation, draws)
+  draws += [drawn() for _ in range(int(min(room, TOGETHER)) - 1)]
+  return _time_together(settings, case, implementation, draws)
 
 
-def _time_together(case: Case, implementation: str, draws: list[dict[str, Any]]) -> tuple[float, float]:
+def _time_together(settings: Settings, case: Case, implementation: str, draws: list[dict[str, Any]]
+                   ) -> tuple[float, float]:
   """`time_one` of one of as many calls in one program as there are inputs."""
-  f, count = bench_cases.build(case, implementation), len(draws)
+  f, count = cases.build(case, implementation), len(draws)
   compiled = jax.jit(lambda draws: [f(**made) for made in draws]).lower(draws).compile()
-  error = check(case, implementation, draws[-1], compiled(draws)[-1])
-  kernel_times.report(lambda: compiled(draws), count)
-  return kernel_times.median_seconds(compiled, draws, rounds=ROUNDS.value) / count, error
+  error = check(case, settings.size, implementation, draws[-1], compiled(draws)[-1])
+  if settings.profile:
+    times.report(lambda: compiled(draws), count)
+  return times.median_seconds(compiled, draws, rounds=settings.rounds) / count, error
 
 
-def authors(directory: str, every: list[Case]) -> dict[Case, float]:
-  """Seconds of the authors' code, in a process of its own that has the device to itself."""
-  asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": heads()[0], "head_dim": heads()[2],
-           "rounds": ROUNDS.value}
-  if heads()[0] != heads()[1]:
-    raise ValueError(f"--torch_reference with --kv_heads={heads()[1]}: the authors' code has no grouped heads.")
+def authors(settings: Settings, every: list[Case]) -> dict[Case, float]:
+  """Seconds of the authors' code, where it is given, in a process of its own that has the device to itself."""
+  if not settings.torch_reference:
+    return {}
+  n, kv, h = settings.size
+  asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": n, "head_dim": h, "rounds": settings.rounds}
+  if n != kv:
+    raise ValueError(f"--torch_reference with --kv_heads={kv}: the authors' code has no grouped heads.")
   found = {}
-  for case, answer in zip(every, torch_reference.ask(directory, asked), strict=True):
+  for case, answer in zip(every, torch_reference.ask(settings.torch_reference, asked), strict=True):
     if "error" in answer:
       print(f"{case} by the authors' code: {answer['error']}", flush=True)
     else:
@@ -124,12 +152,13 @@ def authors(directory: str, every: list[Case]) -> dict[Case, float]:
   return found
 
 
-def crossovers() -> dict[str, dict[str, int]]:
+def crossovers(settings: Settings) -> dict[str, dict[str, int]]:
   """{operation: {implementation: the least size from which on it was faster than those after it}}; crossovers.py."""
-  entries = lambda case: case.batch * (case.length if case.op == "scan" else case.rows) * heads()[1] * heads()[2]
-  prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4, gradient=GRADIENT.value)
+  of_token, gradient = settings.size.kv * settings.size.h, settings.gradient
+  entries = lambda case: case.batch * (case.length if case.op == "scan" else case.rows) * of_token
+  prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4, gradient=gradient)
               for t in (32, 128, 512, 1024, 2048, 4096, 8192)]
-  scans = [Case("scan", t, gradient=GRADIENT.value) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)]
+  scans = [Case("scan", t, gradient=gradient) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)]
   sweeps = [  # (operation, its implementations, cases from small to large, their size)
       ("gated_scan", ["mosaic_gpu", "xla"], scans, entries),
       ("decode_attention", ["mosaic_gpu", "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
@@ -137,9 +166,9 @@ def crossovers() -> dict[str, dict[str, int]]:
       ("dilated_attention", ["mosaic_gpu", "cudnn", "cudnn_masked", "xla"], prefills, lambda case: case.length)]
   found: dict[str, dict[str, int]] = {}
   for operation, names, cases_of_it, size in sweeps:
-    if GRADIENT.value and operation == "decode_attention":
+    if gradient and operation == "decode_attention":
       continue
-    seconds = {case: times_of(case, names) for case in cases_of_it}
+    seconds = {case: times_of(settings, case, names) for case in cases_of_it}
     for i, name in enumerate(names[:-1]):
       for case in reversed(cases_of_it):
         of_others = [seconds[case][other] for other in names[i + 1:] if other in seconds[case]]
@@ -149,43 +178,42 @@ def crossovers() -> dict[str, dict[str, int]]:
   return found
 
 
-def times_of(case: Case, names: list[str]) -> dict[str, float]:
+def times_of(settings: Settings, case: Case, names: list[str]) -> dict[str, float]:
   """The seconds of a case by every implementation that this device has."""
   found: dict[str, float] = {}
   for name in names:
     try:
-      found[name] = time_one(case, f"xla, {name}" if case.op == "prefill" else name)[0]
+      found[name] = time_one(settings, case, f"xla, {name}" if case.op == "prefill" else name)[0]
     except NotImplementedError as reason:
       print(f"{case} by {name}: not timed: {reason}", flush=True)
   print(f"{case}: " + ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in found.items()), flush=True)
   return found
 
 
-def main() -> None:
-  theirs = [case for case in cases() if not case.block and case.op != "sparse"]
-  of_authors = authors(TORCH_REFERENCE.value, theirs) if TORCH_REFERENCE.value else {}
-  folder, speeds = common.workdir("bench_ops"), kernel_times.speeds()
-  print(f"{common.device()}: {speeds};"
-        f" {'/'.join(map(str, heads()))} query heads, key/value heads, width", flush=True)
-  if CROSSOVERS.value:
-    print(f"{common.device()!r}: {crossovers()}")
+def main(settings: Settings) -> None:
+  every, size = cases_of(settings), settings.size
+  of_authors = authors(settings, [case for case in every if not case.block and case.op != "sparse"])
+  folder, speeds = output.made(settings.workdir), times.speeds()
+  print(f"{device.name()}: {speeds}; {'/'.join(map(str, size))} query heads, key/value heads, width", flush=True)
+  if settings.crossovers:
+    print(f"{device.name()!r}: {crossovers(settings)}")
     return
   lines: list[dict[str, Any]] = []
 
   def add(case, implementation, seconds, error=None):
     lines.append({"case": dataclasses.asdict(case), "name": str(case), "implementation": implementation,
-                  "seconds": seconds, "floor": floor(case, speeds), **work(case)._asdict(), "error": error})
+                  "seconds": seconds, "floor": floor(case, size, speeds), **work(case, size)._asdict(), "error": error})
     print(f"{case}, {implementation}: {seconds * 1e3:.3f} ms", flush=True)
-    common.write_json(folder / "results.json", {"device": common.device(), **speeds._asdict(), "lines": lines})
+    output.write_json(folder / "results.json", {"device": device.name(), **speeds._asdict(), "lines": lines})
 
-  for case in cases():
-    for implementation in served(case):
+  for case in every:
+    for implementation in served(settings, case):
       try:
-        add(case, implementation, *time_one(case, implementation))
+        add(case, implementation, *time_one(settings, case, implementation))
       except NotImplementedError as reason:
         print(f"{case} by {implementation}: not timed: {reason}", flush=True)
       except jax.errors.JaxRuntimeError as error:
-        if not common.out_of_memory(error):
+        if not device.out_of_memory(error):
           raise
         print(f"{case} by {implementation}: not timed: out of memory", flush=True)
     if case in of_authors:
@@ -193,7 +221,8 @@ def main() -> None:
   text = table(lines)
   print(f"\n{text}")
   (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-  plots.draw_times(lines, folder)
+  for op in dict.fromkeys(line["case"]["op"] for line in lines):
+    pictures.save(pictures.against_length(lines, op), folder / f"{op}.png")
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -210,9 +239,9 @@ def table(lines: list[dict[str, Any]]) -> str:
                  f"{line['flops'] / 1e12:.3g}", f"{line['floor'] * 1e3:.3f}", f"{line['floor'] / line['seconds']:.0%}",
                  f"{beside / line['seconds']:.1f}" if beside and line["case"]["op"] != "scan" else "",
                  "" if line["error"] is None else f"{line['error']:.1e}"])
-  return common.markdown_table(["operation", "implementation", "ms", "GB", "TFLOP", "floor, ms", "share of the floor",
+  return output.markdown_table(["operation", "implementation", "ms", "GB", "TFLOP", "floor, ms", "share of the floor",
                                 "times faster than dense", "error"], rows)
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

@@ -15,13 +15,13 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments.shared import command
 from rat_jax import RATPlusConfig
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
@@ -30,63 +30,80 @@ from rat_jax.paths import local_path, read_text
 from rat_jax.pretrained import write_pretrained
 from rat_jax.train import Checkpoints
 
-FROM = flags.DEFINE_enum("from", None, ["ratplus", "olmo2", "checkpoints"], "Whose it is.", required=True)
-SOURCE = common.define_path("source", "A .pth file (ratplus), or a folder.", required=True)
-OUTPUT = common.define_path("output", "A new folder.", required=True)
-CONFIG = flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file"
-                             " without one.")
-MEMORY = flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
-GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where that memory's gates start.")
-DTYPE = common.define_dtype("dtype", "Type of matrix products and attention. Default: as the source says.")
-PARAM_DTYPE = common.define_dtype("param_dtype", "Type that parameters are rounded to. Default: as the source says.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(command.Settings):
+  """`from_` is --from, a word that Python keeps for itself."""
+
+  from_: Literal["ratplus", "olmo2", "checkpoints"]
+  source: pathlib.Path
+  output: pathlib.Path
+  config: str | None
+  memory: bool
+  gate_bias: float
+  dtype: str | None
+  param_dtype: str | None
 
 
-def main() -> None:
-  source, output = pathlib.Path(SOURCE.value), pathlib.Path(OUTPUT.value)
-  _check_flags()
+def define_flags() -> None:
+  command.define_common_flags("convert")
+  flags.DEFINE_enum("from", None, ["ratplus", "olmo2", "checkpoints"], "Whose it is.", required=True)
+  command.define_path("source", "A .pth file (ratplus), or a folder.", required=True)
+  command.define_path("output", "A new folder.", required=True)
+  flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file without one.")
+  flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
+  flags.DEFINE_float("gate_bias", -12.0, "Where that memory's gates start.")
+  command.define_dtype("dtype", "Type of matrix products and attention. Default: as the source says.")
+  command.define_dtype("param_dtype", "Type that parameters are rounded to. Default: as the source says.")
+
+
+def main(settings: Settings) -> None:
+  source, output = settings.source, settings.output
+  check_flags(settings)
   check_new_folder(output)  # asked now, for what follows takes long
   about = {"source": str(source)}
   leaves: Iterable[tuple[str, np.ndarray]]
-  if FROM.value == "ratplus":
-    config, leaves, training = read_ratplus(source, _config())
+  if settings.from_ == "ratplus":
+    config, leaves, training = read_ratplus(source, configuration(settings))
     about["trained by the authors"] = json.dumps(training) if training else "the file does not say how"
-  elif FROM.value == "olmo2":
-    config, leaves = read_olmo2(source, MEMORY.value, GATE_BIAS.value)
+  elif settings.from_ == "olmo2":
+    config, leaves = read_olmo2(source, settings.memory, settings.gate_bias)
     if config.memory:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:
     config, leaves, notes, digest = Checkpoints(source).read_params()
     about |= {"trained": json.dumps(notes), "sha256 of the parameters by name": digest}
   about |= _digests(source)
-  if PARAM_DTYPE.value:
-    about["parameters"] = f"{config.param_dtype} in the source, {PARAM_DTYPE.value} here"
-    leaves = _as_type(leaves, jnp.dtype(PARAM_DTYPE.value))
-  types: dict[str, Any] = {"dtype": DTYPE.value or config.dtype, "param_dtype": PARAM_DTYPE.value or config.param_dtype}
+  if settings.param_dtype:
+    about["parameters"] = f"{config.param_dtype} in the source, {settings.param_dtype} here"
+    leaves = _as_type(leaves, jnp.dtype(settings.param_dtype))
+  types: dict[str, Any] = {"dtype": settings.dtype or config.dtype,
+                           "param_dtype": settings.param_dtype or config.param_dtype}
   config = dataclasses.replace(config, **types)
   write_pretrained(output, config, leaves, about=about)
   print(f"{output}: {config.num_layers} layers of width {config.embed_dim}, {'with' if config.memory else 'without'}"
         f" memory, parameters in {config.param_dtype}, products in {config.dtype}")
 
 
-def _check_flags() -> None:
+def check_flags(settings: Settings) -> None:
   """Raises ValueError for a flag that would change nothing."""
-  of_olmo2 = FROM.value == "olmo2"
-  uses: list[tuple[flags.FlagHolder[Any], bool]] = [
-      (CONFIG, FROM.value == "ratplus"), (MEMORY, of_olmo2), (GATE_BIAS, of_olmo2 and MEMORY.value)]
-  unused = [flag.name for flag, used in uses if flag.present and not used]
+  of_olmo2 = settings.from_ == "olmo2"
+  uses = {"config": settings.from_ == "ratplus", "memory": of_olmo2, "gate_bias": of_olmo2 and settings.memory}
+  unused = [name for name, used in uses.items() if name in settings.given and not used]
   if unused:
-    raise ValueError(f"--{unused[0]} changes nothing under --from={FROM.value}"
-                     f"{'' if MEMORY.value else ' --nomemory'}; leave it out.")
+    raise ValueError(f"--{unused[0]} changes nothing under --from={settings.from_}"
+                     f"{'' if settings.memory else ' --nomemory'}; leave it out.")
 
 
-def _config() -> RATPlusConfig | None:
-  if CONFIG.value is None:
+def configuration(settings: Settings) -> RATPlusConfig | None:
+  """What --config names. Raises ValueError for a file that is none, and for no name of a preset."""
+  if settings.config is None:
     return None
-  path = local_path(CONFIG.value, "--config")
+  path = local_path(settings.config, "--config")
   try:
     if path.is_file():
       return RATPlusConfig.from_json(read_text(path))
-    return RATPlusConfig.preset(CONFIG.value)
+    return RATPlusConfig.preset(settings.config)
   except ValueError as error:
     raise ValueError(f"--config={path}: {error}") from error
 
@@ -112,4 +129,4 @@ def _digest(path: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

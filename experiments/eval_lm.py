@@ -6,62 +6,79 @@ Command: python -m experiments.eval_lm --checkpoint=runs/pretrain/checkpoints --
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pathlib
 
 import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments.shared import command, device, inputs, output
 from rat_jax import RATPlusLM
 from rat_jax.evaluate import loss_by_mode
+from rat_jax.modes import Mode
 from rat_jax.plan import layer_modes
 
-CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
-DATA = common.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
-MODES = common.define_modes(
-    ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
-             "dilated:16,window=32,sinks=4", "streaming_llm:32"], "A mode; repeat the flag for several.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
-PROMPT_LENGTH = flags.DEFINE_integer(
-    "prompt_length", None, "So many first tokens are a prompt; what comes after is scored, as decode steps. Needed by"
-    " SnapKV.", lower_bound=1)
-WINDOWS = flags.DEFINE_integer("windows", 512, "Held-out sequences that are scored.", lower_bound=1)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(command.Settings):
+  checkpoint: pathlib.Path
+  data: pathlib.Path | None
+  mode: tuple[Mode, ...]
+  length: int
+  batch_size: int
+  prompt_length: int | None
+  windows: int
 
 
-def main() -> None:
-  config, params, notes = common.load_model(CHECKPOINT.value)
-  check_prompt(config.num_layers)
-  folder = common.workdir("eval_lm")
-  data = common.corpus(DATA.value, folder / "data")["heldout"]
-  common.check_data(data, config, notes)
-  batches = data.epoch(batch_size=BATCH_SIZE.value, length=LENGTH.value, limit=WINDOWS.value)
-  losses = loss_by_mode(RATPlusLM(config), params, batches, MODES.value, PROMPT_LENGTH.value)
+def define_flags() -> None:
+  command.define_common_flags("eval_lm")
+  command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
+  command.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
+  command.define_modes(
+      ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
+       "dilated:16,window=32,sinks=4", "streaming_llm:32"], "A mode; repeat the flag for several.")
+  flags.DEFINE_integer("length", 1024, "Tokens in a sequence.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
+  flags.DEFINE_integer(
+      "prompt_length", None, "So many first tokens are a prompt; what comes after is scored, as decode steps. Needed by"
+      " SnapKV.", lower_bound=1)
+  flags.DEFINE_integer("windows", 512, "Held-out sequences that are scored.", lower_bound=1)
+
+
+def main(settings: Settings) -> None:
+  config, params, notes = inputs.load_model(settings.checkpoint)
+  check_prompt(settings, config.num_layers)
+  folder, length, prompt_length = output.made(settings.workdir), settings.length, settings.prompt_length
+  data = inputs.corpus(settings.data, folder / "data")["heldout"]
+  inputs.check_data(data, config, notes)
+  batches = data.epoch(batch_size=settings.batch_size, length=length, limit=settings.windows)
+  losses = loss_by_mode(RATPlusLM(config), params, batches, settings.mode, prompt_length)
   rows, result = [], {}
   for mode, nats in losses.items():
-    keys = float(np.mean(rat_jax.tokens_read(config, mode, LENGTH.value, PROMPT_LENGTH.value)))
-    size = rat_jax.cache_bytes(config, mode, 1, LENGTH.value, PROMPT_LENGTH.value)
-    bits, of_byte = nats / math.log(2), common.bits_per_byte(nats, data.sidecar)
+    keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length)))
+    size = rat_jax.cache_bytes(config, mode, 1, length, prompt_length)
+    bits, of_byte = nats / math.log(2), inputs.bits_per_byte(nats, data.sidecar)
     result[str(mode)] = {"bits_per_token": bits, "bits_per_byte": of_byte, "keys_per_query": keys, "cache_bytes": size}
     rows.append([str(mode), f"{keys:g}", f"{size:,}", f"{bits:.4f}", "" if of_byte is None else f"{of_byte:.4f}"])
-  table = common.markdown_table(["mode", "keys per query", "cache bytes", "bits per token", "bits per byte"], rows)
+  table = output.markdown_table(["mode", "keys per query", "cache bytes", "bits per token", "bits per byte"], rows)
   print(table)
   (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-  common.write_json(folder / "results.json", {"checkpoint": CHECKPOINT.value, "notes": notes, "length": LENGTH.value,
-                                              "prompt_length": PROMPT_LENGTH.value,
-                                              "windows": min(WINDOWS.value, data.windows(LENGTH.value)),
-                                              "device": common.device(), "modes": result})
+  output.write_json(folder / "results.json", {"checkpoint": str(settings.checkpoint), "notes": notes, "length": length,
+                                              "prompt_length": prompt_length,
+                                              "windows": min(settings.windows, data.windows(length)),
+                                              "device": device.name(), "modes": result})
 
 
-def check_prompt(num_layers: int) -> None:
+def check_prompt(settings: Settings, num_layers: int) -> None:
   """Raises ValueError for a mode that starts when a prompt has ended, where no prompt is given."""
-  for mode in MODES.value if PROMPT_LENGTH.value is None else []:
+  for mode in settings.mode if settings.prompt_length is None else ():
     reasons = [one.after_prompt for one in layer_modes(mode, num_layers) if one.after_prompt]
     if reasons:
       raise ValueError(f"--mode={mode} without --prompt_length: {reasons[0]}; give one, such as"
-                       f" --prompt_length={max(1, LENGTH.value // 2)}.")
+                       f" --prompt_length={max(1, settings.length // 2)}.")
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

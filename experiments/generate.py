@@ -6,6 +6,7 @@ Command: python -m experiments.generate --checkpoint=runs/pretrain/checkpoints -
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import time
 from typing import Any, cast
 
@@ -14,44 +15,65 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common
+from experiments.shared import command, inputs
 from rat_jax import RATPlusLM
+from rat_jax.data import Tokenizer
+from rat_jax.modes import Mode
 from rat_jax.paths import read_text
 
-CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
-DTYPE = common.define_dtype()
-TOKENIZER = common.define_tokenizer()
-MODES = common.define_modes(["dense"], "The mode; repeat the flag for several.")
-PREFILL_MODE = common.define_prefill_mode()
-PROMPT = flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
-PROMPT_FILE = common.define_path("prompt_file", "A file with the text to continue, instead of --prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens to add at most.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of this total probability.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(command.Settings):
+  checkpoint: pathlib.Path
+  dtype: str | None
+  tokenizer: Tokenizer
+  mode: tuple[Mode, ...]
+  prefill_mode: Mode | None
+  prompt: str
+  prompt_file: pathlib.Path | None
+  max_new_tokens: int
+  temperature: float
+  top_p: float
 
 
-def main() -> None:
-  if PROMPT_FILE.value:
-    common.refuse(("prompt",), f"--prompt_file={PROMPT_FILE.value} is the text to continue; leave one of them out.")
-  if TEMPERATURE.value == 0 and TOP_P.value != 1:
-    common.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
-  config, params, notes = common.load_model(CHECKPOINT.value)
-  common.check_tokenizer(TOKENIZER.value, config, notes)
-  config, end = dataclasses.replace(config, dtype=cast(Any, DTYPE.value or config.dtype)), TOKENIZER.value.eod_id
-  text = read_text(PROMPT_FILE.value) if PROMPT_FILE.value else PROMPT.value
-  prompt = TOKENIZER.value.encode(text)
+def define_flags() -> None:
+  command.define_common_flags("generate")
+  command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
+  command.define_dtype()
+  command.define_tokenizer()
+  command.define_modes(["dense"], "The mode; repeat the flag for several.")
+  command.define_prefill_mode()
+  flags.DEFINE_string("prompt", "def main():\n", "The text to continue.")
+  command.define_path("prompt_file", "A file with the text to continue, instead of --prompt.")
+  flags.DEFINE_integer("max_new_tokens", 256, "Tokens to add at most.", lower_bound=1)
+  flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token.", lower_bound=0.0)
+  flags.DEFINE_float("top_p", 0.95, "Sample among the likeliest tokens of this total probability.")
+
+
+def main(settings: Settings) -> None:
+  if settings.prompt_file:
+    settings.refuse(("prompt",), f"--prompt_file={settings.prompt_file} is the text to continue; leave one of them"
+                    " out.")
+  if settings.temperature == 0 and settings.top_p != 1:
+    settings.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
+  config, params, notes = inputs.load_model(settings.checkpoint)
+  tokenizer = settings.tokenizer
+  inputs.check_tokenizer(tokenizer, config, notes)
+  config, end = dataclasses.replace(config, dtype=cast(Any, settings.dtype or config.dtype)), tokenizer.eod_id
+  text = read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
+  prompt = tokenizer.encode(text)
   if not prompt:
     raise ValueError("the prompt is empty; give at least one token.")
-  for mode in MODES.value:
+  for mode in settings.mode:
     start = time.perf_counter()
     new = rat_jax.generate(RATPlusLM(config), params, np.array([prompt], np.int32), mode=mode,
-                           prefill_mode=PREFILL_MODE.value, max_new_tokens=MAX_NEW_TOKENS.value,
-                           temperature=TEMPERATURE.value, top_p=TOP_P.value, eos_id=end,
-                           key=jax.random.key(common.SEED.value))
+                           prefill_mode=settings.prefill_mode, max_new_tokens=settings.max_new_tokens,
+                           temperature=settings.temperature, top_p=settings.top_p, eos_id=end,
+                           key=jax.random.key(settings.seed))
     ids = np.asarray(new)[0].tolist()
-    continued = TOKENIZER.value.decode_after(prompt, ids[:ids.index(end)] if end in ids else ids)
+    continued = tokenizer.decode_after(prompt, ids[:ids.index(end)] if end in ids else ids)
     print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

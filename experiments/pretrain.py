@@ -8,44 +8,60 @@ Resumes from the newest checkpoint in --workdir.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags
 
-from experiments import common, training
+from experiments.shared import command, training
 from rat_jax import RATPlusConfig
 
-PRESET = flags.DEFINE_string("preset", None, "A ready-made size (RATPlusConfig.preset) instead of the sizes below.")
-LAYERS = flags.DEFINE_integer("layers", 12, "Layers.")
-WIDTH = flags.DEFINE_integer("width", 768, "Model width E.")
-HEADS = flags.DEFINE_integer("heads", 12, "Attention heads.")
-KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
-MLP_WIDTH = flags.DEFINE_integer("mlp_width", None, "MLP width F. Default: 4 * width.")
-MLP = flags.DEFINE_enum("mlp", "gelu", ["gelu", "swiglu"], "The MLP.")
-MEMORY = flags.DEFINE_bool("memory", True, "False is the attention baseline.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
-MODES = common.define_modes(["dilated:64", "dense"], "One update of every batch for each, in order.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(training.Settings):
+  preset: str | None
+  layers: int
+  width: int
+  heads: int
+  kv_heads: int | None
+  mlp_width: int | None
+  mlp: Literal["gelu", "swiglu"]
+  memory: bool
+  dtype: Literal["bfloat16", "float32"]
 
 
-def main() -> None:
-  data = training.train_data("pretrain")
-  training.fit(configuration(data.sidecar.vocab_size), None, MODES.value, data, "pretrain")
+def define_flags() -> None:
+  command.define_common_flags("pretrain")
+  training.define_flags()
+  command.define_modes(["dilated:64", "dense"], "One update of every batch for each, in order.")
+  flags.DEFINE_string("preset", None, "A ready-made size (RATPlusConfig.preset) instead of the sizes below.")
+  flags.DEFINE_integer("layers", 12, "Layers.")
+  flags.DEFINE_integer("width", 768, "Model width E.")
+  flags.DEFINE_integer("heads", 12, "Attention heads.")
+  flags.DEFINE_integer("kv_heads", None, "Key/value heads. Default: as many as heads.")
+  flags.DEFINE_integer("mlp_width", None, "MLP width F. Default: 4 * width.")
+  flags.DEFINE_enum("mlp", "gelu", ["gelu", "swiglu"], "The MLP.")
+  flags.DEFINE_bool("memory", True, "False is the attention baseline.")
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
 
 
-def configuration(vocab_size: int) -> RATPlusConfig:
-  """What the flags ask for. Raises ValueError for sizes beside --preset."""
-  sizes: dict[str, Any] = {"num_layers": LAYERS, "embed_dim": WIDTH, "num_heads": HEADS, "num_kv_heads": KV_HEADS,
-                           "mlp_dim": MLP_WIDTH, "mlp": MLP}
-  choices: dict[str, Any] = {"memory": MEMORY, "dtype": DTYPE}
-  if PRESET.value:
-    beside = [flag.name for flag in sizes.values() if flag.present]
-    if beside:
-      raise ValueError(f"--preset={PRESET.value} has its own sizes and --{beside[0]} is given too; drop one of them.")
-    given = {name: flag.value for name, flag in choices.items() if flag.present}
-    return dataclasses.replace(RATPlusConfig.preset(PRESET.value), **given)
-  return RATPlusConfig(vocab_size=vocab_size, init_std=None,
-                       **{name: flag.value for name, flag in (sizes | choices).items()})
+def main(settings: Settings) -> None:
+  data = training.train_data(settings)
+  training.fit(settings, configuration(settings, data.sidecar.vocab_size), None, data, "pretrain")
+
+
+def configuration(settings: Settings, vocab_size: int) -> RATPlusConfig:
+  """The model that is trained. Raises ValueError for sizes beside --preset."""
+  if settings.preset is None:
+    sizes: dict[str, Any] = {"num_kv_heads": settings.kv_heads, "mlp_dim": settings.mlp_width}  # None: as usual
+    return RATPlusConfig(vocab_size, settings.layers, settings.width, settings.heads, mlp=settings.mlp,
+                         memory=settings.memory, dtype=settings.dtype, init_std=None, **sizes)
+  beside = [name for name in ("layers", "width", "heads", "kv_heads", "mlp_width", "mlp") if name in settings.given]
+  if beside:
+    raise ValueError(f"--preset={settings.preset} has its own sizes and --{beside[0]} is given too; drop one of them.")
+  choices: dict[str, Any] = {"memory": settings.memory, "dtype": settings.dtype}
+  given = {name: value for name, value in choices.items() if name in settings.given}
+  return dataclasses.replace(RATPlusConfig.preset(settings.preset), **given)
 
 
 if __name__ == "__main__":
-  common.run(main)
+  command.run(main, Settings, define_flags)

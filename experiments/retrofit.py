@@ -18,59 +18,76 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments import common, training
+from experiments.shared import command, inputs, output, training
 from rat_jax import Dense, RATPlusConfig
 from rat_jax.convert import add_memory
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.leaves import named_leaves
 from rat_jax.train import ARL
 
-CHECKPOINT = common.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained: an attention model, or one"
-                                " with a memory that has not been trained yet.")
-DTYPE = common.define_dtype()
-MODES = common.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
-MEMORY = flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
-GATE_BIAS = flags.DEFINE_float("gate_bias", -12.0, "Where the gates of a memory that is added start.")
-MEMORY_RATE = flags.DEFINE_float("memory_rate", 10.0, "The memory's learning rate over that of the rest.",
-                                 lower_bound=0.0)
-FREEZE = flags.DEFINE_multi_string("freeze", [], "Parameters that stay as they are, such as embedding or layers/mlp_*;"
-                                   " repeat it for several.")
-COST = flags.DEFINE_string("cost", None, "Print what the retrofit of this preset takes in chip-hours, and do no more.")
-UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Share of a chip's peak that --cost assumes.", 0.01, 1.0)
 CHIPS = {"H100": "NVIDIA H100 80GB HBM3", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # as --cost names them
 
 
-def main() -> None:
-  if COST.value:
-    common.refuse(("checkpoint", "data", "dtype", "memory", "memory_rate", "freeze"), f"--cost={COST.value} prints what"
-                  " the retrofit of a preset takes, and trains nothing; leave it out.")
-    print(cost(dataclasses.replace(RATPlusConfig.preset(COST.value), memory=True, gate_bias=GATE_BIAS.value)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(training.Settings):
+  checkpoint: pathlib.Path | None
+  dtype: str | None
+  memory: bool
+  gate_bias: float
+  memory_rate: float
+  freeze: tuple[str, ...]
+  cost: str | None
+  utilisation: float
+
+
+def define_flags() -> None:
+  command.define_common_flags("retrofit")
+  training.define_flags(steps=3179, batch_size=768, length=4096, learning_rate=6e-5, warmup=0.02)
+  command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained: an attention model, or one with a"
+                      " memory that has not been trained yet.")
+  command.define_dtype()
+  command.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
+  flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
+  flags.DEFINE_float("gate_bias", -12.0, "Where the gates of a memory that is added start.")
+  flags.DEFINE_float("memory_rate", 10.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)
+  flags.DEFINE_multi_string("freeze", [], "Parameters that stay as they are, such as embedding or layers/mlp_*; repeat"
+                            " it for several.")
+  flags.DEFINE_string("cost", None, "Print what the retrofit of this preset takes in chip-hours, and do no more.")
+  flags.DEFINE_float("utilisation", 0.4, "Share of a chip's peak that --cost assumes.", 0.01, 1.0)
+
+
+def main(settings: Settings) -> None:
+  if settings.cost:
+    settings.refuse(("checkpoint", "data", "dtype", "memory", "memory_rate", "freeze"), f"--cost={settings.cost} prints"
+                    " what the retrofit of a preset takes, and trains nothing; leave it out.")
+    config = RATPlusConfig.preset(settings.cost)
+    print(cost(settings, dataclasses.replace(config, memory=True, gate_bias=settings.gate_bias)))
     return
-  if CHECKPOINT.value is None:
+  if settings.checkpoint is None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
-  config, params, notes = training.load(CHECKPOINT.value, DTYPE.value)
-  if GATE_BIAS.present and (config.memory or not MEMORY.value):
-    raise ValueError(f"--gate_bias={GATE_BIAS.value:g} is where the gates of a memory that is added start, and none is"
-                     " added; leave it out.")
-  if not MEMORY.value:
-    common.refuse(("memory_rate",), "--nomemory trains no memory; leave it out.")
-  if MEMORY.value and not config.memory:
-    config, params = add_memory(config, params, GATE_BIAS.value)
-  elif config.memory and not MEMORY.value:
-    raise ValueError(f"--nomemory: {CHECKPOINT.value} has a memory; give the attention model.")
+  config, params, notes = training.load(settings.checkpoint, settings.dtype)
+  if "gate_bias" in settings.given and (config.memory or not settings.memory):
+    raise ValueError(f"--gate_bias={settings.gate_bias:g} is where the gates of a memory that is added start, and none"
+                     " is added; leave it out.")
+  if not settings.memory:
+    settings.refuse(("memory_rate",), "--nomemory trains no memory; leave it out.")
+  if settings.memory and not config.memory:
+    config, params = add_memory(config, params, settings.gate_bias)
+  elif config.memory and not settings.memory:
+    raise ValueError(f"--nomemory: {settings.checkpoint} has a memory; give the attention model.")
   elif is_trained(params):
-    raise ValueError(f"--checkpoint={CHECKPOINT.value} has a memory that was trained; train it on with"
+    raise ValueError(f"--checkpoint={settings.checkpoint} has a memory that was trained; train it on with"
                      " experiments.adapt, or give the attention model. A retrofit that was stopped goes on in its"
                      " --workdir, from the --checkpoint that it began with.")
   names = list(named_leaves(params))
-  for pattern in FREEZE.value:
+  for pattern in settings.freeze:
     if not fnmatch.filter(names, pattern):
       raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
-  data = training.train_data("retrofit")
-  common.check_data(data, config, notes)
-  rates = [(pattern, 0.0) for pattern in FREEZE.value] + [("layers/memory_gate*", MEMORY_RATE.value)]
-  training.fit(config, params, MODES.value, data, "retrofit", accumulate_by="target",  # rows are micro-batches there
-               start=str(pathlib.Path(CHECKPOINT.value).absolute()), rates=rates)
+  data = training.train_data(settings)
+  inputs.check_data(data, config, notes)
+  rates = [(pattern, 0.0) for pattern in settings.freeze] + [("layers/memory_gate*", settings.memory_rate)]
+  training.fit(settings, config, params, data, "retrofit", accumulate_by="target",  # rows are micro-batches there
+               start=settings.checkpoint, rates=rates)
 
 
 def is_trained(params: Any) -> bool:
@@ -78,20 +95,17 @@ def is_trained(params: Any) -> bool:
   return bool(np.any(np.asarray(params["layers"]["memory_gate"])))
 
 
-def cost(config: RATPlusConfig) -> str:
-  """The chip-hours of the flags' run, with ARL and without, as a table."""
-  tokens, length = training.STEPS.value * training.BATCH_SIZE.value * training.LENGTH.value, training.LENGTH.value
+def cost(settings: Settings, config: RATPlusConfig) -> str:
+  """The chip-hours of the run, with ARL and without, as a table."""
+  tokens = settings.steps * settings.batch_size * settings.length
   rows = []
-  for modes in (MODES.value, [Dense()]):
-    total = tokens * sum(rat_jax.training_flops(config, mode, length) for mode in modes)
-    hours = [f"{total / PEAK_FLOPS[kind] / UTILISATION.value / 3600:,.0f}" for kind in CHIPS.values()]
+  for modes in (settings.mode, (Dense(),)):
+    total = tokens * sum(rat_jax.training_flops(config, mode, settings.length) for mode in modes)
+    hours = [f"{total / PEAK_FLOPS[kind] / settings.utilisation / 3600:,.0f}" for kind in CHIPS.values()]
     rows.append([", then ".join(map(str, modes)), f"{tokens / 1e9:.1f}B", f"{total:.2e}", *hours])
   header = ["updates of a batch", "tokens", "operations", *(f"{chip}, hours" for chip in CHIPS)]
-  return f"at {UTILISATION.value:.0%} of the peak\n\n{common.markdown_table(header, rows)}"
+  return f"at {settings.utilisation:.0%} of the peak\n\n{output.markdown_table(header, rows)}"
 
 
 if __name__ == "__main__":
-  for flag, value in ((training.LEARNING_RATE, 6e-5), (training.WARMUP, 0.02), (training.BATCH_SIZE, 768),
-                      (training.LENGTH, 4096), (training.STEPS, 3179)):
-    flags.set_default(flag, value)
-  common.run(main)
+  command.run(main, Settings, define_flags)

@@ -44,7 +44,8 @@ class Operation:
   size: Callable[..., int]
 
 
-def _serves_all(*arguments: Any, **options: Any) -> str | None:
+def _without_limits(*arguments: Any, **options: Any) -> str | None:
+  """The check of an implementation without limits: always None."""
   del arguments, options
   return None
 
@@ -61,7 +62,7 @@ class Implementation:
   """
 
   run: Callable[..., Any]
-  unsupported: Callable[..., str | None] = _serves_all
+  unsupported: Callable[..., str | None] = _without_limits
   runs_on: devices.Devices = devices.ANY
   independent: str = ""
 

@@ -37,7 +37,7 @@ _KEPT = {"products": jax.checkpoint_policies.save_from_both_policies(
              jax.checkpoint_policies.save_only_these_names(gated_scan.STATES)),
          "nothing": jax.checkpoint_policies.nothing_saveable,
          "everything": jax.checkpoint_policies.everything_saveable}
-_FEW = 4  # layers that are compiled one by one without being asked
+_UNROLL_UP_TO = 4  # on GPU and TPU, unroll by default up to this many layers
 
 
 class Projections(NamedTuple):
@@ -275,7 +275,7 @@ def unrolled(params: Params, layers: int, asked: bool) -> bool:
   On a GPU a loop copies each layer's matrices out of their stack, and for gradients fills and reads stacks of what all
   layers keep.
   """
-  return asked or (layers <= _FEW and devices.platform_of(params["embedding"]) != "cpu")
+  return asked or (layers <= _UNROLL_UP_TO and devices.platform_of(params["embedding"]) != "cpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from hypothesis import settings
 
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
@@ -61,7 +60,7 @@ def examples(few):
 
 
 def first_quick(count, cases):
-  """Cases for `parametrize`: the first `count` of them run in `make test`, the others in `make test-slow`."""
+  """Cases for `parametrize`: the first `count` of them run in `make test`, the others in `make test-ci`."""
   return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if i < count else pytest.mark.slow)
           for i, case in enumerate(cases)]
 
@@ -85,13 +84,6 @@ def on_h200():
   """Programs are for an H200."""
   with programs_for("NVIDIA H200"):
     yield
-
-
-@pytest.fixture
-def parsed_flags():
-  """The flags of the needle scripts at their defaults; a test that wants others sets them with flagsaver."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(["test", "--checkpoint=none"])
 
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rat_jax
-from experiments import niah
+from experiments.needles import seeds
 from rat_jax import RATPlusLM
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "needles"
@@ -45,7 +45,7 @@ def make() -> None:
   """
   with tempfile.TemporaryDirectory() as folder:
     subprocess.run([sys.executable, *COMMAND, f"--workdir={folder}"], check=True)
-    config, params = niah.load(folder)
+    config, params = seeds.load(folder)
     *_, last = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
   best = int(np.argmax(json.loads(last)["accuracy"]["multikey_1"]))
   shutil.rmtree(FOLDER)

@@ -16,12 +16,11 @@ import pathlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rat_jax import checks
 from rat_jax.axes import Params
@@ -30,6 +29,9 @@ from rat_jax.convert import mapping
 from rat_jax.leaves import check_params, is_finite, named_leaves, shapes_of
 from rat_jax.paths import lacking, local_path
 from rat_jax.train.step import TrainState
+
+if TYPE_CHECKING:  # where it is needed it is imported in place: that takes as long as the rest of the library
+  import orbax.checkpoint as ocp
 
 _PARAMS = ".params"
 _CHUNK_BYTES = 64 * 2**20  # of an array's pieces in a file: an array of one piece is read with a second one beside it
@@ -61,6 +63,8 @@ class Checkpoints:
     Raises, and writes nothing: FloatingPointError for parameters that are not finite. ValueError for parameters that
     are not the config's, alone or stacked along one axis before all others, and for notes that are no plain JSON.
     """
+    import orbax.checkpoint as ocp
+
     _check_config(state.params, config)
     check_notes(notes)
     arrays = _arrays(state)
@@ -162,6 +166,8 @@ class Checkpoints:
     raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
 
   def _about(self, step: int) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
     with self._manager() as manager:
       about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
     if not isinstance(about, dict) or not isinstance(about.get("manifest"), dict):
@@ -170,6 +176,8 @@ class Checkpoints:
 
   def _arrays(self, step: int, about: dict[str, Any]) -> dict[str, np.ndarray]:
     """All that a checkpoint holds. Raises ValueError for what is not as it was written."""
+    import orbax.checkpoint as ocp
+
     target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
     with self._manager() as manager:
       restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
@@ -183,6 +191,8 @@ class Checkpoints:
         yield plain, self._leaf(manager, step, name, about)  # no name is bound to it: it goes when the caller drops it
 
   def _leaf(self, manager: ocp.CheckpointManager, step: int, name: str, about: dict[str, Any]) -> np.ndarray:
+    import orbax.checkpoint as ocp
+
     entry = about["manifest"][name]
     args = ocp.args.PyTreeRestore({name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])}, partial_restore=True,
                                   restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)})
@@ -203,6 +213,8 @@ class Checkpoints:
         aside.rename(place)
 
   def _manager(self) -> ocp.CheckpointManager:
+    import orbax.checkpoint as ocp
+
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(self.folder, options=options)
 

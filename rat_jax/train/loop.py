@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from rat_jax import checks
 from rat_jax.compilation import compiler_options
@@ -79,6 +78,8 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if not donate:
     state = jax.tree.map(jax.numpy.array, state)
   pending: list[Metrics] = []
+  from tqdm import tqdm  # here, so that who imports the library does not wait for it
+
   with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
     clock = printed = time.perf_counter()
     for step in range(first, steps):

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 import rat_jax
 from conftest import run_python
-from experiments import eval_niah, hypotheses, niah, niah_table
+from experiments import hypotheses
+from experiments.needles import questions, rows, seeds
 from needle_model import trained
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusConfig, RATPlusLM, SnapKV
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
 
 LENGTH, COUNT = 160, 16
+SETTINGS = hypotheses.Settings(workdir=pathlib.Path("none"), checkpoint=("none",), length=LENGTH, count=COUNT,
+                               batch_size=128, match=True, workers=2, draws=2, parts=tuple(hypotheses.PARTS))
+ASKED = SETTINGS.asked
 
 
 @pytest.fixture(autouse=True)
-def small(parsed_flags, monkeypatch):
+def small(monkeypatch):
   monkeypatch.setattr(hypotheses, "TASKS", {name: TASKS[name] for name in ("single_2", "multikey_1", "multiquery")})
-  monkeypatch.setattr(hypotheses.niah_report, "HARD", ())  # multikey_1 is asked anyway
-  with flagsaver.flagsaver(length=LENGTH, count=COUNT, batch_size=128, draws=2, workers=2):
-    yield
+  monkeypatch.setattr(hypotheses.report, "HARD", ())  # multikey_1 is asked anyway
 
 
 def table_row(label):
-  (row,) = [row for row in niah_table.main_rows(LENGTH) if row.label == label]
+  (row,) = [row for row in rows.main_rows(LENGTH) if row.label == label]
   return row
 
 
 def of_all(part, model, params):
   """The pieces of a part together."""
   f, pieces = hypotheses.PARTS[part]
-  return {key: one for piece in pieces for key, one in f(model, params, piece).items()}
+  return {key: one for piece in pieces for key, one in f(SETTINGS, model, params, piece).items()}
 
 
 @pytest.mark.slow
 def test_a_hit_is_a_whole_answer_among_what_was_chosen():
   model, params = trained()
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["single_2"]
-  made = eval_niah.sequences("single_2")
+  made = ASKED.sequences("single_2")
   hits = lambda mode: hypotheses.hits(model, one, made, task, mode, isinstance(mode, SnapKV))
   assert hits(Quest(LENGTH, block=16)).all()
   assert hits(SnapKV(LENGTH, obs_window=3)).all()
@@ -63,7 +67,7 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
   model, params = trained()
   tasks = [TASKS["single_2"], TASKS["multiquery"]]
   found = of_all("random", model, params)
-  cells = eval_niah.cells(model, params, table_row("Quest 16, 1/4, random"), tasks)
+  cells = questions.cells(ASKED, model, params, table_row("Quest 16, 1/4, random"), tasks)
   for name, cell in cells.items():
     assert found["Quest 16"][name][0] == cell["accuracy"]
   assert len(found["SnapKV aware"]["single_2"]) == 2
@@ -74,17 +78,17 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
 @pytest.mark.slow
 def test_a_layer_alone_is_the_mode_with_the_others_dense():
   model, params = trained()
-  with flagsaver.flagsaver(length=320):
-    for case, blocks in (("MoBA 16 decode", 2), ("MoBA 16 prompt, 1/16", 1)):
-      (found,) = hypotheses.layers(model, params, case).values()
-      for layer in (0, 3):
-        mode = MoBA(blocks, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
-        row = niah_table.Row("", lambda question, mode=mode: (mode, Dense()))
-        if "prompt" in case:
-          row = niah_table.Row("", lambda question, mode=mode: (Dense(), mode), at_answer=True)
-        cells = eval_niah.cells(model, params, row, list(hypotheses.TASKS.values()))
-        assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
-      assert found["layer 0"] != found["layer 3"]
+  settings = dataclasses.replace(SETTINGS, length=320)
+  for case, blocks in (("MoBA 16 decode", 2), ("MoBA 16 prompt, 1/16", 1)):
+    (found,) = hypotheses.layers(settings, model, params, case).values()
+    for layer in (0, 3):
+      mode = MoBA(blocks, block=16, keep_first=False, dense_layers=tuple(i for i in range(4) if i != layer))
+      row = rows.Row("", lambda question, mode=mode: (mode, Dense()))
+      if "prompt" in case:
+        row = rows.Row("", lambda question, mode=mode: (Dense(), mode), at_answer=True)
+      cells = questions.cells(settings.asked, model, params, row, list(hypotheses.TASKS.values()))
+      assert found[f"layer {layer}"] == {name: cell["accuracy"] for name, cell in cells.items()}
+    assert found["layer 0"] != found["layer 3"]
 
 
 @pytest.mark.slow
@@ -94,7 +98,7 @@ def test_the_two_by_two_holds_the_model_as_it_is():
   mode = Quest(LENGTH // 8, block=16, keep_first=False)
   for label, key in (("dense", "dense, select from memory, attend to memory"),
                      ("Quest 16, 1/8", f"{mode}, select from memory, attend to memory")):
-    cells = eval_niah.cells(model, params, table_row(label), list(hypotheses.TASKS.values()))
+    cells = questions.cells(ASKED, model, params, table_row(label), list(hypotheses.TASKS.values()))
     assert found[key] == {name: cell["accuracy"] for name, cell in cells.items()}
   plain = found["dense, select from memory, attend to plain"]["single_2"]
   assert plain[0] < found["dense, select from memory, attend to memory"]["single_2"][0]
@@ -106,7 +110,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   found = of_all("future", model, params)
   assert list(found) == ["dense", "1/4", "1/8", "1/16"]
   one, task = jax.tree.map(lambda x: x[0], params), TASKS["multikey_1"]
-  made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, niah.DATA_SEED, 1))()
+  made = jax.jit(lambda: mini_niah.batch((Rows(task, COUNT, 2, (4, 4)),), LENGTH, seeds.DATA_SEED, 1))()
   tokens, size = made["tokens"], task.query_length + task.answer_length
 
   def after(compressed_under, asked):  # with a cache: the prompt ends at ANS of question 0 or 1
@@ -131,7 +135,7 @@ def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
 @pytest.mark.slow
 def test_the_age_of_the_memory_is_that_of_its_weights():
   model, params = trained()
-  tokens = jnp.concatenate([eval_niah.sequences(name)["tokens"][:8] for name in hypotheses.TASKS])
+  tokens = jnp.concatenate([ASKED.sequences(name)["tokens"][:8] for name in hypotheses.TASKS])
   p = jax.tree.map(lambda x: np.asarray(x[0, 0], np.float64), params["layers"])
   x = np.asarray(params["embedding"][0], np.float64)[np.asarray(tokens)]
   x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + model.config.norm_eps) * p["attention_norm"]
@@ -151,15 +155,15 @@ def test_accuracy_by_distance_adds_up_to_the_accuracy():
   model, params = trained()
   found = of_all("distance", model, params)
   tasks = [task for task in hypotheses.TASKS.values() if task.queries * task.values == 1]
-  cells = eval_niah.cells(model, params, table_row("dilated:8 everywhere"), tasks)
+  cells = questions.cells(ASKED, model, params, table_row("dilated:8 everywhere"), tasks)
   by_distance = found[str(Dilated(8))]
   assert sum(by_distance["count"]) == COUNT * len(tasks)
   assert np.average(by_distance["right"][0], weights=by_distance["count"]) == pytest.approx(
       np.mean([cell["accuracy"][0] for cell in cells.values()]))
   rights = [[] for _ in range(8)]  # by the steps from a needle's END to a token that is kept
   for name, cell in cells.items():
-    made = jax.tree.map(np.asarray, eval_niah.sequences(name))
-    for tokens, golden, right in zip(made["tokens"], made["golden"], niah.from_hex(cell)[0], strict=True):
+    made = jax.tree.map(np.asarray, ASKED.sequences(name))
+    for tokens, golden, right in zip(made["tokens"], made["golden"], seeds.from_hex(cell)[0], strict=True):
       end = golden.max() + tokens[golden.max():].tolist().index(mini_niah.END)
       rights[next(d for d in range(8) if (end + d + 1) % 8 == 0)].append(right)
   assert by_distance["count"] == [len(x) for x in rights]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 
 import rat_jax
 from conftest import run_python
-from experiments import niah
+from experiments import sft_niah
+from experiments.needles import curriculum, seeds, spares
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.data import BYTES
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, evaluation_rows
 
@@ -20,10 +24,53 @@ TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--widt
        "--tasks=single_1,multikey_1", "--warmup=2", "--log_every=2", "--save_every=2", "--steps=8"]
 
 
+SETTINGS = sft_niah.Settings(
+    workdir=pathlib.Path("none"), text=False, tokenizer=BYTES, ruler=None, essay=None, epochs=4.0, answer_room=128,
+    arm="ratplus", seeds=3, steps=None, tasks=tuple(TASKS), stages=(), shares=None, leave_at=0.9, stragglers=0,
+    stop_at=None, init=None, mode=(), learning_rate=None, warmup=300, lm_weight=0.1, lm_data=None, lm_rows=0,
+    gate_bias=-12.0, memory_rate=1.0, dilation=16, layers=4, width=256, heads=4, dtype="bfloat16", log_every=100,
+    examples=210, save_every=2000)
+
+
+def settings(**changes):
+  return dataclasses.replace(SETTINGS, **changes)
+
+
 def test_all_arms_have_as_many_parameters_and_updates():
-  assert run_python("tests/experiments/programs/arms.py").splitlines() == [
-      "3737856 16000 True dilated:16+dense", "3737856 16000 False dense", "3737856 16000 False dilated:16+dense",
-      "3737856 16000 True dense", "3737856 16000 True dilated:8+dense dilated:16+dense dilated:32+dense"]
+  found = []
+  for arm in sft_niah.STEPS_OF:
+    of_arm = settings(arm=arm)
+    model, sets = RATPlusLM(sft_niah.configuration(of_arm)), sft_niah.mode_sets(of_arm)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
+    size = sum(x.size for x in jax.tree.leaves(shapes))
+    found.append((size, of_arm.batches * len(sets[0]), model.config.memory, *("+".join(map(str, one)) for one in sets)))
+  assert found == [
+      (3737856, 16000, True, "dilated:16+dense"), (3737856, 16000, False, "dense"),
+      (3737856, 16000, False, "dilated:16+dense"), (3737856, 16000, True, "dense"),
+      (3737856, 16000, True, "dilated:8+dense", "dilated:16+dense", "dilated:32+dense")]
+
+
+def test_the_default_curriculum_grows_and_a_stage_holds_every_task():
+  plan = curriculum.stages((), None, tuple(TASKS), 8000)
+  assert [(stage.length, stage.rows, stage.until) for stage in plan] == [
+      (128, 128, 4800), (256, 64, 5600), (512, 48, 6000), (1024, 32, 8000)]
+  two = ("single_1", "multikey_1")
+  assert [sum(rows.count for rows in curriculum.Stage(64, n, 1, two).mixture) for n in (4, 5, 7)] == [4, 5, 7]
+  with pytest.raises(ValueError, match="less than two rows for each of 2 tasks"):
+    print(curriculum.Stage(64, 3, 1, two).mixture)
+  for stages, shares, told in ((("64",), None, "--stages=64; write each as length x rows"),
+                               (("64x8", "96x8"), None, "--shares= for 2 stages; give one share less"),
+                               (("64x8", "96x8"), ("x",), "--shares=x; write each as a number"),
+                               (("64x8", "96x8"), ("1",), "--shares=1; they must rise")):
+    with pytest.raises(ValueError, match=told):
+      curriculum.stages(stages, shares, two, 8)
+
+
+def test_seeds_that_pass_leave_a_stage_and_the_best_are_kept():
+  accuracy = np.array([[0.9, 0.2, 0.95], [1, 1, 0.8], [0.89, 1, 1]])
+  assert spares.passes(accuracy, ("single_1", "multivalue", "multiquery"), 0.9).tolist() == [True, False, False]
+  kept = [spares.keep(np.array(worst), 2).tolist() for worst in ([95, 99, 96, 100], [40, 99, 60, 30], [0, 95, 1, 97])]
+  assert kept == [[True, True, False, False], [False, True, True, False], [False, True, False, True]]
 
 
 def test_a_tiny_model_learns_the_easiest_task_in_seconds():
@@ -46,6 +93,7 @@ def test_a_tiny_model_learns_the_easiest_task_in_seconds():
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_killed_run_resumes_to_the_same_table(tmp_path):
   """A run that was killed is gone on with on another number of devices."""
   run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY)
@@ -61,7 +109,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
   assert [line["step"] for line in lines[1]] == [2, 4, 6, 8]
   for one, other in zip(lines[0][-1:], lines[1][-1:], strict=True):
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
-  (_, whole), (_, halved) = (niah.load(f"{tmp_path}/{name}") for name in ("whole", "halved"))
+  (_, whole), (_, halved) = (seeds.load(f"{tmp_path}/{name}") for name in ("whole", "halved"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole, halved)
   assert "finished before" in run(f"--workdir={tmp_path}/whole")
   for flag, message in (("--lm_weight=1", "of a run with lm_weight=0.1, this one has 1.0"),
@@ -86,8 +134,6 @@ def test_stages_wait_for_no_spare_seed_and_the_best_are_kept(tmp_path):
   lengths = [[json.loads(line)["length"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
              for name in ("none", "all", "stopped")]
   assert lengths == [[96, 96, 128, 128], [96, 128, 128, 128], [96, 128]]
-  run_python("tests/experiments/programs/seeds_kept.py", "--tasks=single_1,multivalue,multiquery", "--leave_at=0.9",
-             "--stragglers=2")
 
 
 @pytest.mark.slow
@@ -104,19 +150,47 @@ def test_a_short_training_learns_the_easiest_task(tmp_path):
   assert last["accuracy"]["single_2"][0] >= 0.98 > first["accuracy"]["single_2"][0]
 
 
+def write_texts(folder):
+  folder.mkdir()
+  for i in range(26):
+    (folder / f"{i}.txt").write_text("".join(chr(97 + (i + j) % 26) for j in range(400)))
+
+
+def test_rows_of_text_are_windows_of_the_file(tmp_path):
+  write_texts(tmp_path / "texts")
+  beside = settings(workdir=tmp_path / "run", stages=("96x8",), tasks=("single_1", "multikey_1"), lm_rows=2,
+                    lm_data=tmp_path / "texts")
+  text = np.asarray(sft_niah.text_of(beside).tokens)
+  (stage,) = curriculum.stages(beside.stages, (), beside.tasks, 8)
+  batch_of = functools.partial(curriculum.batch_of, stage, 3, 5, lm_weight=0.1, lm_rows=2)
+  made, alone = ({name: np.asarray(x) for name, x in one.items()} for one in (batch_of(text), batch_of()))
+  assert (made["tokens"].shape, alone["tokens"].shape) == ((10, 96), (8, 96))
+  for name in made:
+    np.testing.assert_array_equal(made[name][:8], alone[name])
+  whole = bytes(text)
+  for tokens, targets in zip(made["tokens"][8:], made["targets"][8:], strict=True):
+    assert bytes(tokens.astype(np.uint8)) in whole
+    assert ((targets == np.append(tokens[1:], targets[-1])) | (tokens == 0)).all()
+    assert (targets[tokens == 0] == -100).all()
+  np.testing.assert_allclose(made["weights"][8:].sum(), 1, rtol=1e-5)
+  with pytest.raises(ValueError, match=r"has \d+ tokens; a row takes 100001, use more"):
+    sft_niah.text_of(dataclasses.replace(beside, stages=("100000x8",)))
+  with pytest.raises(ValueError, match="--lm_rows=2 without --lm_data; give a folder"):
+    sft_niah.text_of(dataclasses.replace(beside, lm_data=None))
+  with pytest.raises(ValueError, match="--lm_data: without --lm_rows none of it is read"):
+    sft_niah.text_of(dataclasses.replace(beside, lm_rows=0, given=frozenset({"lm_data"})))
+
+
 @pytest.mark.slow
 def test_text_is_learned_beside_needles_and_a_memory_is_added(tmp_path):
-  """A batch's rows of text are windows of the file; attention trained so is given a memory that learns faster."""
-  (tmp_path / "texts").mkdir()
-  for i in range(30):
-    (tmp_path / "texts" / f"{i}.txt").write_text("".join(chr(97 + (i + j) % 26) for j in range(400)))
+  """Attention that is trained on needles and text is given a memory, which learns faster."""
+  write_texts(tmp_path / "texts")
   options = [*TOY, "--stages=96x8", "--shares=", "--lm_rows=2", f"--lm_data={tmp_path}/texts"]
-  run_python("tests/experiments/programs/text_rows.py", *options, f"--workdir={tmp_path}/none")
   run_python("-m", "experiments.sft_niah", *options, "--arm=attention", f"--workdir={tmp_path}/attention")
   run_python("-m", "experiments.sft_niah", *options, "--arm=ratplus", "--memory_rate=10",
              f"--init={tmp_path}/attention", f"--workdir={tmp_path}/memory")
-  config, params = niah.load(str(tmp_path / "memory"))
-  _, before = niah.load(str(tmp_path / "attention"))
+  config, params = seeds.load(str(tmp_path / "memory"))
+  _, before = seeds.load(str(tmp_path / "attention"))
   assert (config.memory, config.gate_bias, config.mlp_dim) == (True, -12.0, 4 * 16 + 8)
   assert (np.abs(np.asarray(params["layers"]["memory_gate"])).max(axis=(1, 2, 3, 4)) > 1e-4).all()
   moved = np.abs(np.asarray(params["layers"]["memory_gate_bias"]) + 12).max()

@@ -17,9 +17,11 @@ import pytest
 
 import rat_jax
 from conftest import FIXTURES, GRADIENT, ROOT, assert_close, run_python
-from experiments import common
+from experiments import retrofit
+from experiments.shared import inputs
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
+from rat_jax.convert.added_memory import memory_leaves
 from rat_jax.train import Checkpoints, cross_entropy
 
 OLMO2 = FIXTURES / "olmo2_tiny"
@@ -61,6 +63,14 @@ def test_a_memory_starts_where_the_model_is_and_then_moves(attention):
   assert np.abs(np.asarray(after["memory_gate_bias"]) + 12).max() > 0.1
   with pytest.raises(ValueError, match="has a memory already"):
     add_memory(config, params)
+
+
+def test_a_memory_that_was_trained_is_known():
+  added = {"layers": dict(memory_leaves(dataclasses.replace(CONFIG, memory=True, gate_bias=-12.0)))}
+  assert not retrofit.is_trained(added)
+  gates = np.array(added["layers"]["memory_gate"])
+  gates[1, -1] = 1e-9
+  assert retrofit.is_trained({"layers": added["layers"] | {"memory_gate": gates}})
 
 
 @pytest.mark.slow
@@ -159,7 +169,7 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   chex.assert_trees_all_equal(loaded, after)
   card = (tmp_path / "folder" / "README.md").read_text()
   assert f"* trained: {json.dumps(notes)}" in card
-  assert common.load_model(str(tmp_path / "folder"))[2] == notes
+  assert inputs.load_model(tmp_path / "folder")[2] == notes
   digest = hashlib.sha256(b"".join(leaf.tobytes() for _, leaf in sorted(named(after).items())))
   assert f"* sha256 of the parameters by name: {digest.hexdigest()}" in card
   for more, message in (

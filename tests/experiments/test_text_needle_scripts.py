@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
+import pickle
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
-from absl.testing import flagsaver
 
 import rat_jax
 from conftest import run_python
-from experiments import eval_niah, niah, niah_table, text_needles
+from experiments import eval_niah
+from experiments.needles import rows, seeds, words
 from needle_model import trained
 from rat_jax import Dense, RATPlusConfig, RATPlusLM
-from rat_jax.data import load_tokenizer
+from rat_jax.data import BYTES, load_tokenizer
 from rat_jax.evaluate import Example
+
+SETTINGS = words.Settings(workdir=pathlib.Path("none"), text=True, tokenizer=BYTES, ruler=None, essay=None, epochs=4.0,
+                          answer_room=128)
+
+
+def settings(**changes):
+  return dataclasses.replace(SETTINGS, **changes)
 
 
 @pytest.mark.slow
@@ -50,63 +60,62 @@ def one_model():
   return model, jax.tree.map(lambda x: x[0], params)
 
 
-def test_a_model_is_not_asked_what_it_was_fine_tuned_on(parsed_flags, tmp_path, monkeypatch):
+def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
   for folder, answer in (("seen", 1), ("copy", 1), ("new", 2)):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "single_1.jsonl").write_text(json.dumps({"input": "What is it?", "outputs": [answer]}))
   kept = {}  # the notes of a model that is not in fact trained
-  monkeypatch.setattr(text_needles, "train", lambda *_, notes, **__: kept.update(notes))
-  monkeypatch.setattr(text_needles, "load_model", lambda _: (*one_model(), dict(kept)))
-  tune = lambda: text_needles.fine_tune("start", ["single_1"], 1, 512, 1, [Dense()], 1e-5)
-  with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), length=512, count=1, tasks=["single_1"]):
-    with flagsaver.flagsaver(ruler=str(tmp_path / "seen")):
-      tune()
-    tune()  # then on tasks of our own, which does not undo it
-    for folder in ("seen", "copy"):
-      with flagsaver.flagsaver(ruler=str(tmp_path / folder)), \
-          pytest.raises(ValueError, match=rf"{folder}: --checkpoint=tuned was fine-tuned on \['.*single_1.jsonl'\]"):
-        eval_niah.text_cells("tuned")
-    with flagsaver.flagsaver(ruler=str(tmp_path / "new")):
-      eval_niah.text_cells("tuned")
-    eval_niah.text_cells("tuned")
-    with flagsaver.flagsaver(seed=niah.DATA_SEED), pytest.raises(ValueError, match="with it would be trained on what"):
-      tune()
+  monkeypatch.setattr(words, "train", lambda *_, notes, **__: kept.update(notes))
+  monkeypatch.setattr(words, "load_model", lambda *_: (*one_model(), dict(kept)))
+  tune = lambda **changes: words.fine_tune(settings(workdir=tmp_path / "tuned", **changes), "start", ["single_1"], 1,
+                                           512, 1, [Dense()], 1e-5)
+  ask = lambda ruler: eval_niah.text_cells(eval_niah.Settings(
+      **vars(settings(ruler=ruler)), checkpoint=("tuned",), length=512, count=1, batch_size=1, match=True, workers=1,
+      only=(), skip=(), tasks=("single_1",), table="paper", prompt_end="main", free_running=32, spacing=0,
+      near_miss=0.0), "tuned")
+  tune(ruler=str(tmp_path / "seen"))
+  tune()  # then on tasks of our own, which does not undo it
+  for folder in ("seen", "copy"):
+    with pytest.raises(ValueError, match=rf"{folder}: --checkpoint=tuned was fine-tuned on \['.*single_1.jsonl'\]"):
+      ask(str(tmp_path / folder))
+  ask(str(tmp_path / "new"))
+  ask(None)
+  with pytest.raises(ValueError, match="with it would be trained on what"):
+    tune(seed=seeds.DATA_SEED)
 
 
-def test_examples_of_words_are_known_by_what_is_in_them(parsed_flags, tmp_path):
+def test_examples_of_words_are_known_by_what_is_in_them(tmp_path):
   file, essay = tmp_path / "niah_single_1" / "validation.jsonl", tmp_path / "essay.txt"
   file.parent.mkdir()
   known = set()
   for answer in (1, 2):
     file.write_text(json.dumps({"input": "Long ago.\nWhat is it?", "outputs": [answer], "answer_prefix": " It is"}))
     essay.write_text(f"It was {answer}.")
-    with flagsaver.flagsaver(ruler=str(tmp_path)):  # as RULER's own scripts leave it
-      (example,) = text_needles.load(["single_1"], 1, 512, 0)["single_1"]
-      assert example.answers == (str(answer),)
-      known.add(text_needles.origin("single_1"))
+    of_ruler = settings(ruler=str(tmp_path))  # as RULER's own scripts leave it
+    (example,) = words.load(of_ruler, ["single_1"], 1, 512, 0)["single_1"]
+    assert example.answers == (str(answer),)
+    known.add(words.origin(of_ruler, "single_1"))
     for room in (64, 128):
-      with flagsaver.flagsaver(essay=str(essay), answer_room=room):
-        known.add(text_needles.origin("single_1"))
+      known.add(words.origin(settings(essay=str(essay), answer_room=room), "single_1"))
   assert len(known) == 6
   windows = []
-  row = niah_table.Row("", lambda question: windows.append(question) or (Dense(), None))
+  row = rows.Row("", lambda question: windows.append(question) or (Dense(), None))
   model = RATPlusLM(RATPlusConfig(256, 1, 16, 2))
   params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
-  with flagsaver.flagsaver(answer_room=2):
-    text_needles.cells(model, params, row, {"single_1": [example]}, 64, 1)
+  words.cells(settings(answer_room=2), model, params, row, {"single_1": [example]}, 64, 1)
   assert windows == [len(b"What is it? It is")]
   for one, told in (({"answer_room": 512}, "answer_room=512 leaves nothing"),
                     ({"essay": str(tmp_path)}, "essay=.*give a file of UTF-8 text"),
                     ({"essay": "/dev/null"}, "the essay of 0 sentences")):
-    with flagsaver.flagsaver(**one), pytest.raises(ValueError, match=told):
-      text_needles.load(["single_2"], 1, 512, 0)
+    with pytest.raises(ValueError, match=told):
+      words.load(settings(**one), ["single_2"], 1, 512, 0)
 
 
-def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(parsed_flags, monkeypatch):
+def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatch):
   names, length = ["single_1", "multiquery"], 1024
-  examples = text_needles.load(names, 3, length, 0)
+  examples = words.load(SETTINGS, names, 3, length, 0)
   flat = [one for of_task in examples.values() for one in of_task]
-  batch = jax.tree.map(np.asarray, text_needles.answer_batch(flat, length))
+  batch = jax.tree.map(np.asarray, words.answer_batch(BYTES, flat, length))
   for tokens, targets, example in zip(batch["tokens"], batch["targets"], flat, strict=True):
     at = np.flatnonzero(targets != -100)
     assert bytes(tokens[:at[0] + 1].tolist()).decode() == example.prompt
@@ -124,18 +133,17 @@ def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(parsed_fla
     return out
 
   monkeypatch.setattr(rat_jax, "generate", generate)
-  rows = {row.label: row for row in niah_table.paper_rows(length)}
-  cells = text_needles.cells(None, None, rows["Quest 64, 1/4"], examples, length, batch_size=2)
+  by_label = {row.label: row for row in rows.paper_rows(length)}
+  cells = words.cells(SETTINGS, None, None, by_label["Quest 64, 1/4"], examples, length, batch_size=2)
   assert said == [one.prompt for one in flat]
   assert [cells[name]["accuracy"][0] for name in names] == pytest.approx([200 / 3, 100])
   assert cells["single_1"]["by_example"] == [0, 100, 100]
   assert [cells["multiquery"][score] for score in ("comma_recall", "exact_match")] == [100, 100]
-  cells = text_needles.cells(None, None, rows["Quest 64, 1/16, first"], examples, length, batch_size=2)
+  cells = words.cells(SETTINGS, None, None, by_label["Quest 64, 1/16, first"], examples, length, batch_size=2)
   assert "use at least 65" in cells["single_1"]["blank"]
   assert cells["single_1"]["blank"].startswith(f"at T={length}: ")
-  with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"), \
-      flagsaver.flagsaver(answer_room=8):
-    text_needles.load(names[:1], 1, length, 0)
+  with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"):
+    words.load(settings(answer_room=8), names[:1], 1, length, 0)
 
 
 def write_ruler(folder, name, *examples):
@@ -145,7 +153,7 @@ def write_ruler(folder, name, *examples):
       json.dumps({"input": prompt, "outputs": answers}) + "\n" for prompt, answers in examples), "utf-8")
 
 
-def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(parsed_flags, tmp_path, monkeypatch):
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(tmp_path, monkeypatch):
   """The end of a prompt and the start of an answer are one token here: a target, and not asked but said."""
   merges = [("i", "s"), ("is", " "), ("is ", "1")]
   vocab = dict.fromkeys(["</s>", *"What is1234?I", "is", "is ", "is 1"])
@@ -162,18 +170,21 @@ def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(parsed_flags, tmp
 
   monkeypatch.setattr(rat_jax, "generate", generate)
   prompt = one.encode("What is it? It ")
-  with flagsaver.flagsaver(tokenizer=one, answer_room=8):
-    batch = jax.tree.map(np.asarray, text_needles.answer_batch([example], 32))
-    assert batch["tokens"][0].tolist()[:len(prompt) + 3] == prompt + ids("is 1", "2", "3")
-    assert batch["targets"][0].tolist() == [-100] * (len(prompt) - 1) + ids("is 1", "2", "3", "</s>") + [-100] * (
-        32 - len(prompt) - 3)
-    row = niah_table.Row("", lambda question: (Dense(), None))
-    cell = text_needles.cells(None, None, row, {"single_1": [example]}, 32, 1)["single_1"]
+  batch = jax.tree.map(np.asarray, words.answer_batch(one, [example], 32))
+  assert batch["tokens"][0].tolist()[:len(prompt) + 3] == prompt + ids("is 1", "2", "3")
+  assert batch["targets"][0].tolist() == [-100] * (len(prompt) - 1) + ids("is 1", "2", "3", "</s>") + [-100] * (
+      32 - len(prompt) - 3)
+  row = rows.Row("", lambda question: (Dense(), None))
+  of_tokens = settings(tokenizer=one, answer_room=8)
+  cell = words.cells(of_tokens, None, None, row, {"single_1": [example]}, 32, 1)["single_1"]
   assert said == [prompt]
   assert (cell["accuracy"], cell["exact_match"]) == ([100], 100)
+  sent = pickle.loads(pickle.dumps(of_tokens))  # as to the processes of `side_by_side`
+  assert sent.tokenizer.encode("What is") == one.encode("What is")
+  assert dataclasses.replace(sent, tokenizer=one) == of_tokens
 
 
-def test_rulers_other_tasks_are_read_and_scored_as_it_does(parsed_flags, tmp_path, monkeypatch):
+def test_rulers_other_tasks_are_read_and_scored_as_it_does(tmp_path, monkeypatch):
   answers = {"vt": ["AB", "CD"], "cwe": ["one", "two"], "fwe": ["x", "y"], "qa_1": ["France", "in France"],
              "qa_2": ["yes", "no"], "single_1": ["1", "2"]}
   for name, of_task in answers.items():
@@ -185,31 +196,31 @@ def test_rulers_other_tasks_are_read_and_scored_as_it_does(parsed_flags, tmp_pat
     return np.array([[*(answers[list(answers)[len(asked) - 1]][0] + "\0").encode()]])
 
   monkeypatch.setattr(rat_jax, "generate", generate)
-  row = niah_table.Row("", lambda question: (Dense(), None))
-  with flagsaver.flagsaver(ruler=str(tmp_path)):
-    examples = text_needles.load(list(answers), 1, 512, 0)
-    cells = text_needles.cells(None, None, row, examples, 512, 1)
-    assert {name: cell["accuracy"] for name, cell in cells.items()} == {
-        "vt": [50], "cwe": [50], "fwe": [50], "qa_1": [100], "qa_2": [100], "single_1": [50]}
-    assert asked == [(b"Long ago. Answer: ", most) for most in (30, 120, 50, 32, 32, 128)]
-    for names, told in ((["qa_3"], r"--tasks=\['qa_3'\] are unknown; use some of .*'single_1'.*'qa_2'\]\."),
-                        ([], r"--tasks=\[\] are unknown")):
-      with pytest.raises(ValueError, match=told):
-        text_needles.load(names, 1, 512, 0)
-    write_ruler(tmp_path, "multiquery", ("", ["1"]))
-    with pytest.raises(ValueError, match=r"multiquery.*example 1: input='' leaves no token before the answer"):
-      text_needles.load(["multiquery"], 1, 512, 0)
+  row = rows.Row("", lambda question: (Dense(), None))
+  of_ruler = settings(ruler=str(tmp_path))
+  examples = words.load(of_ruler, list(answers), 1, 512, 0)
+  cells = words.cells(of_ruler, None, None, row, examples, 512, 1)
+  assert {name: cell["accuracy"] for name, cell in cells.items()} == {
+      "vt": [50], "cwe": [50], "fwe": [50], "qa_1": [100], "qa_2": [100], "single_1": [50]}
+  assert asked == [(b"Long ago. Answer: ", most) for most in (30, 120, 50, 32, 32, 128)]
+  for names, told in ((["qa_3"], r"--tasks=\['qa_3'\] are unknown; use some of .*'single_1'.*'qa_2'\]\."),
+                      ([], r"--tasks=\[\] are unknown")):
+    with pytest.raises(ValueError, match=told):
+      words.load(of_ruler, names, 1, 512, 0)
+  write_ruler(tmp_path, "multiquery", ("", ["1"]))
+  with pytest.raises(ValueError, match=r"multiquery.*example 1: input='' leaves no token before the answer"):
+    words.load(of_ruler, ["multiquery"], 1, 512, 0)
   with pytest.raises(ValueError, match=r"'vt'\] are unknown; .*; vt, cwe, fwe, qa_1, qa_2 need RULER's files"):
-    text_needles.load(list(answers), 1, 512, 0)
+    words.load(SETTINGS, list(answers), 1, 512, 0)
 
 
-def test_the_first_of_several_right_answers_is_taught(parsed_flags, tmp_path, monkeypatch):
+def test_the_first_of_several_right_answers_is_taught(tmp_path, monkeypatch):
   write_ruler(tmp_path, "qa_1", ("Where? Answer:", ["France", "in France"]))
   write_ruler(tmp_path, "vt", ("Which? They are:", ["AB", "CD"]))
   batches = []
-  monkeypatch.setattr(text_needles, "train", lambda model, optimizer, state, batch_at, **_: batches.append(batch_at(0)))
-  monkeypatch.setattr(text_needles, "load_model", lambda _: (*one_model(), {}))
-  with flagsaver.flagsaver(workdir=str(tmp_path / "tuned"), ruler=str(tmp_path)):
-    text_needles.fine_tune("start", ["qa_1", "vt"], 1, 512, 2, [Dense()], 1e-5)
+  monkeypatch.setattr(words, "train", lambda model, optimizer, state, batch_at, **_: batches.append(batch_at(0)))
+  monkeypatch.setattr(words, "load_model", lambda *_: (*one_model(), {}))
+  words.fine_tune(settings(workdir=tmp_path / "tuned", ruler=str(tmp_path)), "start", ["qa_1", "vt"], 1, 512, 2,
+                  [Dense()], 1e-5)
   taught = {bytes(row[row >= 0].astype(np.uint8).tolist()) for row in np.asarray(batches[0]["targets"])}
   assert taught == {b" France\0", b" AB,CD\0"}

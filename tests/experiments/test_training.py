@@ -15,10 +15,6 @@ from conftest import run_python
 from rat_jax import RATPlusConfig, RATPlusLM
 
 
-def test_what_scripts_say_of_their_flags():
-  run_python("tests/experiments/programs/training_flags.py")
-
-
 @pytest.fixture
 def texts(tmp_path):
   """Two folders of forty texts of equal lengths, which differ in one character of each."""

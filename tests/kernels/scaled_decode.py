@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import sys
 
-from experiments import bench_model, common
+from experiments import bench_model
+from experiments.shared import command
 from pallas_kernels import crossovers, table
 from pallas_kernels.decode import xla
 from pallas_kernels.implementation import Implementation
@@ -17,4 +18,4 @@ if __name__ == "__main__":
   FACTOR = float(sys.argv.pop(1))
   table.IMPLEMENTATIONS["decode_attention"]["scaled"] = "__main__"
   crossovers.FASTEST["cpu"] = {"decode_attention": {"scaled": 0}}
-  common.run(bench_model.main)
+  command.run(bench_model.main, bench_model.Settings, bench_model.define_flags)

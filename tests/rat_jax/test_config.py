@@ -92,4 +92,5 @@ def test_initial_scales():
 def test_the_library_needs_its_core_dependencies_alone():
   imported = run_python("tests/rat_jax/imported.py").split()
   assert {"rat_jax", "pallas_kernels", "jax"} <= set(imported)
-  assert not {"torch", "transformers", "safetensors", "wandb", "chex"} & set(imported)
+  assert not {"torch", "transformers", "safetensors", "wandb", "chex", "orbax", "tqdm", "matplotlib",
+              "tokenizers"} & set(imported)

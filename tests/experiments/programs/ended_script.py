@@ -6,17 +6,18 @@ import os
 import signal
 import sys
 
-from experiments import common
+from experiments.shared import command
 from rat_jax.convert.tensors import new_folder
 
 folder = sys.argv.pop()
 
 
-def main():
+def main(settings):
+  del settings
   with new_folder(folder) as made:
     (made / "half").write_text("")
     os.kill(os.getpid(), signal.SIGTERM)
   print("not reached")
 
 
-common.run(main)
+command.run(main, command.Settings, lambda: command.define_common_flags("ended"))

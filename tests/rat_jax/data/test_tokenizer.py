@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, strategies as st
 
-from experiments import common
+from experiments.shared import inputs
 from rat_jax import RATPlusConfig, RATPlusLM, save_pretrained
 from rat_jax.data import BYTES, load_tokenizer, prepare
 
@@ -158,23 +158,23 @@ def test_a_saved_model_refuses_a_tokenizer_that_it_was_not_trained_with(folder, 
   data = prepare(tmp_path / "texts", tmp_path / "data", tokenizer=load_tokenizer(folder / "hf"))["train"]
   for name, kept, message in (("silent", {}, "vocab_size=256 of the model does not fit"),
                               ("saved", {"tokenizer": "bytes"}, r"the tokenizer bytes, and this is tokenizer\.json")):
-    found, _, notes = common.load_model(str(tmp_path / name))
+    found, _, notes = inputs.load_model(str(tmp_path / name))
     assert (found, notes) == (config, kept)
-    common.check_tokenizer(BYTES, config, notes)
+    inputs.check_tokenizer(BYTES, config, notes)
     with pytest.raises(ValueError, match=message):
-      common.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
+      inputs.check_tokenizer(load_tokenizer(folder / "hf"), config, notes)
     with pytest.raises(ValueError, match=message):
-      common.check_data(data, config, notes)
+      inputs.check_data(data, config, notes)
   (tmp_path / "saved" / "config.json").write_text('{"model_type": "olmo2", "vocab_size": 256}')
   with pytest.raises(ValueError, match=r"saved is not in our form.*model_type='olmo2'; convert it first"):
-    common.load_model(str(tmp_path / "saved"))
+    inputs.load_model(str(tmp_path / "saved"))
   (tmp_path / "saved" / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"saved holds weights and no config\.json"):
-    common.load_model(str(tmp_path / "saved"))
+    inputs.load_model(str(tmp_path / "saved"))
   larger = RATPlusConfig(2000, 1, 8, 1)  # as a preset that was trained on bytes
-  common.check_tokenizer(BYTES, larger, {"tokenizer": "bytes"})
+  inputs.check_tokenizer(BYTES, larger, {"tokenizer": "bytes"})
   with pytest.raises(ValueError, match="vocab_size=2000 of the model does not fit"):
-    common.check_tokenizer(BYTES, larger, {})
+    inputs.check_tokenizer(BYTES, larger, {})
 
 
 def test_a_continuation_is_what_it_adds_to_its_prompt(folder, tmp_path):

@@ -1,0 +1,1 @@
+"""Speed: the cases that are timed, how they are timed, and what they are compared with."""

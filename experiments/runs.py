@@ -1,0 +1,108 @@
+"""Runs, resumes and lists what stands behind the tables: experiments/shared/table_of_runs.py.
+
+Commands: python -m experiments.runs                        lists all, and which are done
+          python -m experiments.runs --run=needles-three    runs one; repeat the flag for several
+          python -m experiments.runs --run=ops --dry_run    prints its commands
+Stopped, a run goes on where it was: finished commands are not begun again, the others go on from what they saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments.shared import command, output
+from experiments.shared.table_of_runs import RUNS, Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(command.Settings):
+  run: tuple[str, ...]
+  reference: pathlib.Path | None
+  again: bool
+  dry_run: bool
+
+
+def define_flags() -> None:
+  command.define_common_flags("record")
+  flags.DEFINE_multi_enum("run", [], list(RUNS), "A run; repeat the flag for several. Default: list them.")
+  command.define_path("reference", "A checkout of the RAT+ authors' code, which some runs are timed beside.")
+  flags.DEFINE_bool("again", False, "Begin finished commands again.")
+  flags.DEFINE_bool("dry_run", False, "Print the commands and run none.")
+
+
+def main(settings: Settings) -> None:
+  done = finished(settings.workdir / "done.jsonl")
+  if not settings.run:
+    print(listed(done))
+    return
+  for run in (RUNS[name] for name in settings.run):
+    for line in commands(run, settings.reference):
+      if settings.dry_run:
+        print(f"python -m {line}")
+      elif line in done and not settings.again:
+        print(f"done before, in {done[line]:.0f} s: {line}")
+      else:
+        begin_with_cells(run)
+        execute(line, output.made(settings.workdir) / "done.jsonl")
+
+
+def commands(run: Run, reference: pathlib.Path | None) -> list[str]:
+  """The run's commands. Raises ValueError where they need the authors' code and it is not given."""
+  if reference is None and any("{reference}" in line for line in run.commands):
+    raise ValueError(f"--run={run.name} is timed beside the RAT+ authors' code; give a checkout of it as --reference.")
+  return [line.replace("{reference}", str(reference)) for line in run.commands]
+
+
+def begin_with_cells(run: Run) -> None:
+  """Copies the finished cells that a run's table begins with, once."""
+  if run.cells_of is not None:
+    theirs, own = (pathlib.Path(folder) / "results.json" for folder in run.cells_of)
+    if theirs.exists() and not own.exists():
+      output.made(own.parent)
+      shutil.copy(theirs, own)
+
+
+def execute(line: str, record: pathlib.Path) -> None:
+  """Runs a command and writes down its seconds. Raises ValueError where it fails."""
+  print(f"python -m {line}", flush=True)
+  start = time.perf_counter()
+  memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"} | os.environ  # the largest need what is usually left free
+  code = subprocess.run([sys.executable, "-m", *shlex.split(line)], env=memory, check=False).returncode
+  if code:
+    raise ValueError(f"it ended with {code}: python -m {line}")
+  entry = {"command": line, "seconds": time.perf_counter() - start}  # asking for the device would take its memory
+  with record.open("a", encoding="utf-8") as file:
+    file.write(json.dumps(entry) + "\n")
+
+
+def finished(record: pathlib.Path) -> dict[str, float]:
+  """{command: seconds} of what has come to its end."""
+  if not record.exists():
+    return {}
+  lines: list[dict[str, Any]] = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+  return {line["command"]: line["seconds"] for line in lines}
+
+
+def listed(done: dict[str, float]) -> str:
+  """All runs as a table."""
+  rows = []
+  for run in RUNS.values():
+    ready = sum(line in done for line in run.commands)
+    took = f"{run.seconds:,} s on an {run.device}" if run.seconds else "not as a whole"
+    rows.append([run.claim, run.name, f"{ready} of {len(run.commands)}", took])
+  return output.markdown_table(["claim", "--run", "commands done", "measured"], rows)
+
+
+if __name__ == "__main__":
+  command.run(main, Settings, define_flags)

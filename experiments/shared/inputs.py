@@ -1,0 +1,90 @@
+"""What commands read: trained models, their tokenizers, and text as token files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from rat_jax import RATPlusConfig, load_pretrained
+from rat_jax.axes import Params
+from rat_jax.convert.tensors import read_json as read_object
+from rat_jax.data import BYTES, TokenFile, Tokenizer, prepare, prepare_standard_library
+from rat_jax.data.token_file import Sidecar
+from rat_jax.paths import local_path
+from rat_jax.train import Checkpoints
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote.
+
+  The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
+  Raises ValueError and FileNotFoundError for a URL, for what is not there and for what is no model of ours.
+  """
+  path = local_path(folder, "--checkpoint")
+  if not (path / "config.json").is_file():
+    if any(path.glob("*.safetensors")):
+      raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
+    return Checkpoints(path).load_params()
+  theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
+  if theirs is not None:
+    raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
+                     f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
+  return *load_pretrained(path), _kept_notes(path)
+
+
+def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:
+  """What `experiments.convert` wrote of a run beside its weights, the same into every file."""
+  from safetensors import safe_open
+
+  with safe_open(min(folder.glob("*.safetensors")), "numpy") as file:
+    kept = (file.metadata() or {}).get("trained", "")
+  try:
+    notes = json.loads(kept)
+  except json.JSONDecodeError:  # what else somebody had the card say
+    return {}
+  return notes if isinstance(notes, dict) else {}
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+  """Raises ValueError where a model was trained with another tokenizer, or cannot have been trained with this one."""
+  trained = notes.get("tokenizer")
+  if trained is None:
+    tokenizer.check(config)
+  elif trained != tokenizer.name:
+    raise ValueError(f"the model was trained with the tokenizer {trained}, and this is {tokenizer.name};"
+                     " use its own, as --tokenizer or to prepare --data.")
+
+
+def check_data(data: TokenFile, config: RATPlusConfig, notes: dict[str, Any]) -> None:
+  """The same of the tokenizer that data were prepared with."""
+  sidecar = data.sidecar
+  check_tokenizer(dataclasses.replace(BYTES, name=sidecar.tokenizer, vocab_size=sidecar.vocab_size), config, notes)
+
+
+def corpus(data: str | os.PathLike[str] | None, folder: pathlib.Path) -> dict[str, TokenFile]:
+  """{"train", "heldout"} token files.
+
+  `data` is a folder that `experiments.prepare_data` wrote, or a text file or folder, which is prepared in `folder`;
+  None is the text of the Python standard library. Raises ValueError for a URL.
+  """
+  if data is None:
+    return prepare_standard_library(folder)
+  path = local_path(data, "--data")
+  if (path / "train.bin").exists():
+    return {name: TokenFile(path / f"{name}.bin") for name in ("train", "heldout")}
+  return prepare(path, folder)
+
+
+def bits_per_byte(nats: float, sidecar: Sidecar) -> float | None:
+  """The loss of a byte in bits, of that of a token in nats; None where a file's sidecar does not know the text's bytes.
+
+  A token is so many bytes as one of the whole file is on average, tokens that end a document included.
+  """
+  size = sidecar.bytes
+  if size is None and sidecar.tokenizer == BYTES.name:
+    size = sidecar.tokens - sidecar.documents  # a token that ends a document is no byte of it
+  return nats / math.log(2) * sidecar.tokens / size if size else None
