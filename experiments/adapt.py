@@ -1,7 +1,10 @@
 """Adapts a trained model to the mode that it will run under: a short training, that mode alone, ARL off.
 
+Claim: a window that the model was not trained for helps after a short training under it (arXiv 2602.18196, which takes
+1B tokens at a tenth of the pretraining rate).
 Command: python -m experiments.adapt --checkpoint=runs/pretrain/checkpoints --mode=dilated:16,window=32,sinks=4
-The paper adapts for 1B tokens at a tenth of the pretraining rate (arXiv 2602.18196). Resumes like `pretrain`.
+Result: not measured on text. On needles, RAT+ at D=8 answers 83.5% before 1000 updates and 98.0% after (sft_niah).
+Cost: that of `pretrain` for as many steps. Resumes like `pretrain`.
 """
 
 from __future__ import annotations

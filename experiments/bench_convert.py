@@ -2,7 +2,9 @@
 
 Claim: a conversion holds one stacked leaf and little else, whatever the size of the model; loading adds a leaf to the
 model.
-Command: python -m experiments.bench_convert          (and --from=olmo2; 45 GB of disk for a few minutes)
+Command: python -m experiments.bench_convert          (and --from=olmo2)
+Result: RAT+ 7B: the largest leaf has 8.59 GB, the peak is 8.82 GB.
+Cost: 233 seconds on two CPU cores, and 45 GB of disk.
 Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
 With --from=checkpoints it is one of our own, of random numbers, cut to four layers: making it holds the whole state.
 """

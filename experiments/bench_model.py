@@ -2,6 +2,8 @@
 
 Claim: a decode step reads what its mode chose, a dilated prefill computes what it sees, and both save time.
 Command: python -m experiments.bench_model --mode=dense --mode=quest:0.0625 --context=16384
+Result: 1.4 billion parameters, 32 rows of 16384 on an H200: a step takes 25.0 ms dense, 2.58 ms under dilated:64.
+Cost: not timed; some minutes of one GPU.
 A preset through files: --preset=olmo2-7b --dtype=bfloat16 --through_files --part=prefill --part=decode
 Where the time goes, kernel by kernel: --profile   Training and decoding by the authors' code too: --torch_reference=DIR
 Weights are random, decoding starts from caches of random numbers, medians are of several rounds. Before a part is

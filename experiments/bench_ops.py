@@ -2,6 +2,8 @@
 
 Claim: memory, dilated prefill and decoding over a compact cache are as fast as their bytes and operations say.
 Command: python -m experiments.bench_ops                      (--op=prefill --length=262144 --dilation=16 for one case)
+Result: a prompt of 262144 tokens at D=16 takes 65.6 ms on an H200, dense attention 1068.
+Cost: not timed; some minutes of one GPU.
 Where the time goes, kernel by kernel: --profile
 Time against T: --op=prefill --length=4096 --length=16384 ...   The authors' code beside ours: --torch_reference=DIR
 Training: --gradient times scan and prefill with their gradients.

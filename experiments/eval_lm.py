@@ -1,7 +1,10 @@
 """Held-out bits per token and byte of a trained model under any list of modes, beside what each reads and stores.
 
-A byte's bits are a token's times the tokens per byte of the whole held-out file, so tokenizers can be compared.
+Claim: RAT+ keeps its quality when a sixteenth of the keys is read, and attention does not.
 Command: python -m experiments.eval_lm --checkpoint=runs/pretrain/checkpoints --mode=dense --mode=dilated:16
+Result: bits per byte of 99 million parameters: RAT+ 1.076 dense and 1.219 at D=16, attention 1.007 and 4.412.
+Cost: not timed; one pass over --windows sequences for each mode.
+A byte's bits are a token's times the tokens per byte of the whole held-out file, so tokenizers can be compared.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Continues a text with a trained model, under any mode.
 
+Claim: a model that was trained densely writes under a mode that is named only here.
 Command: python -m experiments.generate --checkpoint=runs/pretrain/checkpoints --prompt="import os" --mode=dilated:16
+Result: a text for each mode; experiments/pages/language.md has two.
+Cost: not timed; most of it is compiling, a program for each mode.
 """
 
 from __future__ import annotations

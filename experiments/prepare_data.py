@@ -1,6 +1,9 @@
 """Text in, token files out, split by document into train and held-out.
 
+Claim: no document is in both parts, and the same text gives the same files.
 Command: python -m experiments.prepare_data --source=FILE_OR_FOLDER --workdir=runs/data --tokenizer=downloads/olmo2-7b
+Result: train.bin and heldout.bin, with sidecars that name source, tokenizer and digest.
+Cost: 3 seconds for 9 million bytes of Python's standard library.
 """
 
 from __future__ import annotations

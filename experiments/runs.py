@@ -1,8 +1,10 @@
 """Runs, resumes and lists what stands behind the tables: experiments/shared/table_of_runs.py.
 
+Claim: every number of the pages has a run that makes it again.
 Commands: python -m experiments.runs                        lists all, and which are done
           python -m experiments.runs --run=needles-three    runs one; repeat the flag for several
           python -m experiments.runs --run=ops --dry_run    prints its commands
+Result and cost: those of the runs, which the list shows.
 Stopped, a run goes on where it was: finished commands are not begun again, the others go on from what they saved.
 """
 

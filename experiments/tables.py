@@ -1,8 +1,10 @@
 """Rewrites the tables of README.md, experiments/README.md and experiments/pages, and all figures, from their results.
 
-Command: python -m experiments.tables            writes whatever stands between <!-- table: NAME --> and <!-- end -->
-         python -m experiments.tables --check    says which tables differ, and fails where one does
-Numbers are those of the results; nothing is measured.
+Claim: a table on a page is what experiments/results says; nothing is measured here.
+Commands: python -m experiments.tables            writes whatever stands between <!-- table: NAME --> and <!-- end -->
+          python -m experiments.tables --check    says which tables differ, and fails where one does
+Result: the pages and experiments/results/*.png.
+Cost: seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from experiments.needles import hypotheses_tables, page_tables as needles, repor
 from experiments.shared import command, output, page_tables
 from experiments.shared.page_tables import Read, Table
 from experiments.shared.table_of_runs import RUNS
+from rat_jax import Dense, Dilated, StreamingLLM
 
 Draw = Callable[[Read], Figure | None]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -206,7 +209,10 @@ def _throughput(result: str) -> Draw:
   return lambda read: pictures.throughput(read(result)["lines"])
 
 
+_RULES = (Dense(), Dilated(16), Dilated(16, window=32, sinks=4), StreamingLLM(32, 4))
+
 FIGURES: dict[str, Draw] = {
+    "masks": lambda read: pictures.masks(_RULES), "caches": lambda read: pictures.caches(_RULES, length=96),
     "readme": lambda read: pictures.against_budget(needles.budgets(read)),
     "budgets": _budgets,
     "gpu_prefill": lambda read: pictures.against_length(read("gpu_lengths")["lines"], "prefill"),

@@ -84,4 +84,4 @@ def test_an_operation_at_one_length_is_not_drawn():
 @pytest.mark.parametrize("name", tables.FIGURES)
 def test_the_figures_of_the_results_have_six_panels_at_most(name):
   figure = tables.FIGURES[name](tables.read_result)
-  assert 1 <= len([axis for axis in figure.axes if axis.lines or axis.patches]) <= 6
+  assert 1 <= len([axis for axis in figure.axes if axis.lines or axis.patches or axis.images or axis.collections]) <= 6
