@@ -26,6 +26,7 @@ import rat_jax
 from experiments import pictures
 from experiments.needles import demo
 from experiments.shared import command, device, inputs, output
+from experiments.shared.chosen import chosen_keys
 from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusConfig, RATPlusLM, SnapKV, StreamingLLM
 from rat_jax.data import BYTES, TokenFile
 from rat_jax.evaluate import loss_by_mode
@@ -280,7 +281,8 @@ def learn_text(settings: Settings, data: dict[str, TokenFile], folder: pathlib.P
   if settings.full:
     draw_quality(config, choosing, settings.length, prompt, folder / "quality-after-prompt.png")
     sample = next(data["heldout"].epoch(batch_size=1, length=settings.length, limit=2))["tokens"]
-    pictures.save(pictures.choices(model, params, sample, choosing_modes()[1:4], prompt), folder / "choices.png")
+    chosen = {str(mode): chosen_keys(model, params, sample, mode, prompt) for mode in choosing_modes()[1:4]}
+    pictures.save(pictures.choices(chosen, prompt), folder / "choices.png")
   return {"source": data["train"].sidecar.source,
           "parameters": {name: sum(x.size for x in jax.tree.leaves(params)) for name, (_, params) in trained.items()},
           "train_seconds": seconds, **figures, "prompt_length": prompt, "continuations": texts}

@@ -190,18 +190,15 @@ def index(read: Read) -> str:
   return output.markdown_table(["claim", "main number", "cost", "--run", "page"], rows)
 
 
-ARMS = {"RAT+": "ratplus", "attention": "attention"}  # in the order of their colours
-
-
 def _budgets(read: Read) -> Figure | None:
   cells = needles.matched(needles.cells_of(read, "niah_main"))
-  return pictures.against_budget(report.by_budget({name: cells[arm] for name, arm in ARMS.items()}))
+  return pictures.against_budget(report.by_budget({name: cells[arm] for name, arm in needles.ARMS.items()}))
 
 
 def _hypothesis(part: str) -> Draw:
   def draw(read: Read) -> Figure | None:
     by_arm = hypotheses_tables.found(read, part)
-    return pictures.hypotheses.figure(part, {name: by_arm[arm] for name, arm in ARMS.items() if arm in by_arm})
+    return pictures.hypotheses.figure(part, {name: by_arm[arm] for name, arm in needles.ARMS.items() if arm in by_arm})
   return draw
 
 

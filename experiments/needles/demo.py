@@ -20,7 +20,8 @@ import numpy as np
 import rat_jax
 from experiments.needles.questions import Questions, which_right
 from experiments.needles.rows import Row
-from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusLM, Selection, SnapKV, visible
+from experiments.shared.chosen import chosen_keys
+from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusLM, SnapKV, visible
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.modes import Mode
 
@@ -138,7 +139,7 @@ def reads(one: Shipped, seed: int = 0) -> Reads:
   shown = {label: row for label, row in rows().items() if label == "Dense" or label.endswith("1/16")}
   with ThreadPoolExecutor(_COMPILERS) as pool:
     chosen = dict(zip(shown, pool.map(
-        lambda row: _chosen(one.model, params, made["tokens"], row, asked, query), shown.values()), strict=True))
+        lambda row: _read_by(one, params, made["tokens"], row, asked, query), shown.values()), strict=True))
   hits = chosen["Quest, 1/16"][:, :, golden[0]]
   layer, head = divmod(int(hits.argmax()), hits.shape[1])
   seen = {label: of_heads[min(layer, len(of_heads) - 1), min(head, of_heads.shape[1] - 1)]
@@ -146,20 +147,9 @@ def reads(one: Shipped, seed: int = 0) -> Reads:
   return Reads((int(golden.min()), int(golden.max())), layer, head, query, seen)
 
 
-def _chosen(model: RATPlusLM, params: Any, tokens: jax.Array, row: Row, asked: Questions, query: int) -> np.ndarray:
+def _read_by(one: Shipped, params: Any, tokens: jax.Array, row: Row, asked: Questions, query: int) -> np.ndarray:
   """Which keys the query reads in every layer and head, bool [layers, heads, LENGTH]; one of each where all agree."""
-  task, at = TASKS["multikey_2"], np.arange(LENGTH)
+  task = TASKS["multikey_2"]
   mode, prefill_mode = row.build(task.query_length)
-  prompt = np.array([asked.prompt_length(row, task)])
-  layers = rat_jax.inspect(model, params, tokens, mode, prefill_mode=prefill_mode, prompt_lengths=prompt)
-  if not layers:
-    return np.asarray(visible(mode, np.array([query]), at))[None]
-  found = []
-  for layer in layers:
-    if isinstance(layer, Selection):
-      blocks = np.where(np.asarray(layer.valid), np.asarray(layer.blocks), -1)[0, query]
-      seen = (blocks[:, :, None] == at // mode.block).any(axis=1)  # type: ignore[attr-defined]  # it chooses blocks
-    else:
-      seen = np.stack([np.isin(at, kept) for kept in np.asarray(layer.positions)[0]]) | (at >= prompt[0])
-    found.append(seen & (at <= query))
-  return np.stack(found)
+  chosen = chosen_keys(one.model, params, tokens, mode, asked.prompt_length(row, task), prefill_mode)
+  return chosen[:, :, query] if len(chosen) else np.asarray(visible(mode, np.array([query]), np.arange(LENGTH)))[None]

@@ -56,10 +56,14 @@ def _future_table(found: dict[str, Any]) -> str:
   return _table_of_tasks(_by_question(found))
 
 
+def quantiles(ages: np.ndarray) -> list[str]:
+  """The 10, 50 and 90% quantiles of ages, of any shape."""
+  return [f"{np.quantile(ages, q):.1f}" for q in (0.1, 0.5, 0.9)]
+
+
 def _reach_table(found: dict[str, Any]) -> str:
   ages = np.array(found["age"])  # [seeds, layers, heads, H]
-  lines = [[f"layer {i}", *(f"{np.quantile(ages[:, i], q):.1f}" for q in (0.1, 0.5, 0.9)),
-            f"{100 * np.mean(ages[:, i] > 8):.0f}"] for i in range(ages.shape[1])]
+  lines = [[f"layer {i}", *quantiles(ages[:, i]), f"{100 * np.mean(ages[:, i] > 8):.0f}"] for i in range(ages.shape[1])]
   return markdown_table(["mean age, tokens", "10%", "median", "90%", "% of channels over 8"], lines)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.needles.hypotheses_report import quantiles
 from experiments.needles.page_tables import PAIR, cells_of, of, seeds
 from experiments.needles.report import HARD
 from experiments.shared.output import markdown_table
@@ -129,8 +130,8 @@ def future(read: Read) -> str:
 def reach(read: Read) -> str:
   """The mean age of what a channel holds: quantiles over channels, and the median of every seed."""
   ages = np.array(found(read, "reach")["ratplus"]["age"])  # [seeds, layers, heads, H]
-  lines = [[f"layer {i}", *(f"{np.quantile(ages[:, i], q):.1f}" for q in (0.1, 0.5, 0.9)),
-            " ".join(f"{np.median(of_seed[i]):.0f}" for of_seed in ages)] for i in range(ages.shape[1])]
+  lines = [[f"layer {i}", *quantiles(ages[:, i]), " ".join(f"{np.median(of_seed[i]):.0f}" for of_seed in ages)]
+           for i in range(ages.shape[1])]
   return markdown_table(["mean age in tokens", "10%", "median", "90%", "median by seeds"], lines)
 
 

@@ -14,12 +14,13 @@ import numpy as np
 from experiments.needles.report import HARD, Cells, accuracies, claim, matched, side_by_side
 from experiments.shared.output import markdown_table
 from experiments.shared.page_tables import Read, Table
+from experiments.shared.table_of_runs import SHARES, adapted_name
 
 Row = Mapping[str, dict[str, Any]]  # {task: cell}
 
 PAIR = ("attention", "ratplus")
+ARMS = {"RAT+": "ratplus", "attention": "attention"}  # of figures, in the order of their colours
 CHOICES = ("random", "oracle")
-SHARES = ("1/4", "1/8", "1/16", "1/32")
 
 
 def cells_of(read: Read, name: str) -> Cells:
@@ -175,7 +176,7 @@ def adapted(read: Read) -> str:
   for mode in ("dilated:8", "dilated:16", "dilated:32", "dilated:16,window=32"):
     line = [mode]
     for arm in reversed(PAIR):
-      trained = after[f"{arm}-{mode.translate(str.maketrans(':,=', '___'))}"]
+      trained = after[adapted_name(arm, mode)]
       line += [f"{seeds(before[arm][f'{mode} everywhere'])[:3].mean():.1f}", with_seeds(trained[f"{mode} everywhere"]),
                with_seeds(trained["dense"])]
     lines.append(line)
@@ -296,7 +297,7 @@ def budgets(read: Read) -> dict[str, dict[str, dict[str, list[float]]]]:
   methods = {"Quest, blocks of 16": "Quest 16", "MoBA in decoding, blocks of 16": "MoBA 16 decode",
              "SnapKV that knows the question": "SnapKV aware"}
   return {title: {name: {share: seeds(cells[arm][f"{label}, {share}"]).tolist() for share in SHARES}
-                  for name, arm in (("RAT+", "ratplus"), ("attention", "attention"))}
+                  for name, arm in ARMS.items()}
           for title, label in methods.items()}
 
 

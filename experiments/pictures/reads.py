@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import rat_jax
 from experiments.pictures.canvas import COLOURS, labelled, panels
-from rat_jax import RATPlusLM, Selection, visible
-from rat_jax.axes import Params
+from rat_jax import visible
 from rat_jax.modes import Mode, PerLayer
 
 
@@ -28,26 +27,18 @@ def masks(modes: Sequence[Mode], length: int = 96) -> Figure:
   return figure
 
 
-def choices(model: RATPlusLM, params: Params, tokens: np.ndarray, modes: Sequence[Mode], prompt_length: int) -> Figure:
-  """What the queries after a prompt chose on a real text, tokens [1, T]: a row of squares per mode, one per layer.
+def choices(read: Mapping[str, np.ndarray], prompt_length: int) -> Figure:
+  """What queries after a prompt chose on a text: {mode: bool [layers, heads, T, S]}, a row of squares for each mode.
 
-  Shown is the first head; a dark cell is a key that the query chose, or that the prompt's compression kept.
+  A square is a layer, of which the first head is shown; a dark cell is a key that the query reads.
   """
-  length, layers = tokens.shape[1], model.config.num_layers
-  figure, axes = panels(len(modes) * layers, layers, 3.2, 3.4, sharex=True, sharey=True)
-  at = np.arange(length)
-  for i, mode in enumerate(modes):
-    found = rat_jax.inspect(model, params, tokens, mode, prompt_lengths=np.array([prompt_length]))
-    for layer, chosen in enumerate(found):
-      if isinstance(chosen, Selection):
-        blocks = np.asarray(chosen.blocks)[0, :, 0, :, None]
-        seen = (blocks == at // mode.block).any(axis=1)  # type: ignore[attr-defined]
-      else:
-        seen = np.isin(at, np.asarray(chosen.positions)[0, 0]) | (at >= prompt_length)
-      seen = (seen & (at <= at[:, None]))[prompt_length:]
-      axis = axes[i * layers + layer]
-      _square(axis, seen, f"{mode}\nlayer {layer}, head 0: {seen[-1].sum()} of {length} keys at the end", prompt_length)
-      axis.axvline(prompt_length - 0.5, color=COLOURS[1], linewidth=1)
+  layers = len(next(iter(read.values())))
+  figure, axes = panels(len(read) * layers, layers, 3.2, 3.4, sharex=True, sharey=True)
+  for axis, (mode, layer) in zip(axes, itertools.product(read, range(layers)), strict=True):
+    seen = read[mode][layer, 0, prompt_length:]
+    title = f"{mode}\nlayer {layer}, head 0: {seen[-1].sum()} of {len(seen[-1])} keys at the end"
+    _square(axis, seen, title, prompt_length)
+    axis.axvline(prompt_length - 0.5, color=COLOURS[1], linewidth=1)
   for axis in axes[-layers:]:
     axis.set_xlabel("key (the prompt ends at the line)", fontsize=9)
   for axis in axes[::layers]:

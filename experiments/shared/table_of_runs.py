@@ -54,14 +54,19 @@ def _begun_with_main(name: str) -> tuple[str, str]:
   return f"{_TABLES}/main", f"{_TABLES}/{name}"
 
 
-_ADAPTED = tuple((arm, mode, f"{arm}-{mode.translate(str.maketrans(':,=', '___'))}") for arm in ("ratplus", "attention")
+def adapted_name(arm: str, mode: str) -> str:
+  """What an arm is called that was trained on under a mode."""
+  return f"{arm}-{mode.translate(str.maketrans(':,=', '___'))}"
+
+
+_ADAPTED = tuple((arm, mode, adapted_name(arm, mode)) for arm in ("ratplus", "attention")
                  for mode in ("dilated:16,window=32", "dilated:16", "dilated:8", "dilated:32"))
 _OF_TEXT = ("text", "text-attention", "text-memory", "text-memory-dense")
 _TEXT = "--lm_data=runs/data --lm_rows=16"
 _FROM_TEXT = f"--init={_NIAH}/text --stages=1024x32 {_SHORT} {_TEXT}"
 _LONG = " ".join([f"--checkpoint={_NIAH}/ratplus-4096 --checkpoint={_NIAH}/attention-4096",
                   "--table=paper --count=128 --length=4096 --batch_size=8"])
-_SHARES = ("1/4", "1/8", "1/16", "1/32")
+SHARES = ("1/4", "1/8", "1/16", "1/32")  # of the keys, in the tables of needles
 
 NEEDLES = (
     Run("needles", "Sparse methods lose far less on a backbone with the memory than on one without.", _main(5)),
@@ -92,7 +97,7 @@ NEEDLES = (
                 ("dense", "Quest 16, 1/8", "Quest 16, 1/16", "MoBA 16 decode, 1/16", "SnapKV aware, 1/16")),)),
     Run("topk", "The best single keys, which bound what blocks can reach.",
         (_table("topk", f"{_PAIR} {_EXTRA}",
-                ("dense", *(f"{name}, {share}" for share in _SHARES for name in ("TopK", "Quest 16")))),)),
+                ("dense", *(f"{name}, {share}" for share in SHARES for name in ("TopK", "Quest 16")))),)),
     Run("retrofit", "A memory that is added to a trained attention model helps it within a quarter of its updates.",
         ("experiments.prepare_data --workdir=runs/data", _train("attention", "text", f"{_TEXT} {_SPARE}"),
          _train("attention", "text-attention", f"{_FROM_TEXT} --steps=4000"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+import rat_jax
 from experiments import pictures, tables
 from experiments.pictures.canvas import COLOURS, NEUTRAL
-from rat_jax import Dense, Dilated, PerLayer, StreamingLLM, visible
+from experiments.shared.chosen import chosen_keys
+from rat_jax import Dense, Dilated, PerLayer, Quest, RATPlusConfig, RATPlusLM, SnapKV, StreamingLLM, visible
 from rat_jax.caches.slots import Slots
 
 
@@ -85,3 +89,24 @@ def test_an_operation_at_one_length_is_not_drawn():
 def test_the_figures_of_the_results_have_six_panels_at_most(name):
   figure = tables.FIGURES[name](tables.read_result)
   assert 1 <= len([axis for axis in figure.axes if axis.lines or axis.patches or axis.images or axis.collections]) <= 6
+
+
+def test_chosen_keys_are_those_of_every_query():
+  """Against loops over what `inspect` tells: valid blocks, or kept positions and all that comes after the prompt."""
+  model = RATPlusLM(RATPlusConfig(vocab_size=16, num_layers=2, embed_dim=16, num_heads=2, init_std=None))
+  tokens = np.random.default_rng(0).integers(0, 16, (1, 14))
+  params, prompt = model.init(jax.random.key(0), tokens)["params"], 9
+  of = lambda mode: rat_jax.inspect(model, params, tokens, mode, prompt_lengths=np.array([prompt]))
+  for mode in (Quest(4, block=2), SnapKV(4, obs_window=2)):
+    found = chosen_keys(model, params, tokens, mode, prompt)
+    assert found.shape == (2, 2, 14, 14)
+    for layer, told in enumerate(of(mode)):
+      for head, query in itertools.product(range(2), range(14)):
+        if isinstance(mode, Quest):
+          blocks = [int(b) for b, valid in zip(told.blocks[0, query, head], told.valid[0, query, head], strict=True)
+                    if valid]
+          read = {key for b in blocks for key in (2 * b, 2 * b + 1)}
+        else:
+          read = {int(key) for key in told.positions[0, head]} | set(range(prompt, 14))
+        assert set(np.flatnonzero(found[layer, head, query])) == {key for key in read if 0 <= key <= query}
+  assert len(chosen_keys(model, params, tokens, Dilated(4), prompt)) == 0
