@@ -71,20 +71,21 @@ def define_flags() -> None:
 def cases_of(settings: Settings) -> list[Case]:
   """Those of the flags, or the standard ones, dense attention beside them."""
   lengths, batch, gradient = settings.length, settings.batch_size, settings.gradient
-  for block in settings.block or ([64] if settings.op == ("sparse",) and lengths else []):
-    if not lengths or any(length % block or length < 16 * block for length in lengths):
-      raise ValueError(f"--block={block} beside --length={list(lengths)}; give lengths that are multiples of the block,"
-                       " and a sixteenth of which holds one.")
   ops = [op for op in settings.op if op not in ("decode", "sparse") or not gradient]
   if not ops:
     raise ValueError(f"--gradient with --op={settings.op[0]}; only scan and prefill have gradients that are timed.")
+  blocks = settings.block or ((64,) if "sparse" in ops and lengths else ())
+  for block in blocks:
+    if not lengths or any(length % block or length < 16 * block for length in lengths):
+      raise ValueError(f"--block={block} beside --length={list(lengths)}; give lengths that are multiples of the block,"
+                       " and a sixteenth of which holds one.")
   found = []
   for op in ops:
     if op == "scan" and (lengths or batch > 1):
       of_scan = lengths or [case.length for case in cases.standard(op, gradient)]
       found += [Case(op, length, batch) for length in of_scan]
     elif op == "sparse" and lengths:
-      found += [Case(op, length, batch, block=block) for length in lengths for block in (0, *(settings.block or [64]))]
+      found += [Case(op, length, batch, block=block) for length in lengths for block in (0, *blocks)]
     elif op in ("prefill", "decode") and (lengths or settings.dilation):
       found += [Case(op, length, batch, *((1, 0, 0) if d == 1 else (d, settings.window, settings.sinks)))
                 for length in lengths or [32768] for d in (1, *(settings.dilation or [16, 64]))]

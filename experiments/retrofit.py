@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     config, params = add_memory(config, params, settings.gate_bias)
   elif config.memory and not settings.memory:
     raise ValueError(f"--nomemory: {settings.checkpoint} has a memory; give the attention model.")
-  elif is_trained(params):
+  elif config.memory and is_trained(params):
     raise ValueError(f"--checkpoint={settings.checkpoint} has a memory that was trained; train it on with"
                      " experiments.adapt, or give the attention model. A retrofit that was stopped goes on in its"
                      " --workdir, from the --checkpoint that it began with.")
@@ -87,7 +87,9 @@ def main(settings: Settings) -> None:
       raise ValueError(f"--freeze={pattern} fits no parameter; they are {', '.join(names)}.")
   data = training.train_data(settings)
   inputs.check_data(data, config, notes)
-  rates = [(pattern, 0.0) for pattern in settings.freeze] + [("layers/memory_gate*", settings.memory_rate)]
+  rates = [(pattern, 0.0) for pattern in settings.freeze]
+  if config.memory:
+    rates.append(("layers/memory_gate*", settings.memory_rate))
   training.fit(settings, config, params, data, "retrofit", accumulate_by="target",  # rows are micro-batches there
                start=settings.checkpoint, rates=rates)
 

@@ -49,14 +49,15 @@ def main(settings: Settings) -> None:
     print(listed(done))
     return
   for run in (RUNS[name] for name in settings.run):
-    for line in commands(run, settings.reference):
+    for line, filled in zip(run.commands, commands(run, settings.reference), strict=True):
       if settings.dry_run:
-        print(f"python -m {line}")
+        print(f"python -m {filled}")
       elif line in done and not settings.again:
-        print(f"done before, in {done[line]:.0f} s: {line}")
+        print(f"done before, in {done[line]:.0f} s: {filled}")
       else:
         begin_with_cells(run)
-        execute(line, output.made(settings.workdir) / "done.jsonl")
+        seconds = execute(filled)
+        record(settings.workdir, line, seconds)
 
 
 def commands(run: Run, reference: pathlib.Path | None) -> list[str]:
@@ -75,24 +76,28 @@ def begin_with_cells(run: Run) -> None:
       shutil.copy(theirs, own)
 
 
-def execute(line: str, record: pathlib.Path) -> None:
-  """Runs a command and writes down its seconds. Raises ValueError where it fails."""
+def execute(line: str) -> float:
+  """Runs a command and gives its seconds. Raises ValueError where it fails."""
   print(f"python -m {line}", flush=True)
   start = time.perf_counter()
   memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"} | os.environ  # the largest need what is usually left free
   code = subprocess.run([sys.executable, "-m", *shlex.split(line)], env=memory, check=False).returncode
   if code:
     raise ValueError(f"it ended with {code}: python -m {line}")
-  entry = {"command": line, "seconds": time.perf_counter() - start}  # asking for the device would take its memory
-  with record.open("a", encoding="utf-8") as file:
-    file.write(json.dumps(entry) + "\n")
+  return time.perf_counter() - start  # without the device's name: asking for it would take its memory
 
 
-def finished(record: pathlib.Path) -> dict[str, float]:
+def record(folder: pathlib.Path, line: str, seconds: float) -> None:
+  """Writes down that a command, as the table has it, came to its end, wherever the authors' code lies."""
+  with (output.made(folder) / "done.jsonl").open("a", encoding="utf-8") as file:
+    file.write(json.dumps({"command": line, "seconds": seconds}) + "\n")
+
+
+def finished(path: pathlib.Path) -> dict[str, float]:
   """{command: seconds} of what has come to its end."""
-  if not record.exists():
+  if not path.exists():
     return {}
-  lines: list[dict[str, Any]] = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+  lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
   return {line["command"]: line["seconds"] for line in lines}
 
 

@@ -5,6 +5,7 @@ Claim: attention and RAT+ both learn to find needles; what differs is what spars
 Command: python -m experiments.sft_niah --arm=ratplus --workdir=runs/niah/ratplus      (and --arm=attention, ...)
 Result: every task above 95% under Dense on every seed that is kept.
 Cost: on one H200, compilation included, RAT+'s five seeds take 453 seconds, attention's twelve 824.
+With another --workdir, such as runs/niah/more:
 Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32
 Text beside the needles:  --lm_data=runs/data --lm_rows=16
 A memory for attention that was trained so:  --init=runs/niah/attention --arm=ratplus --memory_rate=10

@@ -20,9 +20,10 @@ def losses(lines: Sequence[Mapping[str, Any]], modes: Sequence[str]) -> Figure:
     axis.plot(steps, bits, color=colour, linewidth=1, label=f"loss, {mode}")
   labelled(axis, "batch", "bits per token")
   axis.legend(fontsize=8)
-  if lines[-1]["utilisation"] is not None:
+  of_peak = [math.nan if line["utilisation"] is None else 100 * line["utilisation"] for line in lines]
+  if not all(map(math.isnan, of_peak)):
     other = axis.twinx()
-    other.plot(steps, [100 * line["utilisation"] for line in lines], color=NEUTRAL, linewidth=1)
+    other.plot(steps, of_peak, color=NEUTRAL, linewidth=1)
     other.set_ylim(0, 100)
     other.set_ylabel("% of the chip's peak (grey)", fontsize=9)
   return figure

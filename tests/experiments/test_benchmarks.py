@@ -76,6 +76,8 @@ def test_cases_that_are_not_timed_are_refused():
   for lengths in ((), (96, 100)):
     with pytest.raises(ValueError, match=r"--block=8 beside --length=\[.*\]; give lengths that are multiples of"):
       cases_of(block=(8,), length=lengths)
+  with pytest.raises(ValueError, match=r"--block=64 beside --length=\[1000\]; give lengths"):
+    cases_of(op=("prefill", "sparse"), length=(1000,))
 
 
 def test_work_is_that_of_the_arrays_and_products():

@@ -67,6 +67,10 @@ def test_losses_are_in_bits():
   first, second = curves(figure.axes[0])
   assert first == [(0, pytest.approx(8.0)), (1, 0.0)]
   assert np.isnan([loss for _, loss in second]).all()
+  lines[0]["utilisation"] = 0.5  # the run went on where the peak is not known
+  of_peak, = curves(pictures.losses(lines, ["dilated:4", "dense"]).axes[1])
+  assert of_peak[0] == (0, 50.0)
+  assert np.isnan(of_peak[1][1])
 
 
 def test_what_did_not_fit_is_not_drawn():

@@ -153,6 +153,10 @@ def test_the_script_from_a_checkpoint_to_a_folder(tmp_path, texts):
   Checkpoints(tmp_path / "start").save(rat_jax.init_train_state(model, params, optimizer), config, {})
   run = ["-m", "experiments.retrofit", f"--checkpoint={tmp_path}/start", f"--data={texts}", "--steps=2",
          "--batch_size=2", "--length=32", "--freeze=embedding"]
+  run_python(*run, "--nomemory", f"--workdir={tmp_path}/control")
+  config, control, notes = Checkpoints(tmp_path / "control" / "checkpoints").load_params()
+  assert (config.memory, notes["rates"]) == (False, [["embedding", 0.0]])
+  assert np.abs(np.asarray(control["layers"]["query"] - params["layers"]["query"])).max() > 0
   run_python(*run, "--mode=dilated:4", "--mode=dense", f"--workdir={tmp_path}/memory")
   found, after, notes = Checkpoints(tmp_path / "memory" / "checkpoints").load_params()
   assert (found.memory, found.gate_bias, notes["modes"]) == (True, -12.0, ["dilated:4", "dense"])

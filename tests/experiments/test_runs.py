@@ -36,7 +36,8 @@ def test_what_is_done_is_not_done_again_and_a_failure_ends_it(tmp_path, monkeypa
   toys = {"toy": Run("toy", "Nothing.", ("experiments.costs --preset=tiny --length=64 --mode=dense"
                                          f" --workdir={tmp_path}/costs",), cells_of=(f"{tmp_path}/a", f"{tmp_path}/b")),
           "wrong": Run("wrong", "Nothing.", (f"experiments.costs --preset=none --workdir={tmp_path}/none",)),
-          "beside": Run("beside", "Nothing.", ('experiments.costs "--workdir={reference}"',))}
+          "beside": Run("beside", "Nothing.", (
+              'experiments.costs --preset=tiny --length=64 --mode=dense "--workdir={reference}"',))}
   monkeypatch.setattr(runs, "RUNS", toys)
   monkeypatch.setattr("experiments.shared.table_of_runs.RUNS", toys)
   (tmp_path / "a").mkdir()
@@ -59,6 +60,13 @@ def test_what_is_done_is_not_done_again_and_a_failure_ends_it(tmp_path, monkeypa
     ask("wrong")
   with pytest.raises(ValueError, match="--run=beside is timed beside the RAT\\+ authors' code; give a checkout"):
     ask("beside")
+  ask("beside", reference=tmp_path / "authors")  # a costs command, in the folder that is named
+  assert (tmp_path / "authors" / "table.md").exists()
+  assert json.loads((tmp_path / "record" / "done.jsonl").read_text().splitlines()[-1])["command"] == (
+      toys["beside"].commands[0])
+  capsys.readouterr()
+  ask("beside", reference=tmp_path / "elsewhere")
+  assert "done before" in capsys.readouterr().out
   capsys.readouterr()
   ask()
   assert "| Nothing. |    toy |        1 of 1 | not as a whole |" in capsys.readouterr().out
