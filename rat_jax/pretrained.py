@@ -53,10 +53,11 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
                               max_file_bytes=max_file_bytes)
     check_leaves(specs, config, "the parameters")
     size = sum(int(np.prod(spec.shape)) for spec in specs.values())
-    lines = [f"# {os.path.basename(os.path.abspath(folder))}", "", f"{size:,} parameters, "
+    name = os.path.basename(os.path.abspath(folder))  # not its path, which is no reader's business
+    lines = [f"# {name}", "", f"{size:,} parameters, "
              + ("RAT+" if config.memory else "attention") + f", written by rat_jax {__version__}.", "",
              *(f"* {key}: {value}" for key, value in about.items()), "",
-             f"    config, params = rat_jax.load_pretrained({str(folder)!r})", ""]
+             f"    config, params = rat_jax.load_pretrained({name!r})", ""]
     (made / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
     (made / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
