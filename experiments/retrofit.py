@@ -2,7 +2,7 @@
 
 Claim: a memory that is added to a trained model helps it under sparse attention after a short training.
 Command: python -m experiments.retrofit --checkpoint=runs/olmo2-7b --data=runs/data
-Result: on needles, a small model under MoBA at 1/16 answers 46.9% after training on, 51.7% with a memory too.
+Result: on needles, a small model under MoBA at 1/16 answers 46.9% after training on, 52.7% with a memory, trained so.
 Cost: python -m experiments.retrofit --cost=olmo2-7b prints it: 649 hours of an H100 for the published recipe.
 The defaults are the published ones: 10B tokens, 6e-5, ten times that for the memory, 2% warm-up. What the paper leaves
 open is ours: a start at the identity (--gate_bias), and ARL (--mode=dense alone turns it off).

@@ -124,8 +124,8 @@ def _heads(read: Read) -> str:
 
 def _retrofit(read: Read) -> str:
   cells, label = needles.retrofit_cells(read), "MoBA 16 decode, 1/16"
-  without, with_memory = (needles.mean(cells[arm][label]) for arm in ("text-attention", "text-memory"))
-  return f"{label}: {without} without, {with_memory} with it"
+  without, with_memory = (needles.mean(cells[arm][label]) for arm in ("text-attention", "text-memory-dense"))
+  return f"{label}: {without} without, {with_memory} with it, trained densely"
 
 
 def _ops(result: str, case: str) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.needles.report import HARD, Cells, accuracies, claim, matched, side_by_side
+from experiments.needles.report import HARD, Cells, accuracies, claim, left_out, matched, side_by_side
 from experiments.shared.output import markdown_table
 from experiments.shared.page_tables import Read, Table
 from experiments.shared.table_of_runs import SHARES, adapted_name
@@ -274,14 +274,27 @@ def _as_in_the_paper(cells: Cells, label: str, task: str) -> str:
   return "/".join(f"{value:.1f}" if 99.5 <= value < 99.95 else f"{value:.0f}" for value in values)
 
 
-def retrofit_cells(read: Read) -> Cells:
-  """The seeds that know the tasks under Dense."""
-  return matched({arm: {label: {task: {"accuracy": accuracy} for task, accuracy in by_task.items()}
-                        for label, by_task in by_label.items()} for arm, by_label in read("niah_retrofit").items()})
+def retrofit_cells(read: Read, equal: bool = False) -> Cells:
+  """The seeds that know the tasks under Dense; with `equal` of every arm those that do in all of them."""
+  every = {arm: {label: {task: {"accuracy": accuracy} for task, accuracy in by_task.items()}
+                 for label, by_task in by_label.items()} for arm, by_label in read("niah_retrofit").items()}
+  if not equal:
+    return matched(every)
+  out = {seed for rows in every.values() for seed in left_out(rows)}
+  return {arm: {label: {task: {"accuracy": [one for i, one in enumerate(cell["accuracy"]) if i not in out]}
+                        for task, cell in by_task.items()} for label, by_task in rows.items()}
+          for arm, rows in every.items()}
 
 
 def retrofit(read: Read) -> str:
-  cells = retrofit_cells(read)
+  return _retrofit(retrofit_cells(read))
+
+
+def retrofit_equal(read: Read) -> str:
+  return _retrofit(retrofit_cells(read, equal=True))
+
+
+def _retrofit(cells: Cells) -> str:
   names = {"text": "before", "text-attention": "attention, 4000 more", "text-memory": "memory, ARL",
            "text-memory-dense": "memory, dense"}
   labels = ("dense", "Quest 16, 1/8", "Quest 16, 1/16", "MoBA 16 decode, 1/8", "MoBA 16 decode, 1/16",
@@ -307,4 +320,4 @@ TABLES: dict[str, Table] = {
     "needles_three_leads": three_leads, "needles_three_multiquery": three_multiquery, "needles_topk": topk,
     "needles_answer": answer, "needles_spaced": spaced, "needles_adapted": adapted, "needles_window": window,
     "needles_near": near, "needles_controls": controls, "needles_memory_alone": memory_alone, "needles_long": long,
-    "needles_paper": paper, "retrofit": retrofit}
+    "needles_paper": paper, "retrofit": retrofit, "retrofit_equal": retrofit_equal}
