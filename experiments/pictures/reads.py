@@ -16,7 +16,7 @@ from rat_jax.modes import Mode, PerLayer
 
 def masks(modes: Sequence[Mode], length: int = 96) -> Figure:
   """One square for each mode: row t is a query, a dark cell is a key that it reads. A PerLayer has no square."""
-  modes = [mode for mode in modes if not isinstance(mode, PerLayer)]
+  modes = _of_all_layers(modes)
   figure, axes = panels(len(modes), 4, 2.9, 3.2, sharex=True, sharey=True)
   at = np.arange(length)
   for axis, mode in zip(axes, modes, strict=True):
@@ -68,16 +68,22 @@ def one_query(seen: Mapping[str, np.ndarray], needle: tuple[int, int], title: st
 def caches(modes: Sequence[Mode], length: int) -> Figure:
   """What the caches of modes hold after `length` tokens that came one by one: a row of marks for each mode.
 
-  It is every key that a later query can read. Caches whose prompt is compressed are not drawn; `choices` shows them.
+  It is every key that a later query can read. A PerLayer has no row, as its layers' caches differ; what a compression
+  keeps of a prompt is shown by `choices`.
   """
   held: dict[Mode, np.ndarray] = {}
-  for mode in modes:
+  for mode in _of_all_layers(modes):
     later = np.asarray(visible(mode, np.arange(length, 2 * length), np.arange(length)))
     held[mode] = np.any(later, axis=0)
   figure = _rows_of_marks({f"{mode}: {keys.sum()} of {length}": keys for mode, keys in held.items()},
                           f"Keys that are held after {length} tokens")
   figure.axes[0].set_xlabel("position of the key", fontsize=9)
   return figure
+
+
+def _of_all_layers(modes: Sequence[Mode]) -> list[Mode]:
+  """The modes that are the same in every layer, and so have one mask."""
+  return [mode for mode in modes if not isinstance(mode, PerLayer)]
 
 
 def _rows_of_marks(rows: Mapping[str, np.ndarray], title: str) -> Figure:

@@ -40,7 +40,8 @@ def test_a_mask_is_what_is_visible():
 @pytest.mark.parametrize("mode", [Dense(), Dilated(4, window=3, sinks=1), StreamingLLM(5, 2)], ids=str)
 def test_what_is_held_is_what_the_cache_keeps(mode):
   """But the row of the newest token, which a cache keeps until another takes its place."""
-  axis = pictures.caches([mode], length=22).axes[0]
+  axis = pictures.caches([mode, PerLayer((Dense(), mode))], length=22).axes[0]
+  assert len(axis.get_yticks()) == 1  # a PerLayer has no row
   drawn = {int(path.vertices[:, 0].min() + 0.5) for path in axis.collections[0].get_paths()}
   kept = set(np.asarray(Slots.of(mode.pattern, 44).held(np.array([22])))[0].tolist()) - {-1}
   assert drawn <= kept
