@@ -76,9 +76,11 @@ def cases_of(settings: Settings) -> list[Case]:
     raise ValueError(f"--gradient with --op={settings.op[0]}; only scan and prefill have gradients that are timed.")
   blocks = settings.block or ((64,) if "sparse" in ops and lengths else ())
   for block in blocks:
-    if not lengths or any(length % block or length < 16 * block for length in lengths):
-      raise ValueError(f"--block={block} beside --length={list(lengths)}; give lengths that are multiples of the block,"
-                       " and a sixteenth of which holds one.")
+    if not lengths or any(length % block for length in lengths):
+      raise ValueError(f"--block={block} beside --length={list(lengths)}; give lengths that are multiples of it.")
+    if "sparse" in ops and min(lengths) < 16 * block:
+      raise ValueError(f"--op=sparse with --block={block} beside --length={list(lengths)}; a query chooses a sixteenth"
+                       f" of the blocks, so give lengths of {16 * block} or more, or smaller blocks.")
   found = []
   for op in ops:
     if op == "scan" and (lengths or batch > 1):

@@ -74,10 +74,13 @@ def test_cases_that_are_not_timed_are_refused():
   with pytest.raises(ValueError, match="--gradient with --op=decode; only scan and prefill have gradients"):
     cases_of(gradient=True, op=("decode",))
   for lengths in ((), (96, 100)):
-    with pytest.raises(ValueError, match=r"--block=8 beside --length=\[.*\]; give lengths that are multiples of"):
+    with pytest.raises(ValueError, match=r"--block=8 beside --length=\[.*\]; give lengths that are multiples of it"):
       cases_of(block=(8,), length=lengths)
   with pytest.raises(ValueError, match=r"--block=64 beside --length=\[1000\]; give lengths"):
     cases_of(op=("prefill", "sparse"), length=(1000,))
+  with pytest.raises(ValueError, match=r"--op=sparse with --block=64 .* give lengths of 1024 or more"):
+    cases_of(op=("prefill", "sparse"), length=(512,))
+  assert len(cases_of(op=("decode",), length=(96,), block=(8,))) == 3  # dense, D=16, Quest
 
 
 def test_work_is_that_of_the_arrays_and_products():
