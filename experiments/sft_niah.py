@@ -35,7 +35,7 @@ from experiments.needles.programs import Programs
 from experiments.needles.seeds import ACCURACY_SEED, MATCHED, check_seeds, check_tasks, fingerprint, load, over_seeds
 from experiments.shared import command, device, output
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.convert import add_memory
+from rat_jax.convert.added_memory import GATE_BIAS, add_memory
 from rat_jax.data import TokenFile
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
@@ -113,7 +113,7 @@ def define_flags() -> None:
   flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.", lower_bound=0.0)
   command.define_path("lm_data", "Folder of prepare_data, as bytes: text that is learned too.")
   flags.DEFINE_integer("lm_rows", 0, "Rows of text in every batch, beside those of the stage.", lower_bound=0)
-  flags.DEFINE_float("gate_bias", -12.0, "Where the gates start of a memory that is added to --init.")
+  flags.DEFINE_float("gate_bias", GATE_BIAS, "Where the gates start of a memory that is added to --init.")
   flags.DEFINE_float("memory_rate", 1.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)
   flags.DEFINE_integer("dilation", 16, "ARL's dilation.", lower_bound=1)
   flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1)

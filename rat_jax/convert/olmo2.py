@@ -21,7 +21,7 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.added_memory import memory_leaves
+from rat_jax.convert.added_memory import GATE_BIAS, memory_leaves
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.leaves import check_params
@@ -35,7 +35,7 @@ _BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", 
            "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0, *,
+def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = GATE_BIAS, *,
                place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a downloaded OLMo 2.
 
@@ -51,7 +51,7 @@ def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: f
   return config, mapping.tree(named, place)
 
 
-def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0
+def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = GATE_BIAS
                ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
   """As `load_olmo2`, but the parameters come as pairs (name, leaf), one after another."""
   folder = local_path(folder, "folder")
