@@ -197,7 +197,7 @@ def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_
   params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
   state = rat_jax.init_train_state(model, params, rat_jax.make_optimizer(1e-3, total_steps=1))
   rat_jax.train.Checkpoints(tmp_path / "a" / "seed-0").save(state, model.config, {})
-  ask = ("-m", "experiments.hypotheses", f"--checkpoint={tmp_path}/a", "--length=512", "--count=4", "--draws=2",
+  ask = ("-m", "experiments.hypotheses", f"--checkpoint={tmp_path}/a", "--length=512", "--count=4",
          f"--workdir={tmp_path}/answers")
   told = run_python(*ask, "--parts=reach,distance")
   assert "reach, a" in told
