@@ -93,10 +93,8 @@ def check_flags(settings: Settings) -> None:
   """Raises ValueError for a flag that would change nothing."""
   of_olmo2 = settings.from_ == "olmo2"
   uses = {"config": settings.from_ == "ratplus", "memory": of_olmo2, "gate_bias": of_olmo2 and settings.memory}
-  unused = [name for name, used in uses.items() if name in settings.given and not used]
-  if unused:
-    raise ValueError(f"--{unused[0]} changes nothing under --from={settings.from_}"
-                     f"{'' if settings.memory else ' --nomemory'}; leave it out.")
+  settings.refuse([name for name, used in uses.items() if not used], f"it changes nothing under --from={settings.from_}"
+                  f"{'' if settings.memory else ' --nomemory'}; leave it out.")
 
 
 def configuration(settings: Settings) -> RATPlusConfig | None:

@@ -157,6 +157,19 @@ def test_rows_are_chosen_by_their_start_and_left_out_by_any_part():
     of(only=("Dense",))
 
 
+def test_flags_that_would_change_no_cell_are_refused(tmp_path):
+  shown = dict(table="main", workdir=tmp_path / "run", checkpoint=(str(tmp_path),), length=1024)
+  for changes, message in (
+      (dict(given=frozenset({"near_miss"}), tasks=("single_1", "multiquery"), near_miss=0.5),
+       "--near_miss: keys of one symbol differ in it alone anyway"),
+      (dict(given=frozenset({"free_running"}), only=("TopK, 1/4",)),
+       r"--free_running: no row that is asked for is also decoded; ask for one of \['dense'"),
+      (dict(given=frozenset({"free_running", "near_miss"}), only=("TopK, 1/8",)), "holds no seed")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      eval_niah.main(settings(**shown | changes))
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_cell_is_known_by_what_was_asked_and_of_whom():
   quest, aware, blind = rows_named("Quest 8, 1/4", "SnapKV aware, 1/4", "SnapKV blind, 1/4")
   task = TASKS["multikey_1"]

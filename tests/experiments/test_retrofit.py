@@ -223,8 +223,8 @@ def test_a_release_in_float32_becomes_a_folder_in_bfloat16(tmp_path):
   for line in (f"* sha256 of model.safetensors: {digest}", "* parameters: float32 in the source, bfloat16 here",
                "* memory: added and not trained; its gates start at sigmoid(-12)"):
     assert line in card
-  for more, message in (("--config=tiny", "--config changes nothing under --from=olmo2; leave it out"),
-                        ("--nomemory", "--gate_bias changes nothing under --from=olmo2 --nomemory")):
+  for more, message in (("--config=tiny", "error: --config: it changes nothing under --from=olmo2; leave it out."),
+                        ("--nomemory", "error: --gate_bias: it changes nothing under --from=olmo2 --nomemory;")):
     assert message in run_python(*convert, "--gate_bias=-3", more, check=False)
   said = run_python("-m", "experiments.convert", "--from=ratplus", "--source=none.pth", "--config=nope",
                     f"--output={tmp_path}/none", check=False)
