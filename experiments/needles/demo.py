@@ -151,5 +151,7 @@ def _read_by(one: Shipped, params: Any, tokens: jax.Array, row: Row, asked: Ques
   """Which keys the query reads in every layer and head, bool [layers, heads, LENGTH]; one of each where all agree."""
   task = TASKS["multikey_2"]
   mode, prefill_mode = row.build(task.query_length)
+  if not mode.chooses:
+    return np.asarray(visible(mode, np.array([query]), np.arange(LENGTH)))[None]
   chosen = chosen_keys(one.model, params, tokens, mode, asked.prompt_length(row, task), prefill_mode)
-  return chosen[:, :, query] if len(chosen) else np.asarray(visible(mode, np.array([query]), np.arange(LENGTH)))[None]
+  return chosen[:, :, query]
