@@ -192,6 +192,7 @@ def test_seeds_that_are_too_low_under_dense_are_in_no_figure():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_path):
   model = RATPlusLM(RATPlusConfig(mini_niah.VOCAB_SIZE, 1, 16, 2))
   params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]

@@ -107,6 +107,7 @@ def test_in_bfloat16_a_cell_alone_is_within_a_point_of_one_in_a_batch():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_cells_are_kept_and_a_table_half_done_is_finished(tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")  # the script adds to it
   model, params = trained()
@@ -223,6 +224,7 @@ def test_a_task_alone_has_the_sequences_of_a_batch_of_all():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_rows_in_processes_of_their_own_are_the_same(tmp_path):
   """Two processes make the table that one makes; they are sent its settings."""
   model, params = trained()

@@ -169,6 +169,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_stages_wait_for_no_spare_seed_and_the_best_are_kept(tmp_path):
   run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY, "--stragglers=1")
   folders = lambda name: sorted(path.name for path in (tmp_path / name).glob("s*-*"))
@@ -207,6 +208,7 @@ def write_texts(folder):
     (folder / f"{i}.txt").write_text("".join(chr(97 + (i + j) % 26) for j in range(400)))
 
 
+@pytest.mark.slow
 def test_rows_of_text_are_windows_of_the_file(tmp_path):
   write_texts(tmp_path / "texts")
   beside = settings(workdir=tmp_path / "run", stages=("96x8",), tasks=("single_1", "multikey_1"), lm_rows=2,
@@ -233,6 +235,7 @@ def test_rows_of_text_are_windows_of_the_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_text_is_learned_beside_needles_and_a_memory_is_added(tmp_path):
   """Attention that is trained on needles and text is given a memory, which learns faster."""
   write_texts(tmp_path / "texts")

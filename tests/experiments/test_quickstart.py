@@ -17,6 +17,7 @@ PICTURES = {"needles", "reads", "masks", "caches", "quality", "quality-after-pro
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_all_arms_and_modes_are_told_and_drawn(tmp_path):
   run_python("-m", "experiments.quickstart", "--full", "--steps=2", "--eval_windows=2", "--length=64", "--count=1",
              f"--workdir={tmp_path}")

@@ -30,6 +30,7 @@ def settings(**changes):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   model = RATPlusLM(RATPlusConfig(256, 1, 32, 2))
   state = rat_jax.init_train_state(model, model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"],
