@@ -1,0 +1,38 @@
+"""Trees of arrays on a mesh, cut as `rules` says: from outside a program, and inside one."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from rat_jax.parallel import rules
+
+Tree = TypeVar("Tree")
+
+
+def shardings(tree: Any, mesh: rules.AnyMesh) -> Any:
+  """How a mesh cuts the leaves of a tree, arrays or their shapes: a tree of `NamedSharding`s.
+
+  Raises ValueError as `shard`.
+  """
+  def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    return NamedSharding(mesh, rules.spec(rules.name_of(path), np.shape(leaf), mesh, strict=True))
+
+  return jax.tree.map_with_path(of_leaf, tree)
+
+
+def shard(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """A tree on the devices of a mesh, cut by the table in `rat_jax.parallel.rules`.
+
+  Args:
+    tree: parameters, a `TrainState`, a batch (a dict with "tokens", of NumPy arrays too) or a `Cache`.
+    mesh: of `make_mesh`.
+
+  Raises:
+    ValueError: an array that is none of those, heads, rows or widths that an axis of the mesh does not divide.
+  """
+  placed: Tree = jax.device_put(tree, shardings(tree, mesh))
+  return placed
