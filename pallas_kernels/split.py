@@ -42,7 +42,8 @@ class Cut:
   @property
   def of_sequences(self) -> bool:
     """Whether sequences are cut, so that pieces of a result need more than their pieces of the arguments."""
-    return any(letter in "TR" and CONTEXT in axes for letter, axes in self.cuts)
+    return self.mesh.shape.get(CONTEXT, 1) > 1 and any(
+        letter in "TR" and CONTEXT in axes for letter, axes in self.cuts)
 
   def spec(self, letters: str) -> jax.sharding.PartitionSpec:
     """How an array of these axes is cut."""
@@ -82,11 +83,12 @@ def cut(arguments: Any, letters: Letters, independent: str, unit: int = 1) -> Cu
   picks: tuple[str, ...] = ()
   complete = True
   for axis in rest:
-    if mesh.shape[axis] == 1:
+    alone = mesh.shape[axis] == 1  # cuts nothing; but along what no axis is said to cut, gradients are summed
+    if alone and axis in mesh.explicit_axes:
       continue
-    wanted = known.get(axis, CONVENTION.get(axis))
+    wanted = CONVENTION.get(axis) if alone else known.get(axis, CONVENTION.get(axis))
     if wanted is None:
-      complete = False
+      complete &= alone
       continue
     together = next((of for of in _TOGETHER if set(of) & set(wanted) & set(sizes)), "")
     group = [letter for letter in together if letter in sizes and letter in independent]
@@ -97,8 +99,8 @@ def cut(arguments: Any, letters: Letters, independent: str, unit: int = 1) -> Cu
     elif set(group) == set("NK") and not picks and sizes["N"] % whole["N"] == 0 == whole["N"] % sizes["K"]:
       fits, picks = True, (*cuts.get("N", ()), axis)
       cuts = {letter: axes for letter, axes in cuts.items() if letter != "K"} | {"N": picks}
-    complete &= axis not in known or set(known[axis]) <= set(group if fits else "")
-    complete &= axis != CONTEXT or (bool(group) and fits)
+    complete &= alone or axis not in known or set(known[axis]) <= set(group if fits else "")
+    complete &= alone or axis != CONTEXT or (bool(group) and fits)
   return Cut(mesh, of_leaves, tuple(cuts.items()), picks, complete)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,19 @@ def shardings(tree: Any, mesh: rules.AnyMesh) -> Any:
     return NamedSharding(mesh, rules.spec(rules.name_of(path), np.shape(leaf), mesh, strict=True))
 
   return jax.tree.map_with_path(of_leaf, tree)
+
+
+def sharded(make: Callable[..., Tree], mesh: jax.sharding.Mesh) -> Callable[..., Tree]:
+  """`make`, compiled so that each device makes its part of what is returned, and none ever holds the whole.
+
+  For instance `sharded(model.init, mesh)(key, tokens)`: the numbers are those of one device.
+  """
+  def placed(*arguments: Any) -> Tree:
+    made = jax.eval_shape(make, *arguments)
+    result: Tree = jax.jit(make, out_shardings=shardings(made, mesh))(*arguments)
+    return result
+
+  return placed
 
 
 def shard(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
