@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-ci test-examples test-torch test-gpu lint notebook needles address clean
+.PHONY: quickstart test test-ci test-examples test-torch test-gpu lint notebook needles address clean same-python
 
 # FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
@@ -15,9 +15,9 @@ test: $(VENV)/dev
 
 # What is slow and must pass nevertheless: a sample of every subject.
 test-ci: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults)" tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts)" tests
 
-# The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults. pyproject.toml says what each is.
+# The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults, test-slow-scripts. pyproject.toml says what each is.
 test-slow-%: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and $*" tests
 
@@ -57,11 +57,17 @@ address:
 	sed -i.old 's#https://github.com/OWNER/REPOSITORY#$(URL)#g' $(UNADDRESSED) && rm -f $(UNADDRESSED:=.old)
 UNADDRESSED := README.md CONTRIBUTING.md CITATION.cff pyproject.toml colab/quickstart.py colab/quickstart.ipynb
 
-$(VENV)/python: Makefile
+$(VENV)/python: Makefile | same-python
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@
+
+# An environment keeps the Python that it was made with, so a PYTHON= that is given must be that one.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@[ ! -x $(BIN)/python ] || [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] || { echo "$(VENV) has $$($(BIN)/python -V), and PYTHON=$(PYTHON) is $$($(PYTHON) -V); run make clean first, or take another folder: VENV=.venv-other" >&2; exit 1; }
+endif
 
 $(VENV)/core: $(VENV)/python requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[scripts]'
@@ -71,5 +77,6 @@ $(VENV)/dev: $(VENV)/core
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
 	@touch $@
 
+# What .ci/run and VENV=.venv-* made too, which a file "python" marks.
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(patsubst %/python,%,$(wildcard .venv-*/python)) build dist *.egg-info

@@ -6,12 +6,14 @@ Command: python -m experiments.bench_convert          (and --from=olmo2)
 Result: RAT+ 7B: the largest leaf has 8.59 GB, the peak is 8.82 GB.
 Cost: 233 seconds on two CPU cores, and 45 GB of disk.
 Makes a checkpoint of the preset's shape with no data in it, which takes no room on the disk, and converts it.
-With --from=checkpoints it is one of our own, of random numbers, cut to four layers: making it holds the whole state.
+With --from=checkpoints it is one of our own, cut to four layers: making it holds the whole state. --seed draws its
+parameters, and nothing in the other forms.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -20,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -57,16 +60,19 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
-  folder, form = output.made(settings.workdir), settings.from_
+  form = settings.from_
   preset = settings.preset or _DEFAULTS[form]
   config = RATPlusConfig.preset(preset)
   if form == "checkpoints":
     config = dataclasses.replace(config, num_layers=4)
+  folder = output.made(settings.workdir)
   source, converted = folder / "source", folder / "output"
   for path in (source, converted):
     shutil.rmtree(path, ignore_errors=True)
   source.mkdir()
-  make = {"ratplus": empty_pth, "olmo2": empty_olmo2, "checkpoints": random_checkpoint}
+  make: dict[str, Callable[[RATPlusConfig, pathlib.Path], pathlib.Path]] = {
+      "ratplus": empty_pth, "olmo2": empty_olmo2,
+      "checkpoints": functools.partial(random_checkpoint, seed=settings.seed)}
   given = make[form](config, source)
   seconds, peak = run([sys.executable, "-m", "experiments.convert", f"--from={form}", f"--source={given}",
                        f"--output={converted}", *([f"--config={preset}"] if form == "ratplus" else [])])
@@ -132,10 +138,10 @@ def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def random_checkpoint(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
+def random_checkpoint(config: RATPlusConfig, folder: pathlib.Path, seed: int) -> pathlib.Path:
   """A checkpoint of parameters as they are drawn, with the moments of AdamW."""
   model, optimizer = RATPlusLM(config), rat_jax.make_optimizer(1e-3, total_steps=1)
-  params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  params = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
   Checkpoints(folder).save(rat_jax.init_train_state(model, params, optimizer), config, {})
   return folder
 

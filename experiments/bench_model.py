@@ -6,9 +6,10 @@ Result: 1.4 billion parameters, 32 rows of 16384 on an H200: a step takes 25.0 m
 Cost: not timed; some minutes of one GPU.
 A preset through files: --preset=olmo2-7b --dtype=bfloat16 --through_files --part=prefill --part=decode
 Where the time goes, kernel by kernel: --profile   Training and decoding by the authors' code too: --torch_reference=DIR
-Weights are random, decoding starts from caches of random numbers, medians are of several rounds. Before a part is
-timed, its logits, or the loss of training, are compared with those of plain JAX. Floors are the parameters and the part
-of the cache that a step reads, or the operations, over what this device's reads and products were measured to do.
+Weights, tokens, and the caches that decoding starts from, are random by --seed; medians are of several rounds. Before a
+part is timed, its logits, or the loss of training, are compared with those of plain JAX. Floors are the parameters and
+the part of the cache that a step reads, or the operations, over what this device's reads and products were measured to
+do.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from experiments.bench import floors, parts, times, torch_reference
 from experiments.bench.parts import Measured
 from experiments.bench.times import Work
 from experiments.shared import command, device, output
-from rat_jax import Dense, RATPlusConfig, RATPlusLM
+from rat_jax import Dense, RATPlusConfig, RATPlusLM, plan
 from rat_jax.axes import Params
+from rat_jax.convert.added_memory import GATE_BIAS
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.modes import Mode
 
@@ -63,8 +65,8 @@ def define_flags() -> None:
   flags.DEFINE_multi_integer("context", [16384], "Tokens in the cache, of the prompt, or of a training row; repeat it.",
                              lower_bound=1)
   flags.DEFINE_multi_integer("batch_size", [1], "Rows; repeat it.", lower_bound=1)
-  flags.DEFINE_string("preset", None, "A ready-made size instead of those below.")
-  flags.DEFINE_bool("memory", True, "Give a preset of OLMo 2 a memory.")
+  flags.DEFINE_string("preset", None, "A ready-made size, instead of --layers, --width, --heads and --kv_heads.")
+  flags.DEFINE_bool("memory", True, "Give a --preset of OLMo 2 a memory.")
   flags.DEFINE_bool("through_files", False, "Write the weights as save_pretrained does and time loading.")
   flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1)
   flags.DEFINE_integer("width", 512, "Model width E.", lower_bound=2)
@@ -78,9 +80,11 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
-  folder, config = output.made(settings.workdir), configuration(settings)
+  check_flags(settings)
+  config = configuration(settings)
+  check_modes(settings, config)
   of_authors = authors(settings, config)
-  speeds = times.speeds()
+  folder, speeds = output.made(settings.workdir), times.speeds()
   model, params = RATPlusLM(config), weights(settings, config, folder / "weights")
   print(f"{settings.preset or 'a model'}: {config.num_layers} layers of width {config.embed_dim}, {config.num_heads}/"
         f"{config.num_kv_heads} heads, {config.dtype}, on {device.name()}: {speeds}", flush=True)
@@ -112,6 +116,33 @@ def main(settings: Settings) -> None:
   pictures.save(pictures.throughput(lines), folder / "decode.png")
 
 
+def check_flags(settings: Settings) -> None:
+  """Raises ValueError for flags that would change nothing."""
+  if settings.preset is None:
+    settings.refuse(("memory",), "it is for a --preset of OLMo 2; leave it out.")
+  else:
+    settings.refuse(("layers", "width", "heads", "kv_heads"), f"--preset={settings.preset} has its own sizes; leave one"
+                    " of them out.")
+    if RATPlusConfig.preset(settings.preset).memory:
+      settings.refuse(("memory",), f"--preset={settings.preset} has a memory of its own; leave it out.")
+  for part, names in parts.READ_BY.items():
+    if part not in settings.part:
+      settings.refuse(names, f"--part={part} alone reads it; give that too, or leave it out.")
+  if set(settings.part) == {"prefill"}:
+    settings.refuse(("torch_reference",), "the authors' code is timed in decoding and training; give --part=decode or"
+                    " --part=train too, or leave it out.")
+
+
+def check_modes(settings: Settings, config: RATPlusConfig) -> None:
+  """Raises ValueError for a mode that does not fit the model, and for one that cannot be trained and is to be."""
+  for mode in settings.mode:
+    plan.check_modes(mode, None, config)
+    reasons = [one.after_prompt for one in plan.layer_modes(mode, config.num_layers) if one.after_prompt]
+    if reasons and "train" in settings.part:
+      raise ValueError(f"--part=train with --mode={mode}: {reasons[0]}, and a row of training has none; give the modes"
+                       " to train, such as --mode=dilated:16.")
+
+
 def configuration(settings: Settings) -> RATPlusConfig:
   """The model that the flags ask for."""
   choices: dict[str, Any] = {"dtype": settings.dtype,
@@ -122,7 +153,7 @@ def configuration(settings: Settings) -> RATPlusConfig:
                          num_heads=settings.heads, **choices)
   config = RATPlusConfig.preset(settings.preset)
   if settings.memory and not config.memory:
-    choices |= {"memory": True, "gate_bias": -12.0}
+    choices |= {"memory": True, "gate_bias": GATE_BIAS}
   return dataclasses.replace(config, **choices)
 
 

@@ -7,7 +7,8 @@ Cost: not timed; some minutes of one GPU.
 Where the time goes, kernel by kernel: --profile
 Time against T: --op=prefill --length=4096 --length=16384 ...   The authors' code beside ours: --torch_reference=DIR
 Training: --gradient times scan and prefill with their gradients.
-Inputs are drawn anew, and every result is checked against the reference on some queries and heads before it is timed.
+Inputs are drawn anew, by --seed and the clock, and every result is checked against the reference on some queries and
+heads before it is timed.
 Floors are the operation's bytes and FLOPs over what this device was measured to do: copies, in decoding reads, and
 matrix products.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +31,11 @@ from pallas_kernels.table import IMPLEMENTATIONS
 
 # Work of so few seconds is timed as one of so many in a program, which takes time to start; of fewer where memory ends.
 SHORT, TOGETHER = 1e-3, 8
+
+# The operations of pallas_kernels that each --op consists of.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "scan": ("gated_scan",), "prefill": ("gated_scan", "dilated_attention"), "decode": ("decode_attention",),
+    "sparse": ("sparse_attention",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,28 +59,35 @@ def define_flags() -> None:
   cases.define_flags()
   flags.DEFINE_multi_enum("op", ["scan", "prefill", "decode"], ["scan", "prefill", "decode", "sparse"], "What to time;"
                           " sparse is attention to blocks chosen per query, where they are given.")
-  flags.DEFINE_multi_string("implementation", [], "Implementations to compare. Default: all.")
+  flags.DEFINE_multi_string("implementation", [], "Implementations to compare, of the operations that"
+                            " have them; of prefill its scan's and its attention's, such as \"mosaic_gpu, cudnn\"."
+                            " Default: all.")
   flags.DEFINE_multi_integer("length", [], "Tokens, instead of those of the standard cases.", lower_bound=1)
   flags.DEFINE_multi_integer("dilation", [], "D, instead of those of the standard cases.", lower_bound=1)
-  flags.DEFINE_multi_integer("block", [], "Tokens of a block, of Quest or sparse attention, beside --length.",
-                             lower_bound=1)
-  flags.DEFINE_integer("batch_size", 1, "Rows, beside --length.", lower_bound=1)
-  flags.DEFINE_integer("window", 0, "W, beside --length.", lower_bound=0)
-  flags.DEFINE_integer("sinks", 4, "S0, beside --length.", lower_bound=0)
+  flags.DEFINE_multi_integer("block", [], "Tokens of a block, of decoding by Quest or sparse attention, beside"
+                             " --length.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 1, "Rows, beside --length or --dilation; of the scan always.", lower_bound=1)
+  flags.DEFINE_integer("window", 0, "W, beside --length or --dilation.", lower_bound=0)
+  flags.DEFINE_integer("sinks", 4, "S0, beside --length or --dilation.", lower_bound=0)
   flags.DEFINE_integer("rounds", 7, "Timed rounds, of what takes a second three at most; the median counts.",
                        lower_bound=1)
   flags.DEFINE_string("torch_reference", None, "A checkout of the RAT+ authors' code, timed too.")
   flags.DEFINE_alias("torch-reference", "torch_reference")
   flags.DEFINE_bool("gradient", False, "Scan and prefill with the gradient by all their inputs.")
-  flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster.")
+  flags.DEFINE_bool("crossovers", False, "Instead: from which sizes on the kernels are faster, of sizes of its own.")
+
+
+def timed_ops(settings: Settings) -> list[str]:
+  """Those of --op that are timed. Raises ValueError for those that were given and have no gradient to time."""
+  without = [op for op in settings.op if settings.gradient and op in ("decode", "sparse")]
+  if without and ("op" in settings.given or len(without) == len(settings.op)):
+    raise ValueError(f"--gradient with --op={without[0]}; only scan and prefill have gradients that are timed.")
+  return [op for op in settings.op if op not in without]
 
 
 def cases_of(settings: Settings) -> list[Case]:
   """Those of the flags, or the standard ones, dense attention beside them."""
-  lengths, batch, gradient = settings.length, settings.batch_size, settings.gradient
-  ops = [op for op in settings.op if op not in ("decode", "sparse") or not gradient]
-  if not ops:
-    raise ValueError(f"--gradient with --op={settings.op[0]}; only scan and prefill have gradients that are timed.")
+  lengths, batch, gradient, ops = settings.length, settings.batch_size, settings.gradient, timed_ops(settings)
   blocks = settings.block or ((64,) if "sparse" in ops and lengths else ())
   for block in blocks:
     if not lengths or any(length % block for length in lengths):
@@ -98,6 +112,70 @@ def cases_of(settings: Settings) -> list[Case]:
   return [dataclasses.replace(case, gradient=gradient) for case in found]
 
 
+def check_flags(settings: Settings) -> None:
+  """Raises ValueError for flags that would change nothing, and for heads and implementations that nothing serves."""
+  if settings.crossovers:
+    settings.refuse(("op", "implementation", "length", "dilation", "block", "batch_size", "window", "sinks",
+                     "torch_reference"), "--crossovers has operations and sizes of its own; leave it out.")
+  ops, (n, kv, _) = timed_ops(settings), settings.size
+  if settings.torch_reference and n != kv:
+    raise ValueError(f"--torch_reference with --kv_heads={kv}: the authors' code has no grouped heads; leave one of"
+                     " them out.")
+  if set(ops) == {"scan"} and settings.kv_heads is not None:
+    settings.refuse(("heads",), "--op=scan has the heads of --kv_heads alone; leave one of them out.")
+  elif n % kv:
+    raise ValueError(f"--kv_heads={kv} does not divide --heads={n}; every key/value head serves as many query heads.")
+  check_sizes(settings, ops)
+  check_implementations(settings, ops)
+  every = cases_of(settings)
+  if all(case.is_dense for case in every):
+    settings.refuse(("implementation",), "all cases are dense attention, which libraries compute; leave it out.")
+  if not any(is_theirs(case) for case in every):
+    settings.refuse(("torch_reference",), f"the authors' code has no --op={', '.join(ops)}; leave it out.")
+
+
+def check_sizes(settings: Settings, ops: list[str]) -> None:
+  """Raises ValueError for sizes that no case of the operations takes, and for rows that some do not."""
+  dilated = [op for op in ops if op in ("prefill", "decode")]
+  standard = [op for op in ops if op != "scan" and not settings.length and (op == "sparse" or not settings.dilation)]
+  if not dilated:
+    settings.refuse(("dilation", "window", "sinks"), f"--op={', '.join(ops)} is not dilated; leave it out.")
+  elif not settings.length and not settings.dilation:
+    settings.refuse(("window", "sinks"), "the standard cases have their own; give --length or --dilation too, or leave"
+                    " it out.")
+  elif set(settings.dilation) == {1}:
+    settings.refuse(("window", "sinks"), "--dilation=1 is dense attention, which has none; leave it out.")
+  if standard:
+    settings.refuse(("batch_size",), f"the standard cases of {standard[0]} have rows of their own; give --length too,"
+                    " or leave it out.")
+  if not {"decode", "sparse"} & set(ops):
+    settings.refuse(("block",), f"--op={', '.join(ops)} reads no blocks; leave it out.")
+
+
+def implementations(op: str, names: Sequence[str]) -> list[str]:
+  """Those of the names that an operation has: of a prefill "its scan's, its attention's", where one name is both."""
+  found, operations = [], OPERATIONS[op]
+  for name in names:
+    each = name.split(", ") if ", " in name else [name] * len(operations)
+    if len(each) == len(operations) and all(
+        one in IMPLEMENTATIONS[operation] for one, operation in zip(each, operations, strict=True)):
+      found.append(", ".join(each))
+  return found
+
+
+def check_implementations(settings: Settings, ops: list[str]) -> None:
+  """Raises ValueError for a name that none of the operations has, and for an operation that has none of the names."""
+  names = settings.implementation
+  there = "; ".join(f"{op} has {', '.join('/'.join(IMPLEMENTATIONS[one]) for one in OPERATIONS[op])}" for op in ops)
+  for name in names:
+    if not any(implementations(op, [name]) for op in ops):
+      raise ValueError(f"--implementation={name}: no operation that is timed has it; {there}.")
+  for op in ops if names else ():
+    if not implementations(op, names):
+      raise ValueError(f"--implementation={list(names)}: {op} has none of them; give --op without {op}, or name one of"
+                       f" its own: {there}.")
+
+
 def served(settings: Settings, case: Case) -> list[str]:
   """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries', and
   in decoding our kernel, which the model takes.
@@ -108,7 +186,7 @@ def served(settings: Settings, case: Case) -> list[str]:
   if case.is_dense:
     return ["xla, cudnn" if is_gpu else "xla, xla"]
   if settings.implementation:
-    return [name if ", " in name or case.op != "prefill" else f"{name}, {name}" for name in settings.implementation]
+    return implementations(case.op, settings.implementation)
   if case.op == "prefill":
     return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
   if case.op == "sparse":
@@ -140,14 +218,17 @@ def _time_together(settings: Settings, case: Case, implementation: str, draws: l
   return times.median_seconds(compiled, draws, rounds=settings.rounds) / count, error
 
 
+def is_theirs(case: Case) -> bool:
+  """Whether the authors' code has it: it chooses no blocks."""
+  return not case.block and case.op != "sparse"
+
+
 def authors(settings: Settings, every: list[Case]) -> dict[Case, float]:
   """Seconds of the authors' code, where it is given, in a process of its own that has the device to itself."""
   if not settings.torch_reference:
     return {}
-  n, kv, h = settings.size
+  n, _, h = settings.size
   asked = {"cases": [dataclasses.asdict(case) for case in every], "heads": n, "head_dim": h, "rounds": settings.rounds}
-  if n != kv:
-    raise ValueError(f"--torch_reference with --kv_heads={kv}: the authors' code has no grouped heads.")
   found = {}
   for case, answer in zip(every, torch_reference.ask(settings.torch_reference, asked), strict=True):
     if "error" in answer:
@@ -196,8 +277,9 @@ def times_of(settings: Settings, case: Case, names: list[str]) -> dict[str, floa
 
 
 def main(settings: Settings) -> None:
+  check_flags(settings)
   every, size = cases_of(settings), settings.size
-  of_authors = authors(settings, [case for case in every if not case.block and case.op != "sparse"])
+  of_authors = authors(settings, [case for case in every if is_theirs(case)])
   folder, speeds = output.made(settings.workdir), times.speeds()
   print(f"{device.name()}: {speeds}; {'/'.join(map(str, size))} query heads, key/value heads, width", flush=True)
   if settings.crossovers:

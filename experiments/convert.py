@@ -26,6 +26,7 @@ from absl import flags
 
 from experiments.shared import command
 from rat_jax import RATPlusConfig
+from rat_jax.convert.added_memory import GATE_BIAS
 from rat_jax.convert.olmo2 import read_olmo2
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import check_new_folder
@@ -55,7 +56,7 @@ def define_flags() -> None:
   command.define_path("output", "A new folder.", required=True)
   flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file without one.")
   flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
-  flags.DEFINE_float("gate_bias", -12.0, "Where that memory's gates start.")
+  flags.DEFINE_float("gate_bias", GATE_BIAS, "Where that memory's gates start.")
   command.define_dtype("dtype", "Type of matrix products and attention. Default: as the source says.")
   command.define_dtype("param_dtype", "Type that parameters are rounded to. Default: as the source says.")
 
@@ -92,10 +93,8 @@ def check_flags(settings: Settings) -> None:
   """Raises ValueError for a flag that would change nothing."""
   of_olmo2 = settings.from_ == "olmo2"
   uses = {"config": settings.from_ == "ratplus", "memory": of_olmo2, "gate_bias": of_olmo2 and settings.memory}
-  unused = [name for name, used in uses.items() if name in settings.given and not used]
-  if unused:
-    raise ValueError(f"--{unused[0]} changes nothing under --from={settings.from_}"
-                     f"{'' if settings.memory else ' --nomemory'}; leave it out.")
+  settings.refuse([name for name, used in uses.items() if not used], f"it changes nothing under --from={settings.from_}"
+                  f"{'' if settings.memory else ' --nomemory'}; leave it out.")
 
 
 def configuration(settings: Settings) -> RATPlusConfig | None:

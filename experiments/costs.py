@@ -19,6 +19,7 @@ from absl import flags
 import rat_jax
 from experiments.shared import command, output
 from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax.convert.added_memory import GATE_BIAS
 from rat_jax.modes import Mode
 
 
@@ -43,7 +44,7 @@ def define_flags() -> None:
 def main(settings: Settings) -> None:
   config = RATPlusConfig.preset(settings.preset)
   if settings.memory is not None:
-    gate_bias = -12.0 if settings.memory and not config.memory else config.gate_bias  # a retrofit has a bias
+    gate_bias = GATE_BIAS if settings.memory and not config.memory else config.gate_bias  # a retrofit has a bias
     config = dataclasses.replace(config, memory=settings.memory, gate_bias=gate_bias)
   rows: list[list[str]] = []
   result: dict[str, dict[int, dict[str, float]]] = {}

@@ -6,7 +6,7 @@ Result: 98% or more under Dense for both; under Quest at 1/16 attention 65.0%, R
 Cost: three seeds of both take 594 seconds on one H200 with 16 processor cores.
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
 The paper's own budgets:  --table=paper --length=4096
-Words:  --text --table=paper --length=4096 --checkpoint=runs/niah/text, a folder of one model (needles/words.py).
+Words:  --text --table=paper --length=4096 --checkpoint=runs/niah/words, a folder of one model (needles/words.py).
 """
 
 from __future__ import annotations
@@ -76,16 +76,18 @@ def main(settings: Settings) -> None:
   seeds.share_device()
   opened.cache_clear()
   check(settings)
-  names, shown, folder = settings.tasks, rows_to_compute(settings), output.made(settings.workdir)
+  names, shown, folder = settings.tasks, rows_to_compute(settings), settings.workdir
+  if not settings.text:
+    check_flags(settings, shown)
+    settings.asked.check_room(names)
   results = kept_cells(folder)
   origins = {name: words.origin(settings, name) if settings.text else "" for name in names}
-  if not settings.text:
-    settings.asked.check_room(names)
   keys = {(checkpoint, row.label, name): key(settings, checkpoint, row, name, origins[name])
           for checkpoint in settings.checkpoint for row in shown for name in names}
   every = [(checkpoint, row.label, [name for name in names if keys[checkpoint, row.label, name] not in results])
            for checkpoint in settings.checkpoint for row in shown]
   jobs = [job for job in every if job[2]]
+  output.made(folder)
   with tqdm(total=len(jobs), unit="row", disable=None) as bar:
     for (checkpoint, label, _), found in computed(settings, jobs):
       results |= {keys[checkpoint, label, name]: one for name, one in found.items()}
@@ -108,7 +110,7 @@ def main(settings: Settings) -> None:
 def check(settings: Settings) -> None:
   """Raises ValueError for unknown tasks, flags that would change nothing, and checkpoints of one name."""
   if settings.text:
-    words.check_tasks(settings, settings.tasks)
+    words.check(settings, settings.tasks)
     settings.refuse(("spacing", "near_miss", "free_running"),
                     "they are of mini-NIAH, and --text asks in words; leave it out.")
   else:
@@ -117,6 +119,16 @@ def check(settings: Settings) -> None:
                     "without --text there are no words; give that too, or leave it out.")
   settings.refuse(("epochs",), "it is of the training (experiments.sft_niah), and nothing is trained; leave it out.")
   seeds.check_names(settings.checkpoint)
+
+
+def check_flags(settings: Settings, shown: Sequence[Row]) -> None:
+  """Raises ValueError for flags of mini-NIAH that would change none of these rows."""
+  if settings.free_running and not any(decoded(settings, row.label, name) for row in shown for name in settings.tasks):
+    settings.refuse(("free_running",), "no row that is asked for is also decoded; ask for one of"
+                    f" {list(rows.CHECKED)}, or leave it out.")
+  if not any(TASKS[name].key_length > 1 for name in settings.tasks):
+    settings.refuse(("near_miss",), "keys of one symbol differ in it alone anyway; give a task of longer ones, such as"
+                    " multikey_2, or leave it out.")
 
 
 def rows_to_compute(settings: Settings) -> list[Row]:

@@ -250,13 +250,14 @@ _load = functools.cache(seeds.load)
 def main(settings: Settings) -> None:
   seeds.share_device()
   check(settings)
-  folder, parts = output.made(settings.workdir), ("dense", *settings.parts)
+  folder, parts = settings.workdir, ("dense", *settings.parts)
   path = folder / "results.json"
   results: dict[str, Any] = output.read_json(path)
   names = {checkpoint: seeds.name_of(checkpoint) for checkpoint in settings.checkpoint}
   _load.cache_clear()
   keys = {job: key for checkpoint in settings.checkpoint for job, key in keys_of(settings, checkpoint).items()}
   jobs = [job for job, key in keys.items() if key not in results]
+  output.made(folder)
   done = seeds.side_by_side(functools.partial(compute, settings), jobs, settings.workers)
   with tqdm(done, total=len(jobs), unit="piece", disable=None) as bar:
     for i, found in bar:
@@ -279,10 +280,12 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-  """Raises ValueError for unknown parts, sequences that are too short, and checkpoints of one name."""
+  """Raises ValueError for unknown parts, sequences that are too short, unused flags, checkpoints of one name."""
   unknown = set(settings.parts) - set(PARTS)
-  if unknown:
+  if unknown or not settings.parts:
     raise ValueError(f"--parts={sorted(unknown)} are unknown; use some of {list(PARTS)}.")
+  if "random" not in settings.parts:
+    settings.refuse(("draws",), "they are of the part random, which is not asked for; leave it out.")
   least = max(16 * (max(task.query_length for task in TASKS.values()) + 1), 512)
   if settings.length < least:
     raise ValueError(f"--length={settings.length}: at 1/16 SnapKV has no room beside a question, or MoBA no block"

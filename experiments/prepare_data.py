@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from experiments.shared import command, output
+from experiments.shared import command
 from rat_jax.data import Tokenizer, prepare, prepare_standard_library
 
 
@@ -40,11 +40,11 @@ def main(settings: Settings) -> None:
   if source is None:
     settings.refuse(("heldout", "pattern", "skip"), "the standard library's text is cut and chosen in one way; give a"
                     " --source too, or leave it out.")
-    files = prepare_standard_library(output.made(folder), settings.tokenizer)
+    files = prepare_standard_library(folder, settings.tokenizer)
   else:
     if source.is_file():
       settings.refuse(("pattern", "skip"), f"--source={source} is a single file; give a folder, or leave it out.")
-    files = prepare(source, output.made(folder), heldout=settings.heldout, pattern=settings.pattern,
+    files = prepare(source, folder, heldout=settings.heldout, pattern=settings.pattern,
                     skip=settings.skip, tokenizer=settings.tokenizer)
   for name, file in files.items():
     print(f"{file.path}: {file.sidecar.tokens:,} tokens in {file.sidecar.documents:,} documents ({name})")

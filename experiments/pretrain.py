@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments.shared import command, training
 from rat_jax import RATPlusConfig
+from rat_jax.data import BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
+  configuration(settings, BYTES.vocab_size)  # wrong sizes are said before text is read, which decides the vocabulary
   data = training.train_data(settings)
   training.fit(settings, configuration(settings, data.sidecar.vocab_size), None, data, "pretrain")
 
@@ -58,9 +60,8 @@ def configuration(settings: Settings, vocab_size: int) -> RATPlusConfig:
     sizes: dict[str, Any] = {"num_kv_heads": settings.kv_heads, "mlp_dim": settings.mlp_width}  # None: as usual
     return RATPlusConfig(vocab_size, settings.layers, settings.width, settings.heads, mlp=settings.mlp,
                          memory=settings.memory, dtype=settings.dtype, init_std=None, **sizes)
-  beside = [name for name in ("layers", "width", "heads", "kv_heads", "mlp_width", "mlp") if name in settings.given]
-  if beside:
-    raise ValueError(f"--preset={settings.preset} has its own sizes and --{beside[0]} is given too; drop one of them.")
+  settings.refuse(("layers", "width", "heads", "kv_heads", "mlp_width", "mlp"),
+                  f"--preset={settings.preset} has its own sizes; leave it out.")
   choices: dict[str, Any] = {"memory": settings.memory, "dtype": settings.dtype}
   given = {name: value for name, value in choices.items() if name in settings.given}
   return dataclasses.replace(RATPlusConfig.preset(settings.preset), **given)

@@ -22,12 +22,13 @@ from absl import flags
 import rat_jax
 from experiments.shared import command, inputs, output, training
 from rat_jax import Dense, RATPlusConfig
-from rat_jax.convert import add_memory
+from rat_jax.convert.added_memory import GATE_BIAS, add_memory
 from rat_jax.costs import PEAK_FLOPS
 from rat_jax.leaves import named_leaves
 from rat_jax.train import ARL
 
 CHIPS = {"H100": "NVIDIA H100 80GB HBM3", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # as --cost names them
+_OF_COST = ("workdir", "seed", "mode", "steps", "batch_size", "length", "cost", "utilisation")  # flags beside --cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def define_flags() -> None:
   command.define_dtype()
   command.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
   flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
-  flags.DEFINE_float("gate_bias", -12.0, "Where the gates of a memory that is added start.")
+  flags.DEFINE_float("gate_bias", GATE_BIAS, "Where the gates of a memory that is added start.")
   flags.DEFINE_float("memory_rate", 10.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)
   flags.DEFINE_multi_string("freeze", [], "Parameters that stay as they are, such as embedding or layers/mlp_*; repeat"
                             " it for several.")
@@ -60,11 +61,12 @@ def define_flags() -> None:
 
 def main(settings: Settings) -> None:
   if settings.cost:
-    settings.refuse(("checkpoint", "data", "dtype", "memory", "memory_rate", "freeze"), f"--cost={settings.cost} prints"
-                    " what the retrofit of a preset takes, and trains nothing; leave it out.")
-    config = RATPlusConfig.preset(settings.cost)
-    print(cost(settings, dataclasses.replace(config, memory=True, gate_bias=settings.gate_bias)))
+    settings.refuse([field.name for field in dataclasses.fields(settings) if field.name not in _OF_COST],
+                    f"--cost={settings.cost} prints what the retrofit of a preset takes, and trains nothing; leave it"
+                    " out.")
+    print(cost(settings, dataclasses.replace(RATPlusConfig.preset(settings.cost), memory=True)))
     return
+  settings.refuse(("utilisation",), "--cost alone reads it; give that too, or leave it out.")
   if settings.checkpoint is None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
   config, params, notes = training.load(settings.checkpoint, settings.dtype)

@@ -6,6 +6,7 @@ Commands: python -m experiments.runs                        lists all, and which
           python -m experiments.runs --run=ops --dry_run    prints its commands
 Result and cost: those of the runs, which the list shows.
 Stopped, a run goes on where it was: finished commands are not begun again, the others go on from what they saved.
+What a run reads of others is looked for before anything runs: trained seeds, prepared text, the authors' code.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments.shared import command, output
 from experiments.shared.table_of_runs import RUNS, Run
+
+_REFERENCE = "{reference}"  # in commands: a checkout of the authors' code
+# By the flags that name folders of other commands: what such a command leaves there when it ends.
+_MARKS = {"checkpoint": "seed-*", "init": "seed-*", "data": "train.bin", "lm_data": "train.bin"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,27 +50,65 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
+  check(settings)
   done = finished(settings.workdir / "done.jsonl")
   if not settings.run:
     print(listed(done))
     return
-  for run in (RUNS[name] for name in settings.run):
-    for line, filled in zip(run.commands, commands(run, settings.reference), strict=True):
-      if settings.dry_run:
-        print(f"python -m {filled}")
-      elif line in done and not settings.again:
-        print(f"done before, in {done[line]:.0f} s: {filled}")
-      else:
-        begin_with_cells(run)
-        seconds = execute(filled)
-        record(settings.workdir, line, seconds)
+  chosen = [(run, line, filled) for run in (RUNS[name] for name in settings.run)
+            for line, filled in zip(run.commands, commands(run, settings.reference), strict=True)]
+  if not settings.dry_run:
+    check_folders([(run, line) for run, line, _ in chosen if settings.again or line not in done])
+  for run, line, filled in chosen:
+    if settings.dry_run:
+      print(f"python -m {filled}")
+    elif line in done and not settings.again:
+      print(f"done before, in {done[line]:.0f} s: {filled}")
+    else:
+      begin_with_cells(run)
+      seconds = execute(filled)
+      record(settings.workdir, line, seconds)
+
+
+def check(settings: Settings) -> None:
+  """Raises ValueError for flags that would change nothing."""
+  if not settings.run:
+    settings.refuse(("reference", "again", "dry_run"), "without --run the runs are listed; give one, or leave it out.")
+  elif not any(_REFERENCE in line for name in settings.run for line in RUNS[name].commands):
+    settings.refuse(("reference",), f"--run={','.join(settings.run)} is not timed beside the authors' code; leave it"
+                    " out.")
+  if settings.dry_run:
+    settings.refuse(("again",), "--dry_run prints every command, done or not; leave one of them out.")
 
 
 def commands(run: Run, reference: pathlib.Path | None) -> list[str]:
   """The run's commands. Raises ValueError where they need the authors' code and it is not given."""
-  if reference is None and any("{reference}" in line for line in run.commands):
+  if reference is None and any(_REFERENCE in line for line in run.commands):
     raise ValueError(f"--run={run.name} is timed beside the RAT+ authors' code; give a checkout of it as --reference.")
-  return [line.replace("{reference}", str(reference)) for line in run.commands]
+  return [line.replace(_REFERENCE, str(reference)) for line in run.commands]
+
+
+def check_folders(lines: Sequence[tuple[Run, str]]) -> None:
+  """Raises ValueError where a command reads a folder that is not filled, and that no command before it fills."""
+  filled: set[str] = set()
+  for run, line in lines:
+    for folder, mark in read_by(line):
+      if folder not in filled and not any(pathlib.Path(folder).glob(mark)):
+        maker = next(one.name for one in RUNS.values() if any(folder in written_by(other) for other in one.commands))
+        raise ValueError(f"--run={run.name} reads {folder}, which has no {mark}; --run={maker} makes it: give that"
+                         " first, with --again where it is done.")
+    filled |= written_by(line)
+
+
+def read_by(line: str) -> list[tuple[str, str]]:
+  """(folder, what has to be in it) of all that a command reads of other commands."""
+  options = [word.lstrip("-").partition("=") for word in shlex.split(line)]
+  return [(value.partition("/seed-")[0], _MARKS[name]) for name, _, value in options if name in _MARKS]
+
+
+def written_by(line: str) -> set[str]:
+  """The folder of a command."""
+  return {word.partition("=")[2] for word in shlex.split(line) if word.startswith("--workdir=")}
 
 
 def begin_with_cells(run: Run) -> None:

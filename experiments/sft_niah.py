@@ -9,7 +9,8 @@ With another --workdir, such as runs/niah/more:
 Another length, or another mode:  --init=runs/niah/ratplus --mode=dilated:16,window=32 --stages=1024x32
 Text beside the needles:  --lm_data=runs/data --lm_rows=16
 A memory for attention that was trained so:  --init=runs/niah/attention --arm=ratplus --memory_rate=10
-Words:  --text --init=runs/pretrain/checkpoints   fine-tunes one model by the RAT+ authors' protocol (needles/words.py).
+Words:  --text --init=runs/pretrain/checkpoints   fine-tunes one model by the RAT+ authors' protocol (needles/words.py),
+in runs/niah/words.
 Resumes from the newest checkpoint in --workdir; stops by batches, or by --stop_at. Seeds are spread over the devices.
 """
 
@@ -17,9 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +38,14 @@ from experiments.needles.programs import Programs
 from experiments.needles.seeds import ACCURACY_SEED, MATCHED, check_seeds, check_tasks, fingerprint, load, over_seeds
 from experiments.shared import command, device, output
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.convert import add_memory
+from rat_jax.convert.added_memory import GATE_BIAS, add_memory
 from rat_jax.data import TokenFile
 from rat_jax.evaluate import mini_niah
-from rat_jax.evaluate.mini_niah import TASKS, Rows
+from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
 from rat_jax.modes import Mode
+from rat_jax.paths import local_path
+from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, Optimizer, TrainState, drop_metrics
 
 # Batches by arm: 16000 updates for all, one of a batch for attention and RAT+ without ARL, two for the others.
@@ -48,7 +53,6 @@ STEPS_OF = {"ratplus": 8000, "attention": 16000, "sparse_branch": 8000, "ratplus
 # Fresh embeddings are this much larger than 1/sqrt(E). At that size the tokens drown in what the first layers write at
 # random, and most seeds stop at answering with a random needle.
 _EMBEDDING_SCALE = 4.0
-_COUNT = 32  # questions per task and evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ def define_flags() -> None:
   flags.DEFINE_float("lm_weight", 0.1, "Weight of the loss over all tokens beside that over answers.", lower_bound=0.0)
   command.define_path("lm_data", "Folder of prepare_data, as bytes: text that is learned too.")
   flags.DEFINE_integer("lm_rows", 0, "Rows of text in every batch, beside those of the stage.", lower_bound=0)
-  flags.DEFINE_float("gate_bias", -12.0, "Where the gates start of a memory that is added to --init.")
+  flags.DEFINE_float("gate_bias", GATE_BIAS, "Where the gates start of a memory that is added to --init.")
   flags.DEFINE_float("memory_rate", 1.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)
   flags.DEFINE_integer("dilation", 16, "ARL's dilation.", lower_bound=1)
   flags.DEFINE_integer("layers", 4, "Layers.", lower_bound=1)
@@ -127,13 +131,14 @@ def define_flags() -> None:
 
 def main(settings: Settings) -> None:
   if "workdir" not in settings.given:
-    folder = pathlib.Path("runs/niah", "text" if settings.text else settings.arm)
+    folder = pathlib.Path("runs/niah", "words" if settings.text else settings.arm)
     settings = dataclasses.replace(settings, workdir=folder)
+  check_start(settings)
   if not settings.text:
     check_tasks(settings.tasks)
     train(settings)
     return
-  words.check_tasks(settings, settings.tasks)
+  words.check(settings, settings.tasks)
   settings.refuse(("arm", "seeds", "steps", "shares", "leave_at", "stragglers", "stop_at", "warmup", "lm_weight",
                    "lm_data", "lm_rows", "gate_bias", "memory_rate", "dilation", "layers", "width", "heads", "dtype",
                    "log_every", "save_every"), "--text fine-tunes one model as it is; leave it out.")
@@ -142,6 +147,15 @@ def main(settings: Settings) -> None:
   words.fine_tune(settings, settings.init, settings.tasks, settings.examples,
                   *curriculum.sizes(settings.stages, "4096x32")[0], modes=settings.mode or (Dense(),),
                   learning_rate=settings.learning_rate or 1e-5)
+
+
+def check_start(settings: Settings) -> None:
+  """Raises ValueError where a run would write over the models that it starts from."""
+  start = settings.init or ""
+  folders = [start] if settings.text else start.split(",")
+  if any(local_path(one, "--init").resolve() == settings.workdir.resolve() for one in folders if one):
+    raise ValueError(f"--init={start} is the --workdir too, where the run would write over it; give another"
+                     " --workdir.")
 
 
 def configuration(settings: Settings) -> RATPlusConfig:
@@ -170,13 +184,12 @@ def text_of(settings: Settings) -> TokenFile | None:
   if settings.lm_data is None:
     raise ValueError(f"--lm_rows={settings.lm_rows} without --lm_data; give a folder of prepare_data.")
   longest = max(length for length, _ in curriculum.sizes(settings.stages))
-  return curriculum.text_beside(settings.lm_data, longest, output.made(settings.workdir) / "data")
+  return curriculum.text_beside(settings.lm_data, longest, settings.workdir / "data")
 
 
 def _accuracy(model: RATPlusLM, mode: Mode, stage: Stage, params: Any, step: jax.Array) -> jax.Array:
-  rows = tuple(Rows(TASKS[name], _COUNT) for name in stage.tasks)
-  made = mini_niah.batch(rows, stage.length, ACCURACY_SEED, step)
-  return jnp.mean(answered(model, params, made, mode=mode).reshape(-1, _COUNT), axis=1)
+  made = mini_niah.batch(stage.questions, stage.length, ACCURACY_SEED, step)
+  return jnp.mean(answered(model, params, made, mode=mode).reshape(len(stage.tasks), -1), axis=1)
 
 
 class Run(NamedTuple):
@@ -224,11 +237,14 @@ def begin(settings: Settings) -> Run:
   check_seeds(settings.seed, range(first, first + settings.seeds))
   if settings.stragglers >= settings.seeds:
     raise ValueError(f"--stragglers={settings.stragglers} of --seeds={settings.seeds}; leave one seed at least.")
-  read = text_of(settings)
-  config, params = where_to_start(settings)
-  seeds = jax.device_put(first + jnp.arange(settings.seeds), over_seeds())
   plan = curriculum.stages(settings.stages, settings.shares, settings.tasks, steps)
   sets, rate = mode_sets(settings), settings.learning_rate or 5e-4
+  check_flags(settings, plan)
+  config, params = where_to_start(settings)
+  for mode in itertools.chain(*sets):
+    check_modes(mode, None, config)
+  read = text_of(settings)
+  seeds = jax.device_put(first + jnp.arange(settings.seeds), over_seeds())
   rates = [("layers/memory_gate*", settings.memory_rate)] if settings.memory_rate != 1 else []
   optimizer = rat_jax.make_optimizer(rate, total_steps=steps, min_learning_rate=0.0,
                                      warmup_steps=min(settings.warmup, steps), rates=rates)
@@ -250,10 +266,24 @@ def begin(settings: Settings) -> Run:
   return Run(config, optimizer, plan, sets, seeds, checkpoints, state, notes, tokens)
 
 
+def check_flags(settings: Settings, plan: Sequence[Stage]) -> None:
+  """Raises ValueError for modes that nothing is trained under, and for flags that would change nothing."""
+  command.check_trained(settings.mode)
+  if len(plan) == 1:
+    settings.refuse(("leave_at",), "a single stage is left by no accuracy; give --stop_at, or leave it out.")
+  if settings.mode or settings.arm not in ("ratplus", "sparse_branch"):
+    settings.refuse(("dilation",), f"it is of ARL with one dilation, which --arm={settings.arm}"
+                    f"{' with --mode' if settings.mode else ''} has not; leave it out.")
+  if not settings.arm.startswith("ratplus"):
+    settings.refuse(("memory_rate",), f"--arm={settings.arm} has no memory; leave it out.")
+
+
 def where_to_start(settings: Settings) -> tuple[RATPlusConfig, Any]:
   """(config, the parameters of --init, to which a memory is added if the arm has one); None for fresh ones."""
   arm, init = settings.arm, settings.init
+  no_memory = "it is where the gates start of a memory that is added to --init, and none is added; leave it out."
   if init is None:
+    settings.refuse(("gate_bias",), no_memory)
     return configuration(settings), None
   config, params = load(init)
   for name, has in (("layers", config.num_layers), ("width", config.embed_dim), ("heads", config.num_heads),
@@ -261,9 +291,14 @@ def where_to_start(settings: Settings) -> tuple[RATPlusConfig, Any]:
     value = getattr(settings, name)
     if name in settings.given and value != has:
       raise ValueError(f"--{name}={value} and --init={init}, which has {has}; leave the flag out.")
+  found = len(jax.tree.leaves(params)[0])
+  if found < settings.seeds:
+    raise ValueError(f"--init={init} holds {found} seeds; use --seeds={found} or less.")
   if arm.startswith("ratplus") and not config.memory:
     params = jax.vmap(lambda p: add_memory(config, p, settings.gate_bias)[1])(params)
     config = dataclasses.replace(config, memory=True, gate_bias=settings.gate_bias)
+  else:
+    settings.refuse(("gate_bias",), no_memory)
   if config.memory != arm.startswith("ratplus"):
     raise ValueError(f"--arm={arm} and --init={init}, which has memory={config.memory}; give the arm of --init.")
   return config, params
@@ -276,9 +311,6 @@ def start(settings: Settings, model: RATPlusLM, optimizer: Optimizer, params: An
   if params is None:
     params = jax.jit(jax.vmap(lambda seed: model.init(jax.random.key(seed), tokens)["params"]))(seeds)
     params["embedding"] *= _EMBEDDING_SCALE
-  found = jax.tree.leaves(params)[0].shape[0]
-  if found < len(seeds):
-    raise ValueError(f"--init={settings.init} holds {found} seeds; use --seeds={found} or less.")
   params = jax.tree.map(lambda x: x[:len(seeds)], params)
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
   if run.steps():

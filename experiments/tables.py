@@ -138,6 +138,13 @@ def _ops(result: str, case: str) -> Table:
   return number
 
 
+def _beside_the_authors(read: Read) -> str:
+  case = "prefill T=262144, D=16"
+  timed = speed.by_case(read("gpu_ops")["lines"])[0][case]
+  ours, theirs = speed.least(timed, (*speed.FOLDED, *speed.KERNELS)), speed.least(timed, speed.AUTHORS)
+  return f"{case}: {speed.milliseconds(ours)} ms, theirs {speed.milliseconds(theirs)}"
+
+
 def _model(result: str, batch: int, context: int, mode: str) -> Table:
   """Tokens per second of a line."""
   def number(read: Read) -> str:
@@ -171,6 +178,7 @@ INDEX = (
     Entry("retrofit", _retrofit, "1234 s", "retrofit"),
     Entry("ops", _ops("gpu_ops", "prefill T=262144, D=16"), "", "kernels"),
     Entry("gradients", _ops("gpu_gradients", "prefill T=32768, D=64"), "", "kernels"),
+    Entry("authors-ops", _beside_the_authors, "", "kernels"),
     Entry("lengths", _ops("gpu_lengths", "prefill T=524288, D=64"), "", "kernels"),
     Entry("short", _ops("gpu_short", "prefill T=512, B=32, D=16"), "", "kernels"),
     Entry("decode", _model("gpu_decode", 1024, 16384, "dilated:64"), "", "kernels"),

@@ -1,4 +1,4 @@
-"""The device that a program is for: that of its arguments' mesh, which need not be one of this process.
+"""The device that a program is for: a device of its arguments' mesh, which need not be one of this process.
 
 The only file that asks which devices there are. An array knows its mesh (`jax.typeof(x).sharding.mesh`), inside
 `jax.jit` too, and a mesh the kind of its devices; so a program that is compiled for another machine takes that
@@ -24,7 +24,7 @@ _CAPABILITIES = {"V100": 7.0, "T4": 7.5, "A100": 8.0, "A800": 8.0, "A30": 8.0, "
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What a program is for.
+  """The kind of device that a program is for.
 
   Attributes:
     platform: "cpu", "gpu" or "tpu".
@@ -45,7 +45,7 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """Those on which an implementation runs: of a platform (None: any), GPUs by their compute capability."""
+  """The devices on which an implementation runs: of one platform (None: of any), GPUs by their compute capability."""
 
   described: str
   platform: str | None = None
@@ -66,7 +66,7 @@ AMPERE = Devices("Ampere GPUs (compute capability 8.0) and newer", "gpu", 8.0)
 
 
 def device_of(*arrays: Any) -> Device:
-  """The device of an operation on these arrays: that of their mesh, else of the mesh in context, else the first."""
+  """The device of an operation on these arrays: of their mesh, else of the mesh in context, else the first device."""
   mesh = mesh_of(*arrays)
   of = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
   platform = "gpu" if of.platform in ("cuda", "rocm") else of.platform

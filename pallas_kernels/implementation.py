@@ -95,9 +95,10 @@ _FORCED = jax.make_user_context(default_value=None)
 
 
 def force(implementation: str) -> AbstractContextManager[None]:
-  """Within it every operation takes this implementation, whatever else is named, or raises as if it were named.
+  """A context, for `with`, in which every operation runs by this implementation, whatever name it is given.
 
-  What is compiled inside is compiled apart from what was compiled outside (`jax.make_user_context`).
+  An operation without it raises as if it were named. Programs of inside and outside are compiled apart
+  (`jax.make_user_context`).
 
   Raises:
     ValueError: an unknown name.
@@ -109,7 +110,7 @@ def force(implementation: str) -> AbstractContextManager[None]:
 
 
 def call(operation: Operation, name: str | None, *arguments: Any, **options: Any) -> Any:
-  """The operation by the implementation that is forced or named, else by the fastest one that serves.
+  """Runs the operation by the implementation that is forced or named, else by the fastest one that serves.
 
   The fastest is the first one in crossovers.py, of the device's kind or else assumed, that runs on the device and
   serves the work of one, whose size it reaches; else "xla".
@@ -139,7 +140,7 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
 
 
 def load(operation: str, name: str) -> Implementation:
-  """An implementation of the table."""
+  """Imports an implementation of the table."""
   found: Implementation = importlib.import_module(IMPLEMENTATIONS[operation][name]).IMPLEMENTATION
   return found
 

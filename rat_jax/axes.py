@@ -1,4 +1,4 @@
-"""The axis alphabet, used in every signature and docstring of the library.
+"""The letters of axes, and types of arrays, that every signature and docstring of the library uses.
 
   B batch            T query position     S key position      R row of a cache
   N query heads      K key/value heads    G = N / K           H head width

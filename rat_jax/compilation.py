@@ -1,4 +1,4 @@
-"""What XLA should be told."""
+"""The compiler options with which XLA makes faster and smaller programs of training and decoding on a GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pallas_kernels import devices
 
 
 def compiler_options() -> dict[str, str]:
-  """For the outermost `jax.jit` around `train_step` or `decode_step`; inner ones cannot take options.
+  """The options for the outermost `jax.jit` around `train_step` or `decode_step`, as its `compiler_options`.
 
-  On GPUs two passes are left out, elsewhere nothing:
+  An inner `jax.jit` cannot take options. On GPUs two passes are left out, elsewhere none:
 
   * Rematerialisation counts the memory of all updates of a training step, of which one runs at a time, and computes
     much of a large model again, once or more, to save what is not needed.

@@ -124,13 +124,13 @@ class RATPlusConfig:
 
 
 def _ratplus(num_layers: int, embed_dim: int) -> dict[str, Any]:
-  """arXiv 2602.18196: head width 128, vocabulary of LLaMA 2, trained in bfloat16."""
+  """A size of arXiv 2602.18196: head width 128, vocabulary of LLaMA 2, trained in bfloat16."""
   return dict(vocab_size=32000, num_layers=num_layers, embed_dim=embed_dim, num_heads=embed_dim // 128,
               dtype="bfloat16")
 
 
 def _olmo2(num_layers: int, embed_dim: int, mlp_dim: int, num_kv_heads: int | None = None) -> dict[str, Any]:
-  """OLMo 2 as released: attention, no gate on its output."""
+  """A size of OLMo 2 as released: attention without a memory, and no gate on attention's output."""
   return dict(vocab_size=100352, num_layers=num_layers, embed_dim=embed_dim, num_heads=embed_dim // 128,
               num_kv_heads=num_kv_heads, mlp_dim=mlp_dim, mlp="swiglu", memory=False, output_gate=False,
               norm_placement="post", qk_norm=True, rope_base=500000.0, tie_embeddings=False, dtype="bfloat16")

@@ -22,7 +22,7 @@ from rat_jax.axes import Array, Keys, State
 
 def memory(gate_logits: Array, k: Keys, v: Keys, state: State | None = None, *,
            segment_ids: Array | None = None) -> tuple[Keys, Keys, State]:
-  """Keys and values after the memory.
+  """Passes keys and values through the memory, document by document; returns them and the memory's last state.
 
   Args:
     gate_logits, k, v: [B, T, K, H], floating; k and v before RoPE.

@@ -90,7 +90,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _checked_key(key: object) -> Array:
-  """One random key, of the new kind or the old; None is any. Raises ValueError for what is no key, and for several."""
+  """One random key, of jax's new kind or its old one; None is any. Raises ValueError for what is no key, or several."""
   if key is None:
     return jax.random.key(0)
   try:
@@ -152,7 +152,7 @@ def _continue(max_new_tokens: int, sampled: bool, truncated: bool, ends: tuple[i
 
 
 def keep_nucleus(logits: Array, top_p: Array) -> Array:
-  """-inf for all but the likeliest tokens of each row [B, V] whose probability first reaches top_p."""
+  """The logits [B, V] with -inf for all but each row's likeliest tokens whose probability first reaches top_p."""
   order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
   probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability

@@ -1,4 +1,4 @@
-"""Prefill, extension and decoding on typed caches: `_start` takes whole prompts, `advance` all that follows a cache."""
+"""Prefill, extension and decoding with a cache: `_start` takes whole prompts, `advance` all that follows a cache."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def prefill(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: ArrayL
 
 def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, lengths: ArrayLike | None = None, *,
            prompt: bool = False) -> tuple[Logits, Cache]:
-  """Feeds a chunk of tokens to a cache; the same numbers as one `decode_step` per token.
+  """Runs several new tokens of every row after those in the cache, with the numbers of one `decode_step` per token.
 
   Args:
     tokens: int [B, T]; lengths: int [B], the real tokens of each row (default T; 0 leaves the row as it is).
@@ -100,10 +100,11 @@ def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, le
 
 
 def decode_step(model: RATPlusLM, params: Params, next_tokens: ArrayLike, cache: Cache) -> tuple[Array, Cache]:
-  """One token for every row: int [B] in, float32 [B, V] logits and the new cache out.
+  """Runs one new token of every row after those in the cache.
 
-  A row whose cache is full is not written and gets NaN logits. Raises ValueError for a cache of another model and for
-  tokens that are not one integer for each row; values are looked at only where they lie on the host.
+  Takes int [B] tokens, returns float32 [B, V] logits and the new cache. A row whose cache is full is not written and
+  gets NaN logits. Raises ValueError for a cache of another model and for tokens that are not one integer for each row;
+  values are looked at only where they lie on the host.
   """
   _check_cache(model, cache)
   tokens = checks.as_next_tokens(next_tokens, cache.lengths.shape[0], model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""The leaves of a config by name, and whether parameters are those."""
+"""The leaves (arrays) of a parameter tree by name, and checks that they are the ones that a config asks for."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _PIECE = 2**22  # entries
 
 
 class Spec(NamedTuple):
-  """What a tensor is before it is read."""
+  """The shape and type of a tensor, which are known before the tensor is read."""
 
   shape: tuple[int, ...]
   dtype: str
 
 
 def named_leaves(params: Params) -> dict[str, jax.Array | np.ndarray]:
-  """{"layers/query": the leaf}."""
+  """The leaves of a parameter tree by their path, as in {"layers/query": leaf}."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 @functools.cache
 def shapes_of(config: RATPlusConfig) -> Mapping[str, tuple[int, ...]]:
-  """{name: shape} of the leaves that a config has."""
+  """The shapes of a model's leaves by name, {name: shape}, as its config says."""
   drawn = {name: jax.eval_shape(draw, jax.random.key(0)) for name, draw in transformer.initializers(config).items()}
   return types.MappingProxyType({name: leaf.shape for name, leaf in named_leaves(drawn).items()})
 
 
 def check_params(params: Params, config: RATPlusConfig, same_type: bool = True) -> None:
-  """Raises ValueError where parameters, traced or not, are not those of the config, as `check_leaves`."""
+  """Raises ValueError, as `check_leaves`, where parameters (traced ones too) do not fit the config."""
   if isinstance(params, Mapping) and params.keys() == {"params"}:
     raise ValueError("the parameters are {'params': ...}; give the tree inside, variables['params'].")
   leaves = named_leaves(params)

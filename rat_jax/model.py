@@ -1,4 +1,4 @@
-"""The Flax shell: `RATPlusLM` holds the parameters, `rat_jax.transformer` does the work."""
+"""The model as a Flax module: `RATPlusLM` holds the parameters, `rat_jax.transformer` computes with them."""
 
 from __future__ import annotations
 

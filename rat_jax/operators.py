@@ -53,7 +53,7 @@ def attend(q: ArrayLike, k: ArrayLike, v: ArrayLike, mode: Mode, *, q_positions:
 
 def select(q: ArrayLike, k: ArrayLike, mode: Mode, *, q_positions: ArrayLike | None = None,
            lengths: ArrayLike | None = None, layer: int = 0, row_ids: ArrayLike | None = None) -> Selection:
-  """The blocks that every query reads under Quest, MoBA or DilatedTopK, for any model's arrays.
+  """The blocks that every query reads under Quest, MoBA or DilatedTopK (under TopK: keys), for any model's arrays.
 
   Args:
     q: [B, T, N, H]; k: [B, S, K, H]; already rotated and, for RAT+, already through the memory.

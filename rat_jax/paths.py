@@ -52,5 +52,5 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def without_mark(data: bytes) -> bytes:
-  """The same without the byte order mark that some editors write before UTF-8 text."""
+  """The data without the byte order mark that some editors write before UTF-8 text."""
   return data.removeprefix(codecs.BOM_UTF8)

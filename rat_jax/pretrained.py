@@ -44,7 +44,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
 
 def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,
                      about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
-  """The same of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
+  """As `save_pretrained`, of (name, leaf) pairs that come one after another, in any order; one is held at a time."""
   folder = local_path(folder, "folder")
   checks.check_count("max_file_bytes", max_file_bytes)
   metadata = {"rat_jax": __version__} | {str(key): str(value) for key, value in about.items()}  # it holds text alone
@@ -63,7 +63,7 @@ def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leav
 
 
 def _finite(leaves: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-  """The same leaves. Raises FloatingPointError for one that is not finite."""
+  """Passes the leaves on. Raises FloatingPointError for one that is not finite."""
   for name, leaf in leaves:
     if not is_finite(leaf):
       raise FloatingPointError(f"{folder} is not written: {name} is not finite.")
@@ -72,7 +72,7 @@ def _finite(leaves: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path) -> I
 
 
 def on_device(name: str, leaf: np.ndarray) -> jax.Array:
-  """The leaf on JAX's default device: a numpy leaf would be copied there by every call that takes it."""
+  """Puts the leaf on JAX's default device: a numpy leaf would be copied there by every call that takes it."""
   del name
   return jnp.asarray(leaf)
 

@@ -44,7 +44,8 @@ def least(lines: Sequence[Line], names: Sequence[str] | None = None) -> float | 
 def label(case: dict[str, Any]) -> str:
   """A case without what all cases of a table share."""
   if case["block"]:
-    return f"Quest 1/16, blocks of {case['block']}, T={case['length']}, B={case['batch']}"
+    name = "sparse attention" if case["op"] == "sparse" else "Quest"
+    return f"{name} 1/16, blocks of {case['block']}, T={case['length']}, B={case['batch']}"
   rows = f", B={case['batch']}" if case["batch"] > 1 else ""
   pattern = f", D={case['dilation']}" if case["op"] != "scan" else ""
   return f"{case['op']} T={case['length']}{rows}{pattern}{', W=' + str(case['window']) if case['window'] else ''}"

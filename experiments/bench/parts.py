@@ -29,6 +29,8 @@ from rat_jax.train.loss import cross_entropy
 from rat_jax.transformer import Remat
 
 CHECKED = 2  # rows whose logits are compared with plain JAX: of more the caches might not fit beside the others
+# The flags below that one part alone reads.
+READ_BY = {"prefill": ("chunk",), "decode": ("steps",), "train": ("remat", "unroll")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ class Settings(times.Settings):
 
 def define_flags() -> None:
   times.define_flags()
-  flags.DEFINE_integer("chunk", None, "Tokens of the prompt at a time.", lower_bound=1)
-  flags.DEFINE_enum("remat", "products", get_args(Remat), "What layers keep for gradients.")
+  flags.DEFINE_integer("chunk", None, "Tokens of the prompt at a time, in prefill.", lower_bound=1)
+  flags.DEFINE_enum("remat", "products", get_args(Remat), "What layers keep for gradients, in training.")
   flags.DEFINE_bool("unroll", False, "Compile layers one by one for training.")
   flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)

@@ -13,13 +13,14 @@ import numpy as np
 from experiments.shared import inputs
 from rat_jax.data import BYTES, TokenFile
 from rat_jax.evaluate import mini_niah
-from rat_jax.evaluate.mini_niah import Rows
+from rat_jax.evaluate.mini_niah import TASKS, Rows
 from rat_jax.train import IGNORED
 
 DEFAULT_STAGES = "128x128,256x64,512x48,1024x32"
 _DEFAULT_SHARES = ("0.6", "0.7", "0.75")
 MIXTURE = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
            "multivalue": 14, "multiquery": 9}  # rows of 64
+_COUNT = 32  # questions per task and evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,19 @@ class Stage:
       counts[max(exact, key=lambda name: exact[name] - counts[name])] += 1
     return mini_niah.training_rows(counts, self.length)
 
+  @property
+  def questions(self) -> tuple[Rows, ...]:
+    """What is asked meanwhile: of every task so many single questions."""
+    return tuple(Rows(TASKS[name], _COUNT) for name in self.tasks)
+
+  def check_room(self) -> None:
+    """Raises ValueError for a stage with too few tokens or rows."""
+    rows = (*self.mixture, *self.questions)
+    try:
+      mini_niah.check_room(rows, self.length)
+    except ValueError as error:
+      raise ValueError(f"--stages={self.length}x{self.rows}: {error}") from error
+
 
 def sizes(given: Sequence[str], default: str = DEFAULT_STAGES) -> list[tuple[int, int]]:
   """(length, rows) of every stage of --stages; of the default where none is given."""
@@ -58,7 +72,7 @@ def sizes(given: Sequence[str], default: str = DEFAULT_STAGES) -> list[tuple[int
 
 
 def stages(given: Sequence[str], shares: Sequence[str] | None, tasks: Sequence[str], steps: int) -> list[Stage]:
-  """The curriculum of --stages and --shares over `steps` batches. Raises ValueError where these do not fit."""
+  """The curriculum of --stages and --shares over `steps` batches. Raises ValueError where they or tasks do not fit."""
   of_stage = sizes(given)
   if shares is None:
     shares = () if given else _DEFAULT_SHARES
@@ -71,7 +85,10 @@ def stages(given: Sequence[str], shares: Sequence[str] | None, tasks: Sequence[s
   if parts != sorted(parts) or not all(0 < part < 1 for part in parts):
     raise ValueError(f"--shares={','.join(shares)}; they must rise from above 0 to below 1.")
   ends = [round(part * steps) for part in parts] + [steps]
-  return [Stage(length, rows, end, tuple(tasks)) for (length, rows), end in zip(of_stage, ends, strict=True)]
+  plan = [Stage(length, rows, end, tuple(tasks)) for (length, rows), end in zip(of_stage, ends, strict=True)]
+  for stage in plan:
+    stage.check_room()
+  return plan
 
 
 def text_beside(lm_data: pathlib.Path, longest: int, folder: pathlib.Path) -> TokenFile:

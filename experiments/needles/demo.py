@@ -29,6 +29,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "checkpoints"
 MODELS = {"RAT+": "ratplus", "attention": "attention"}
 TASKS_ASKED = ("multikey_1", "multikey_2", "multikey_3", "multiquery")
 LENGTH = 512
+_TOGETHER = 8  # questions of each task that are answered at a time
 _COMPILERS = 2  # threads: most of the time is compiling, of which XLA does little in parallel
 
 
@@ -94,10 +95,8 @@ class Answered:
 
 def answers(models: dict[str, Shipped], count: int, seed: int = 0) -> Iterator[Answered]:
   """What every model answers to `count` questions of each task, mode by mode."""
-  asked = Questions(length=LENGTH, count=count, batch_size=4 * len(TASKS_ASKED), seed=seed)
+  asked = Questions(length=LENGTH, count=count, batch_size=min(count, _TOGETHER) * len(TASKS_ASKED), seed=seed)
   tasks = [TASKS[name] for name in TASKS_ASKED]
-  for task in TASKS_ASKED:
-    asked.sequences(task)  # once, before threads ask for them
 
   def answered(job: tuple[tuple[str, Row], tuple[str, Shipped]]) -> Answered:
     (label, row), (name, one) = job
@@ -108,6 +107,7 @@ def answers(models: dict[str, Shipped], count: int, seed: int = 0) -> Iterator[A
                     {task: 100 * float(found.mean()) for task, found in right.items()})
 
   with ThreadPoolExecutor(_COMPILERS) as pool:
+    list(pool.map(asked.sequences, TASKS_ASKED))  # once, before several threads ask for the same
     yield from pool.map(answered, itertools.product(rows().items(), models.items()))
 
 
@@ -151,5 +151,7 @@ def _read_by(one: Shipped, params: Any, tokens: jax.Array, row: Row, asked: Ques
   """Which keys the query reads in every layer and head, bool [layers, heads, LENGTH]; one of each where all agree."""
   task = TASKS["multikey_2"]
   mode, prefill_mode = row.build(task.query_length)
+  if not mode.chooses:
+    return np.asarray(visible(mode, np.array([query]), np.arange(LENGTH)))[None]
   chosen = chosen_keys(one.model, params, tokens, mode, asked.prompt_length(row, task), prefill_mode)
-  return chosen[:, :, query] if len(chosen) else np.asarray(visible(mode, np.array([query]), np.arange(LENGTH)))[None]
+  return chosen[:, :, query]

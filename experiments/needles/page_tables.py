@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.needles.report import HARD, Cells, accuracies, claim, left_out, matched, side_by_side
+from experiments.needles.report import HARD, Cells, accuracies, claim, left_out, matched, side_by_side, without
 from experiments.shared.output import markdown_table
 from experiments.shared.page_tables import Read, Table
 from experiments.shared.table_of_runs import SHARES, adapted_name
@@ -276,14 +276,11 @@ def _as_in_the_paper(cells: Cells, label: str, task: str) -> str:
 
 def retrofit_cells(read: Read, equal: bool = False) -> Cells:
   """The seeds that know the tasks under Dense; with `equal` of every arm those that do in all of them."""
-  every = {arm: {label: {task: {"accuracy": accuracy} for task, accuracy in by_task.items()}
-                 for label, by_task in by_label.items()} for arm, by_label in read("niah_retrofit").items()}
+  every = cells_of(read, "niah_retrofit")
   if not equal:
     return matched(every)
-  out = {seed for rows in every.values() for seed in left_out(rows)}
-  return {arm: {label: {task: {"accuracy": [one for i, one in enumerate(cell["accuracy"]) if i not in out]}
-                        for task, cell in by_task.items()} for label, by_task in rows.items()}
-          for arm, rows in every.items()}
+  out = {seed for by_label in every.values() for seed in left_out(by_label)}
+  return {arm: without(by_label, out) for arm, by_label in every.items()}
 
 
 def retrofit(read: Read) -> str:

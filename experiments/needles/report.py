@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ import numpy as np
 from experiments.needles.seeds import MATCHED, from_hex, name_of
 from experiments.shared.output import markdown_table
 
-Cells = Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]]
+Rows = Mapping[str, Mapping[str, dict[str, Any]]]  # of a checkpoint
+Cells = Mapping[str, Rows]
 HARD = ("multikey_2", "multikey_3", "multivalue")  # where attention under a small budget fails
 _MAIN = ("Quest 16", "MoBA 16 decode", "MoBA 16 prompt", "SnapKV aware", "SnapKV blind", "Quest 8")  # of a figure
 _BUDGET = re.compile(r"(.*), 1/(\d+)(.*)")
 
 _BY_SEED = ("accuracy", "error_over_examples", "right")  # what of a cell is a list over seeds
+_OF_EXAMPLES = ("right", "by_example", "comma_recall_by_example")  # what each sequence scored
 
 
 def is_whole(by_task: Mapping[str, dict[str, Any]]) -> bool:
@@ -55,11 +57,16 @@ def report(every: Cells, match: bool = True) -> str:
 
 
 def _scored(cells: Cells, score: str) -> Cells:
-  """The cells with another score as their accuracy, empty where they have none; blanks stay."""
+  """The cells with another score as their accuracy, empty where they have none; blanks stay.
+
+  Errors over examples are of that score too; NaN of cells that were made before it was kept by example.
+  """
   every = [cell for rows in cells.values() for by_task in rows.values() for cell in by_task.values()]
   if not any(score in cell for cell in every):
     return {}
-  return {checkpoint: {label: {task: cell | {"accuracy": [cell.get(score)]} for task, cell in by_task.items()}
+  of_score = lambda cell: {"accuracy": [cell.get(score)],
+                           "by_example": cell.get(f"{score}_by_example", [float("nan")])}
+  return {checkpoint: {label: {task: cell | of_score(cell) for task, cell in by_task.items()}
                        for label, by_task in rows.items()} for checkpoint, rows in cells.items()}
 
 
@@ -73,7 +80,7 @@ def compact(cells: Cells) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
 
 
 def _compact(cell: dict[str, Any]) -> dict[str, Any]:
-  kept = {name: value for name, value in cell.items() if name not in ("right", "by_example")}
+  kept = {name: value for name, value in cell.items() if name not in _OF_EXAMPLES}
   if len(cell.get("accuracy", [])) > 1:
     kept["error_over_seeds"] = standard_error(np.array(cell["accuracy"]))
   return jax.tree.map(lambda x: round(x, 3) if isinstance(x, float) else x, kept)
@@ -151,7 +158,7 @@ def _mean_of_seeds(by_task: Mapping[str, dict[str, Any]]) -> str:
   return f"{seeds.mean():.1f} ({' '.join(f'{x:.0f}' for x in seeds)})"
 
 
-def _too_low(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[int, str]:
+def _too_low(rows: Rows) -> dict[int, str]:
   """{seed: "task accuracy, ..."} of the seeds that are too low under Dense to be compared under sparse modes."""
   low: dict[int, list[str]] = {}
   for task, cell in rows.get("dense", {}).items():
@@ -161,11 +168,11 @@ def _too_low(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[int, str]
   return {seed: ", ".join(tasks) for seed, tasks in sorted(low.items())}
 
 
-def _seeds(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> int:
+def _seeds(rows: Rows) -> int:
   return max((len(cell.get("accuracy", [])) for by_task in rows.values() for cell in by_task.values()), default=0)
 
 
-def left_out(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[int]:
+def left_out(rows: Rows) -> list[int]:
   """The seeds of a checkpoint that are too low under Dense; none where none is high enough."""
   low = _too_low(rows)
   return list(low) if len(low) < _seeds(rows) else []
@@ -173,13 +180,14 @@ def left_out(rows: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[int]:
 
 def matched(cells: Cells) -> Cells:
   """The cells without the seeds that are `left_out`."""
-  kept = {}
-  for checkpoint, rows in cells.items():
-    out = left_out(rows)
-    kept[checkpoint] = {label: {task: {
-        name: [one for i, one in enumerate(value) if i not in out] if name in _BY_SEED else value
-        for name, value in cell.items()} for task, cell in by_task.items()} for label, by_task in rows.items()}
-  return kept
+  return {checkpoint: without(rows, left_out(rows)) for checkpoint, rows in cells.items()}
+
+
+def without(rows: Rows, out: Collection[int]) -> dict[str, dict[str, dict[str, Any]]]:
+  """The rows of a checkpoint without these seeds."""
+  return {label: {task: {
+      name: [one for i, one in enumerate(value) if i not in out] if name in _BY_SEED else value
+      for name, value in cell.items()} for task, cell in by_task.items()} for label, by_task in rows.items()}
 
 
 def unmatched(cells: Cells) -> str:

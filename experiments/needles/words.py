@@ -28,13 +28,15 @@ from rat_jax import RATPlusLM, evaluate
 from rat_jax.data import Tokenizer, load_tokenizer
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.modes import Mode
-from rat_jax.paths import read_text
+from rat_jax.paths import local_path, read_text
+from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, train
 from rat_jax.train.loss import IGNORED
 
 # RULER's tasks of which there are none of our own, each with the tokens that RULER lets a model answer with. Source:
 # github.com/NVIDIA/RULER, scripts/data/synthetic/constants.py.
 RULER_ONLY = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]  # of answers and what was asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def load(settings: Settings, names: Sequence[str], count: int, length: int, seed
 
   Raises ValueError for unknown tasks, and for a prompt or an answer that is empty or too long.
   """
-  check_tasks(settings, names)
+  check(settings, names)
   room = settings.answer_room
   if room >= length:
     raise ValueError(f"--answer_room={room} leaves nothing of length={length}; use less, or a larger length.")
@@ -84,29 +86,34 @@ def load(settings: Settings, names: Sequence[str], count: int, length: int, seed
     found = {name: [Example(one["input"] + one["answer_prefix"], tuple(one["outputs"]), one["length"])
                     for one in draw(text_niah.TEXT_TASKS[name])] for name in names}
   for name, examples in found.items():
-    file = _file_of(settings.ruler or "", name)
-    for i, example in enumerate(examples):
-      prompt, answer = _encoded(settings.tokenizer, _taught(name, example))
+    where = str(_file_of(settings.ruler, name)) if settings.ruler else name
+    for i, example in enumerate(examples, 1):
+      try:
+        prompt, answer = _encoded(settings.tokenizer, _taught(name, example))
+      except ValueError as error:
+        raise ValueError(f"{where}, example {i}: {error}") from error
       if not prompt:
-        raise ValueError(f"{file}, example {i + 1}: input={example.prompt!r} leaves no token before the answer; give a"
+        raise ValueError(f"{where}, example {i}: input={example.prompt!r} leaves no token before the answer; give a"
                          " longer one.")
       if len(prompt) > length - room or len(answer) > room:
-        raise ValueError(f"{file if settings.ruler else name}, example {i + 1}: a prompt of {len(prompt)} tokens and an"
-                         f" answer of {len(answer)}; there is room for {length - room} and {room} of length={length};"
-                         " use a larger length or another --answer_room.")
+        raise ValueError(f"{where}, example {i}: a prompt of {len(prompt)} tokens and an answer of {len(answer)}; there"
+                         f" is room for {length - room} and {room} of length={length}; use a larger length or another"
+                         " --answer_room.")
   return found
 
 
-def check_tasks(settings: Settings, names: Sequence[str]) -> None:
-  """Raises ValueError for --tasks that are neither of our own nor, with --ruler, RULER's."""
+def check(settings: Settings, names: Sequence[str]) -> None:
+  """Raises ValueError for --tasks that are neither of our own nor, with --ruler, RULER's, and for an unused --essay."""
   known = [*text_niah.TEXT_TASKS, *(RULER_ONLY if settings.ruler else ())]
   unknown = sorted(set(names) - set(known))
   if unknown or not names:
     more = "" if settings.ruler else f"; {', '.join(RULER_ONLY)} need RULER's files, as --ruler"
     raise ValueError(f"--tasks={unknown} are unknown; use some of {known}{more}.")
+  if settings.ruler:
+    settings.refuse(("essay",), f"--ruler={settings.ruler} has texts of its own; leave one of them out.")
 
 
-def score_of(task: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], float]:
+def score_of(task: str) -> Score:
   """RULER's score of a task: references of its qa tasks each are right, of all others they are all asked for."""
   return evaluate.string_match_part if task.startswith("qa_") else evaluate.string_match_all
 
@@ -120,10 +127,16 @@ def _essay(path: str) -> str:
 
 
 def _file_of(ruler: str, name: str) -> pathlib.Path:
-  """RULER's file of a task, such as niah_<task>/validation.jsonl where its own scripts leave it, or <task>.jsonl."""
-  every = [pathlib.Path(ruler, path) for full in (f"niah_{name}", name)
-           for path in (f"{full}/validation.jsonl", f"{full}.jsonl")]
-  return next((path for path in every if path.exists()), every[-1])
+  """RULER's file of a task, such as niah_<task>/validation.jsonl where its own scripts leave it, or <task>.jsonl.
+
+  Raises FileNotFoundError where there is none.
+  """
+  folder = local_path(ruler, "--ruler")
+  names = [path for full in (f"niah_{name}", name) for path in (f"{full}/validation.jsonl", f"{full}.jsonl")]
+  for one in names:
+    if (folder / one).exists():
+      return folder / one
+  raise FileNotFoundError(f"--ruler={ruler} holds none of {', '.join(names)}; give the folder around RULER's files.")
 
 
 def _taught(name: str, example: Example) -> Example:
@@ -181,9 +194,12 @@ def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count
   """Fine-tunes the checkpoint `start` on `count` examples of every task; resumes from the newest in --workdir."""
   if start is None:
     raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
+  command.check_trained(modes)
   seed, tokenizer = settings.seed, settings.tokenizer
   check_seeds(seed, range(seed, seed + 1))
   model, params, before = load_model(start, tokenizer)
+  for mode in modes:
+    check_modes(mode, None, model.config)
   loaded = load(settings, names, count, length, seed)
   examples = [_taught(name, one) for name, of_task in loaded.items() for one in of_task]
   steps = max(1, round(settings.epochs * len(examples) / rows))
@@ -232,11 +248,18 @@ def cells(settings: Settings, model: RATPlusLM, params: Any, row: Row, examples:
         settings.tokenizer, model, params, [_taught(name, one) for one in of_task[first:first + batch_size]], first,
         prompt_room=length - settings.answer_room, mode=mode, prefill_mode=prefill_mode, max_new_tokens=most)]
     asked, score = [example.answers for example in of_task], score_of(name)
-    by_example = [score([one], [answers]) for one, answers in zip(said, asked, strict=True)]
+    by_example = _of_each(score, said, asked)
     found[name] = {"accuracy": [score(said, asked)], "count": len(said),
                    "error_over_examples": [float(np.std(by_example) / len(said)**0.5)], "by_example": by_example,
-                   "comma_recall": evaluate.comma_recall(said, asked), "exact_match": evaluate.exact_match(said, asked)}
+                   "comma_recall": evaluate.comma_recall(said, asked),
+                   "comma_recall_by_example": _of_each(evaluate.comma_recall, said, asked),
+                   "exact_match": evaluate.exact_match(said, asked)}
   return found
+
+
+def _of_each(score: Score, said: Sequence[str], asked: Sequence[Sequence[str]]) -> list[float]:
+  """What every answer scores alone."""
+  return [score([one], [answers]) for one, answers in zip(said, asked, strict=True)]
 
 
 def _question_length(tokenizer: Tokenizer, example: Example) -> int:

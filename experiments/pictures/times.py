@@ -48,7 +48,7 @@ def _pattern(case: Mapping[str, Any]) -> str:
   if case["op"] == "scan":
     return "memory"
   if case["block"]:
-    return f"Quest, blocks of {case['block']}"
+    return f"{'Quest, ' * (case['op'] == 'decode')}blocks of {case['block']}"
   window = f", W={case['window']}" if case["window"] else ""
   return "dense" if case["dilation"] == 1 else f"D={case['dilation']}{window}"
 

@@ -19,8 +19,9 @@ import jax
 from absl import app, flags, logging
 
 from experiments.shared import device
-from rat_jax import parse_mode
+from rat_jax import PerLayer, parse_mode
 from rat_jax.data import BYTES, Tokenizer, load_tokenizer
+from rat_jax.modes import Mode
 from rat_jax.paths import local_path
 
 
@@ -98,6 +99,18 @@ def define_path(name: str, help_text: str, default: str | None = None, *, requir
 def define_modes(default: Sequence[str], help_text: str) -> None:
   """A flag --mode that can be repeated and holds modes; a bad one is refused before anything runs."""
   flags.DEFINE_multi(_ModeParser(), flags.ArgumentSerializer(), "mode", list(default), help_text)
+
+
+def check_trained(modes: Sequence[Mode], documents_apart: bool = False) -> None:
+  """Raises ValueError for a --mode that no sequence can be trained under: one has no prompt, and may be packed."""
+  for mode in modes:
+    for one in mode.modes if isinstance(mode, PerLayer) else (mode,):
+      if one.after_prompt:
+        raise ValueError(f"--mode={mode}: {one.after_prompt}, and what is trained on has no prompt; train under another"
+                         " mode.")
+      if documents_apart and one.chooses:
+        raise ValueError(f"--documents_apart with --mode={mode}, whose choice would span documents; leave one of them"
+                         " out.")
 
 
 def define_prefill_mode() -> None:

@@ -19,6 +19,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
+from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, Optimizer, train
 from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat
@@ -69,8 +70,19 @@ def define_flags(*, steps: int = 1000, batch_size: int = 16, length: int = 1024,
   flags.DEFINE_integer("log_every", 20, "Batches between lines on the terminal.", lower_bound=1)
 
 
+def check(settings: Settings) -> None:
+  """Raises ValueError for settings that train nothing, and for flags that would change nothing."""
+  if settings.batch_size % settings.accumulation:
+    raise ValueError(f"--accumulation={settings.accumulation} does not divide --batch_size={settings.batch_size}; cut a"
+                     " batch into equal parts.")
+  command.check_trained(settings.mode, settings.documents_apart)
+  if len(settings.mode) == 1:
+    settings.refuse(("combine",), f"--mode={settings.mode[0]} alone makes one update of a batch; leave it out.")
+
+
 def train_data(settings: Settings) -> TokenFile:
-  """The training part of the corpus that --data names."""
+  """The training part of the corpus that --data names. Raises ValueError as `check`, before anything is read."""
+  check(settings)
   return inputs.corpus(settings.data, settings.workdir / "data")["train"]
 
 
@@ -108,12 +120,15 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
     accumulate_by: how --accumulation weighs micro-batches (`rat_jax.train_step`).
 
-  Raises ValueError for a checkpoint in the folder that another run left: of other modes, data, batches, rates or start.
+  Raises ValueError, before anything is written, for a model, modes and data that do not fit each other, and for a
+  checkpoint in the folder that another run left: of other modes, data, batches, rates or start.
   """
   if data.sidecar.vocab_size > config.vocab_size:
     raise ValueError(f"the data's vocabulary has {data.sidecar.vocab_size} entries, the model vocab_size="
                      f"{config.vocab_size}; use a model whose vocabulary holds the data's.")
-  folder, modes, steps = output.made(settings.workdir), settings.mode, settings.steps
+  folder, modes, steps = settings.workdir, settings.mode, settings.steps
+  for mode in modes:
+    check_modes(mode, None, config)
   model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
   optimizer = settings.optimizer(steps, rates)
 
@@ -121,8 +136,9 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
     return data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
                       documents_apart=settings.documents_apart)
 
+  first = batch_at(0)  # asked now: the data may be too short for it
   if params is None:
-    params = jax.jit(model.init)(jax.random.key(settings.seed), batch_at(0)["tokens"])["params"]
+    params = jax.jit(model.init)(jax.random.key(settings.seed), first["tokens"])["params"]
   state = rat_jax.init_train_state(model, params, optimizer)
   notes = {"modes": [str(mode) for mode in modes], "combine": settings.combine, "seed": settings.seed,
            "batch_size": settings.batch_size, "length": settings.length, "documents_apart": settings.documents_apart,
@@ -145,10 +161,14 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
           notes=notes | {"steps": steps},  # which a resumed run may move
           combine=settings.combine, accumulation=settings.accumulation, accumulate_by=accumulate_by,
           remat=settings.remat, unroll=settings.unroll, donate=True, log_every=settings.log_every,
-          metrics_path=folder / "metrics.jsonl", checkpoints=checkpoints, save_every=settings.save_every, label=label)
+          metrics_path=output.made(folder) / "metrics.jsonl", checkpoints=checkpoints, save_every=settings.save_every,
+          label=label)
   else:
     print(f"nothing to train: the run in {folder} is at step {int(state.step)}")
-  metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  pictures.save(pictures.losses([json.loads(line) for line in metrics], [str(mode) for mode in modes]),
-                folder / "training.png")
-  print(f"checkpoint: {checkpoints.folder}; losses: {folder}/training.png")
+  metrics = folder / "metrics.jsonl"
+  if metrics.exists():
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    pictures.save(pictures.losses(lines, [str(mode) for mode in modes]), folder / "training.png")
+    print(f"checkpoint: {checkpoints.folder}; losses: {folder}/training.png")
+  else:
+    print(f"checkpoint: {checkpoints.folder}; no picture of losses, for {metrics} is gone")

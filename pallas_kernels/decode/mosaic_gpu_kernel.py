@@ -166,11 +166,11 @@ class _Arrays:
     return self._cast(x, self.columns)
 
   def spread(self, x: Array) -> Array:
-    """[step] to [step, H]."""
+    """Repeats x [step] along H: [step, H]."""
     return self.as_rows(lax.broadcast_in_dim(x, (self.step, self.width), (0,)))
 
   def stack(self, x: Array) -> Array:
-    """[H] to [step, H]."""
+    """Repeats x [H] along the rows of a step: [step, H]."""
     return self.as_rows(lax.broadcast_in_dim(x, (self.step, self.width), (1,)))
 
   def _cast(self, x: Array, layout: Any) -> Array:

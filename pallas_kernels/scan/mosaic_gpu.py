@@ -275,7 +275,7 @@ class _Layout:
 
   @property
   def channels(self) -> int:
-    """With padding."""
+    """How many channels a row of the work has, with padding."""
     block = self.tuning.channels
     return max(-(-math.prod(self.shape[2:]) // block), 1) * block
 
@@ -313,7 +313,7 @@ class _Layout:
     return Operand("pieces", ends.reshape(self.rows, -1, 1, self.channels))
 
   def state(self, state: Sequence[Array]) -> Array:
-    """float32 [drives, B, channels]."""
+    """The states of all drives in one array, float32 [drives, B, channels]."""
     stacked = jnp.stack([x.reshape(self.shape[0], -1) for x in state])
     return jnp.pad(stacked, ((0, 0), (0, 0), (0, self.channels - stacked.shape[2])))
 

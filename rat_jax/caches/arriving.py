@@ -1,4 +1,4 @@
-"""A prompt that comes in in pieces, kept whole until it has ended and the cache that is wanted can be made of it."""
+"""A prompt that comes in pieces, kept whole until it has ended and the cache that is wanted can be made of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ArrivingKV(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Arriving(Full):
-  """Rows: `ArrivingKV`. `wanted` is the store whose rows are made in the end, by `finish`."""
+  """The store of a prompt that comes in pieces. Rows: `ArrivingKV`; `finish` makes the rows of the store `wanted`."""
 
   wanted: Store
 

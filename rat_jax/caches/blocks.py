@@ -31,7 +31,10 @@ class SummedKV(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Full):
-  """Rows: `SummedKV`. One slot per block, so that a chunk of any size goes on with its summary."""
+  """The store that keeps every token and a summary of every block. Rows: `SummedKV`.
+
+  A block has one slot, which a chunk of any size goes on with.
+  """
 
   mode: BlockMode
 

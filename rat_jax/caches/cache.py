@@ -66,7 +66,7 @@ class Cache:
 
   @property
   def numbers(self) -> RowIds:
-    """The rows' numbers, int32 [B]; zeros where nothing is drawn."""
+    """The rows' numbers for random draws, int32 [B]; zeros where nothing is drawn."""
     return checks.as_row_ids(self.row_ids, self.lengths.shape[0])
 
   def room(self) -> Array:

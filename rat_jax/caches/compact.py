@@ -1,4 +1,4 @@
-"""A compact cache, of a rule that is dilation, window and sinks: S0 sinks, a ring of W + 1, floor(max_length / D) rows.
+"""A compact cache, for a rule of dilation, window and sinks: S0 sinks, a ring of W + 1, floor(max_length / D) rows.
 
 It holds what later queries read, and no more (arXiv 2602.18196, section 3).
 """
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Compact(Full):
-  """Rows: `KV`, as `Slots.of` lays them out. A prompt goes through it in pieces if it reads no more than the rule."""
+  """The store that keeps only what a pattern can still read. Rows: `KV`, as `Slots.of` lays them out.
+
+  A prompt can go through it in pieces if its form reads no more than the pattern.
+  """
 
   pattern: Pattern
 

@@ -31,7 +31,10 @@ class CompressedKV(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Compressed(Store):
-  """Rows: `CompressedKV`, first those kept of a prompt in an array of `prompt_width` tokens, then the new ones."""
+  """The store of a compressed prompt. Rows: `CompressedKV`, first those kept of the prompt, then the new ones.
+
+  The prompt stands in an array of `prompt_width` tokens.
+  """
 
   mode: SnapKV
   prompt_width: int
@@ -42,7 +45,7 @@ class Compressed(Store):
 
   @property
   def kept(self) -> int:
-    """Rows for tokens of the prompt."""
+    """How many rows there are for tokens of the prompt."""
     return self.mode.kept_rows(self.prompt_width)
 
   def empty(self, config: RATPlusConfig, layers: int, batch: int) -> CompressedKV:

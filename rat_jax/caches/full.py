@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Full(Store):
-  """Serves every form of the prompt. Rows: `KV`."""
+  """The store that keeps every token, and so serves every mode and every form of the prompt. Rows: `KV`."""
 
   @property
   def slots(self) -> Slots:

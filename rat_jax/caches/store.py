@@ -1,4 +1,4 @@
-"""What a cache of a run of layers is: the questions that every kind of it answers.
+"""What a store, the cache of a run of layers, is: the methods that every kind of store has.
 
 A store is static: it says how a cache is laid out. The cache itself, its rows, is a pytree of arrays [L, B, ...] of the
 run's layers, of the store's own type. A mode names its store (`Mode.store`). A new kind of cache is a new file here.
@@ -92,7 +92,7 @@ class Store:
     return rows
 
   def serves(self, form: Mode) -> bool:
-    """Whether it holds all that a form of the prompt reads, so that a prompt can go through it in pieces."""
+    """Whether the store holds all that a form of the prompt reads, so that a prompt can go through it in pieces."""
     raise NotImplementedError
 
   def room(self, lengths: Lengths, prompts: Lengths | None) -> Array:
@@ -101,5 +101,5 @@ class Store:
     return self.max_length - lengths
 
   def rows(self, rows: Any, index: Array) -> Any:
-    """The rows of which row b is row index[b] of these; int32 [B']."""
+    """The rows whose row b is row index[b] of the given ones; `index` is int32 [B']."""
     return jax.tree.map(lambda x: jnp.take(x, index, axis=1), rows)

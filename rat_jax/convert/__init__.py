@@ -1,4 +1,4 @@
-"""Other people's weights in and out."""
+"""Conversion of other people's weights to our parameters, and back."""
 
 from rat_jax.convert.added_memory import add_memory
 from rat_jax.convert.olmo2 import export_olmo2, load_olmo2

@@ -12,8 +12,10 @@ from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.leaves import check_params
 
+GATE_BIAS = -12.0  # where the gates of a memory that is added start: the state counts for sigmoid(-12), 6e-6
 
-def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = -12.0) -> tuple[RATPlusConfig, Params]:
+
+def add_memory(config: RATPlusConfig, params: Params, gate_bias: float = GATE_BIAS) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of the model with a memory whose gates are sigmoid(gate_bias) everywhere.
 
   At -12 logits change by less than 1e-3 (arXiv 2605.28640 does not say how its retrofit of OLMo 2 starts). Raises

@@ -40,19 +40,19 @@ class Piece(NamedTuple):
 
 
 def heads_of_rows(leaf: str, name: str, heads: int, head_dim: int, width: int, first_row: int = 0) -> Piece:
-  """A projection [heads * H, E] to heads, our [E, heads, H]."""
+  """The piece of a projection to heads: [heads * H, E] there, [E, heads, H] here."""
   return Piece(leaf, name, (heads * head_dim, width), lambda x: x.reshape(heads, head_dim, width).transpose(2, 0, 1),
                lambda x: x.transpose(1, 2, 0).reshape(heads * head_dim, width), first_row)
 
 
 def heads_of_columns(leaf: str, name: str, heads: int, head_dim: int, width: int) -> Piece:
-  """A projection [E, heads * H] from heads, our [heads, H, E]."""
+  """The piece of a projection from heads: [E, heads * H] there, [heads, H, E] here."""
   return Piece(leaf, name, (width, heads * head_dim), lambda x: x.T.reshape(heads, head_dim, width),
                lambda x: x.reshape(heads * head_dim, width).T)
 
 
 def transposed(leaf: str, name: str, rows: int, columns: int) -> Piece:
-  """A matrix [out, in], our [in, out]."""
+  """The piece of a matrix: [out, in] there, [in, out] here."""
   return Piece(leaf, name, (rows, columns), np.transpose, np.transpose)
 
 
@@ -85,7 +85,7 @@ def foreign_shapes(pieces: Sequence[Piece], num_layers: int) -> dict[str, tuple[
 
 
 def leaves(pieces: Sequence[Piece], tensors: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.ndarray]]:
-  """(our name, our leaf) one after another, in `config.param_dtype`; layers stacked, a tensor read at a time."""
+  """Reads our leaves: (name, leaf) one after another, in `config.param_dtype`; layers stacked, a tensor at a time."""
   for piece in pieces:
     yield piece.leaf, _leaf_of(piece, tensors, config)  # no name is bound to it: it goes when the caller drops it
 
@@ -108,7 +108,7 @@ def _leaf_of(piece: Piece, tensors: Tensors, config: RATPlusConfig) -> np.ndarra
 
 
 def foreign(pieces: Sequence[Piece], params: Params, num_layers: int) -> Iterator[tuple[str, np.ndarray]]:
-  """(foreign name, tensor) one after another: the inverse of `leaves`."""
+  """Makes foreign tensors of our leaves, (foreign name, tensor) one after another: the inverse of `leaves`."""
   by_name: dict[str, list[tuple[Piece, int]]] = {}
   for piece in pieces:
     for i in piece.layers(num_layers):
@@ -125,7 +125,7 @@ def _leaf(params: Params, name: str, layer: int) -> Any:
 
 
 def tree(named: Iterable[tuple[str, np.ndarray]], place: Place) -> Params:
-  """("layers/query", x), ... as {"layers": {"query": place("layers/query", x)}}, a leaf at a time."""
+  """The parameter tree {"layers": {"query": place("layers/query", x)}} of pairs ("layers/query", x), one at a time."""
   params: Params = {}
   for name, leaf in named:
     *folders, last = name.split("/")
@@ -138,6 +138,6 @@ def tree(named: Iterable[tuple[str, np.ndarray]], place: Place) -> Params:
 
 
 def as_is(name: str, leaf: np.ndarray) -> np.ndarray:
-  """Leaves stay numpy arrays."""
+  """Returns the leaf as it is, a numpy array."""
   del name
   return leaf

@@ -21,7 +21,7 @@ import numpy as np
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.convert.added_memory import memory_leaves
+from rat_jax.convert.added_memory import GATE_BIAS, memory_leaves
 from rat_jax.convert.mapping import Piece, Place, heads_of_columns, heads_of_rows, transposed
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.leaves import check_params
@@ -35,7 +35,7 @@ _BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", 
            "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 
-def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0, *,
+def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = GATE_BIAS, *,
                place: Place = mapping.as_is) -> tuple[RATPlusConfig, Params]:
   """(config, parameters) of a downloaded OLMo 2.
 
@@ -51,9 +51,9 @@ def load_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: f
   return config, mapping.tree(named, place)
 
 
-def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = -12.0
+def read_olmo2(folder: str | os.PathLike[str], memory: bool = True, gate_bias: float = GATE_BIAS
                ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]]]:
-  """The same, the leaves one after another."""
+  """As `load_olmo2`, but the parameters come as pairs (name, leaf), one after another."""
   folder = local_path(folder, "folder")
   path = folder / "config.json"
   config = _config(path, memory, gate_bias)
@@ -103,7 +103,7 @@ def export_olmo2(folder: str | os.PathLike[str], config: RATPlusConfig, params: 
 
 
 def pieces_of(config: RATPlusConfig) -> list[Piece]:
-  """Where `Olmo2ForCausalLM` keeps our leaves, but for a memory's."""
+  """Where `Olmo2ForCausalLM` keeps our leaves; a memory's leaves, which it does not have, are left out."""
   e, h, f, v = config.embed_dim, config.head_dim, config.mlp_dim, config.vocab_size
   n, kv, attention, mlp = config.num_heads, config.num_kv_heads, _LAYER + "self_attn.", _LAYER + "mlp."
   head = [] if config.tie_embeddings else [Piece("head", _HEAD, (v, e))]
@@ -178,7 +178,7 @@ def _rope_base(path: pathlib.Path, theirs: dict[str, Any]) -> float:
 
 
 def _of_source(path: pathlib.Path, config: RATPlusConfig) -> dict[str, Any]:
-  """What the released config.json says that no field of ours does. Raises ValueError where it is of another model."""
+  """The entries of the released config.json that no field of ours has. Raises ValueError for another model's file."""
   released = _config(path, memory=False, gate_bias=0.0)
   kept = ("init_std", "dtype", "param_dtype")
   ours = dataclasses.replace(config, memory=False, gate_bias=None, **{name: getattr(released, name) for name in kept})

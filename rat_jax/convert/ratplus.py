@@ -69,7 +69,10 @@ def load_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = No
 
 def read_ratplus(path: str | os.PathLike[str], config: RATPlusConfig | None = None
                  ) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any]]:
-  """The same, the leaves one after another; and how the model was trained, {} where the file does not say."""
+  """As `load_ratplus`, but the parameters come as pairs (name, leaf), one after another; and how they were trained.
+
+  The last result holds what the file says of the training, {} where it says nothing.
+  """
   found = _load_file(local_path(path, "path"))
   config = _config(found.get("config"), config, path)
   return config, _leaves(TorchTensors(_plain(found.get("task", found)), str(path)), config), _training(found)
@@ -84,12 +87,12 @@ def _training(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_setting(value: Any) -> bool:
-  """Whether it is text, a number, or several; files may hold tensors in their place."""
+  """Whether the entry is text, a number, or several; files may hold tensors in their place."""
   return all(isinstance(one, str | int | float) for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """The entries as of a model that was not compiled. Raises ValueError where two have one name then."""
+  """The entries under the names of a model that was not compiled. Raises ValueError where two get one name."""
   plain: dict[str, Any] = {}
   for name, value in state_dict.items():
     own = str(name).replace(_COMPILED, "")
@@ -188,7 +191,7 @@ def _check_said(said: Any, given: RATPlusConfig | None, path: str | os.PathLike[
 
 
 def _at(said: Any, key: str, default: Any = _NEEDED) -> Any:
-  """What is at "a.b.c". Raises KeyError where nothing is, unless a default is given."""
+  """The entry of nested dicts at "a.b.c". Raises KeyError where there is none, unless a default is given."""
   for part in key.split("."):
     if not isinstance(said, Mapping) or part not in said:
       if default is _NEEDED:
@@ -211,7 +214,7 @@ def _leaves(entries: Tensors, config: RATPlusConfig) -> Iterator[tuple[str, np.n
 
 
 def to_ratplus_state_dict(params: Params, config: RATPlusConfig) -> dict[str, np.ndarray]:
-  """The inverse: float32 numpy arrays under the authors' names, the gate fused, both tied matrices written out.
+  """The authors' state dict of our parameters: float32 numpy arrays, the gate fused, both tied matrices written out.
 
   Raises ValueError for a config that their layer cannot be, and for parameters that do not fit it.
   """

@@ -23,17 +23,17 @@ _WEIGHTS = frozenset(_DTYPES.values())
 
 
 class Tensors(Protocol):
-  """Named tensors."""
+  """Tensors that are read by their names."""
 
   def specs(self) -> Mapping[str, Spec]: ...
 
   def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-    """The tensor, or some of its first axis."""
+    """The tensor of that name, or a slice of its first axis."""
     ...
 
 
 class InMemory:
-  """The tensors of a dict."""
+  """Tensors that stand in a dict."""
 
   def __init__(self, arrays: Mapping[str, np.ndarray]):
     self._arrays = {name: np.asarray(array) for name, array in arrays.items()}

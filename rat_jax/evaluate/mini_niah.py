@@ -134,6 +134,23 @@ def training_rows(counts: Mapping[str, int], length: int) -> tuple[Rows, ...]:
   return tuple(rows)
 
 
+def check_room(rows: tuple[Rows, ...], length: int) -> None:
+  """Raises ValueError for a length without room for the questions and one needle, and for more keys than there are."""
+  for kind in rows:
+    room = _room(kind, length)
+    least = (kind.keys[0] if kind.keys else kind.task.keys) * kind.task.values
+    if room < least * max(kind.task.needle_length, kind.spacing):
+      raise ValueError(f"length={length} leaves {room} tokens of context to {kind.task.name} with {kind.questions}"
+                       f" questions, too few for {least} needles; use a larger length or fewer questions.")
+    if kind.task.key_length == 1 and max(kind.keys or (0, kind.task.keys)) > KEYS[1]:
+      raise ValueError(f"keys={kind.keys}: {kind.task.name} has keys of one symbol, of which there are {KEYS[1]}.")
+
+
+def _room(kind: Rows, length: int) -> int:
+  """Tokens of context, needles and filler, of a row."""
+  return length - 1 - kind.questions * (kind.task.query_length + kind.task.answer_length)
+
+
 def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | int, first_row: int = 0
           ) -> dict[str, Array]:
   """The batch of a step; `rows` and `length` are static under `jit`.
@@ -148,10 +165,11 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
     "task" int32 [B]: the task's number in TASKS.
 
   Raises:
-    ValueError: no rows; a length without room for the questions and one needle; more keys than there are.
+    ValueError: no rows; rows that `check_room` refuses.
   """
   if not rows:
     raise ValueError("rows is empty; give at least one Rows.")
+  check_room(rows, length)
   key = jax.random.fold_in(jax.random.key(seed), step)
   places = first_row + jnp.arange(sum(kind.count for kind in rows), dtype=jnp.int32)
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(places)
@@ -161,15 +179,9 @@ def batch(rows: tuple[Rows, ...], length: int, seed: Array | int, step: Array | 
   filler = jnp.where(repeated[:, None], _repeated(uniform[:, :length]), _markov(uniform[:, :length]))
   parts, first = [], 0
   for kind in rows:
-    room = length - 1 - kind.questions * (kind.task.query_length + kind.task.answer_length)
-    least = (kind.keys[0] if kind.keys else kind.task.keys) * kind.task.values
-    if room < least * max(kind.task.needle_length, kind.spacing):
-      raise ValueError(f"length={length} leaves {room} tokens of context to {kind.task.name} with {kind.questions}"
-                       f" questions, too few for {least} needles; use a larger length or fewer questions.")
-    if kind.task.key_length == 1 and max(kind.keys or (0, kind.task.keys)) > KEYS[1]:
-      raise ValueError(f"keys={kind.keys}: {kind.task.name} has keys of one symbol, of which there are {KEYS[1]}.")
     of_kind = slice(first, first + kind.count)
-    parts.append(jax.vmap(functools.partial(_row, kind, room))(filler[of_kind], uniform[of_kind, length:]))
+    of_row = functools.partial(_row, kind, _room(kind, length))
+    parts.append(jax.vmap(of_row)(filler[of_kind], uniform[of_kind, length:]))
     first += kind.count
   made = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
   tokens = made["tokens"]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mode:
-  """Base class of all modes; what it does is right for the position-only ones."""
+  """The base class of all modes: what the library asks of a mode, with answers that fit the position-only ones."""
 
   name: ClassVar[str]  # in `str(mode)`, `parse_mode` and on command lines
   chooses: ClassVar[bool] = False  # by what keys hold: positions are then 0..T-1, and a row is one document
@@ -72,7 +72,7 @@ class Mode:
 
   @property
   def draws(self) -> bool:
-    """Whether it chooses at random, so that it matters which row is which."""
+    """Whether the mode chooses at random, so that results depend on the numbers of the rows."""
     return False
 
   # Prompts and layers.
@@ -88,7 +88,7 @@ class Mode:
     return self
 
   def of_any_layer(self, layer: int) -> Mode:
-    """The mode of one layer, for operators that know no model."""
+    """The mode of one layer whose number of layers is not known, as for operators on plain arrays."""
     del layer
     return self
 
@@ -98,7 +98,7 @@ class Mode:
   # Attention.
 
   def check_operator(self) -> None:
-    """Raises ValueError where the mode is no attention of its own."""
+    """Raises ValueError for a mode that is no attention on plain arrays, such as one that acts on a cache."""
 
   def attend(self, heads: Heads, at: Placement, origin: Origin) -> Array:
     """Attention of queries to keys, every query a step of its own: [B, T, N, H] in q's type."""
@@ -126,18 +126,18 @@ class Mode:
   # What was chosen, and what is read.
 
   def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
-    """What queries choose. Raises ValueError where the mode chooses no blocks."""
+    """The blocks that queries choose. Raises ValueError where the mode chooses no blocks."""
     raise ValueError(f"select: mode={self} chooses no blocks; give Quest, MoBA or DilatedTopK (SnapKV: `compress`).")
 
   def compress(self, heads: Heads, lengths: Lengths, origin: Origin) -> Kept:
-    """What is kept of prompts of `lengths` [B] tokens; `heads.q` are their last queries, right-aligned.
+    """The keys and values kept of prompts of `lengths` [B] tokens; `heads.q` are their last queries, right-aligned.
 
     Raises ValueError where the mode compresses no prompt, and for misshapen arrays.
     """
     raise ValueError(f"compress: mode={self}; give a SnapKV.")
 
   def choices(self, heads: Heads, batch: Batch, origin: Origin) -> Selection | Kept | None:
-    """What the tokens of a batch chose, as `inspect` shows it; None where nothing is chosen."""
+    """The blocks or keys that the tokens of a batch choose, as `inspect` shows them; None where nothing is chosen."""
     return None
 
   def keys_read(self, heads: Heads, at: Placement, origin: Origin) -> Array:

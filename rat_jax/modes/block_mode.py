@@ -29,7 +29,7 @@ from rat_jax.selection.summary import Summary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMode(SelectingMode):
-  """Base of the modes that read whole blocks: block p is positions p * block .. (p+1) * block - 1."""
+  """The base class of the modes that read whole blocks: block p is positions p * block .. (p+1) * block - 1."""
 
   also: Mode | None = dataclasses.field(default=None, kw_only=True)  # `mode | self` sets it
 
@@ -78,7 +78,7 @@ class BlockMode(SelectingMode):
     return sum(bool(self.forced(block, own)) for block in {0, own})
 
   def count_at(self, length: int) -> int:
-    """How many blocks the query at position length-1 reads, as far as there are so many."""
+    """How many blocks the query at position length-1 reads, if there are so many."""
     return max(self.blocks_at(length), self.forced_at(length))
 
   def block_counts(self, max_length: int) -> np.ndarray:
@@ -101,7 +101,7 @@ class BlockMode(SelectingMode):
     return np.array([self._most_read(int(length)) for length in lengths])
 
   def _most_read(self, length: int) -> int:
-    """What the rule reads anyway, the forced blocks, and those that add most."""
+    """The most keys that a query at position length-1 can read: the rule's, the forced blocks', the largest others'."""
     own, count = (length - 1) // self.block, -(-length // self.block)
     by_rule = np.zeros(length, bool)
     if self.rule is not None:

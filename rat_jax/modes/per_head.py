@@ -1,4 +1,4 @@
-"""PerHead: another position-only mode for every key/value head."""
+"""PerHead: a position-only mode for every key/value head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PerLayer: another mode in every layer (the hybrids of arXiv 2602.18196)."""
+"""PerLayer: a mode for every layer (the hybrids of arXiv 2602.18196)."""
 
 from __future__ import annotations
 

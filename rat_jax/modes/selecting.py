@@ -21,7 +21,7 @@ from rat_jax.modes.dense import Dense
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SelectingMode(Mode):
-  """Options of every mode that chooses keys by what they hold.
+  """The base class of the modes that choose keys by what they hold, with the options of all of them.
 
   Attributes:
     group: "head" chooses for every query head, "kv" once for the query heads of a key/value head.
@@ -81,7 +81,7 @@ class SelectingMode(Mode):
 
 
 def of_share(budget: int | float, length: int, block: int = 1) -> int:
-  """A number of blocks as it is; a share as ceil(share * length / block), exactly: it is the decimal that it shows."""
+  """How many blocks a budget is: an integer as it is, a share as ceil(share * length / block) of its decimal digits."""
   if not isinstance(budget, float):
     return budget
   exact = _exact(budget)

@@ -73,11 +73,11 @@ class SnapKV(SelectingMode):
 
   @classmethod
   def upstream(cls) -> SnapKV:
-    """The setting of its authors' scripts."""
+    """SnapKV with the settings of its authors' scripts."""
     return cls(2048, obs_window=32, kernel=7, pool="max")
 
   def capacity_at(self, prompt_length: int) -> int:
-    """The tokens that are kept of a prompt, as far as it has so many."""
+    """How many tokens are kept of a prompt, if it has so many."""
     return max(of_share(self.capacity, prompt_length), self.obs_window + 1)
 
   def kept_rows(self, length: int) -> int:
@@ -126,7 +126,7 @@ class SnapKV(SelectingMode):
     return jnp.where(real, scoring.without_nan(scores), -jnp.inf)
 
   def _pooled(self, scores: Array) -> Array:
-    """Pooled over neighbours [..., S], stride 1; an average counts the zeros beyond the edges."""
+    """The scores [..., S] pooled over their neighbours, stride 1; an average counts the zeros beyond the edges."""
     window, strides = (1,) * (scores.ndim - 1) + (self.kernel,), (1,) * scores.ndim
     pooled: Array
     if self.pool == "max":

@@ -53,7 +53,7 @@ class TopK(SelectingMode):
 
   @property
   def forced(self) -> Pattern:
-    """What is always read."""
+    """The keys that every query reads whatever their scores: the window and the sinks."""
     return Pattern(None, self.window, self.sinks)
 
   def keys_at(self, length: int) -> int:
@@ -76,7 +76,7 @@ class TopK(SelectingMode):
     return jnp.where(visible, scoring.without_nan(scores), -jnp.inf)
 
   def _read(self, scores: Array, positions: Positions) -> Mask:
-    """Which keys are read: bool [B, T, M, S]. A threshold for each query; of keys that just reach it the first ones."""
+    """Which keys are read: bool [B, T, M, S]. Each query has a threshold; of keys that equal it the first are read."""
     count = scores.shape[-1]
     forced = seen(self.forced, positions, jnp.arange(count, dtype=jnp.int32))[:, :, None]
     priority = jnp.where(forced, jnp.inf, scores)
@@ -104,7 +104,7 @@ class TopK(SelectingMode):
     return self.attend(*joined(heads, held, positions), origin).astype(jnp.float32)
 
   def select(self, heads: Heads, at: Placement, origin: Origin) -> Selection:
-    """Of blocks of one key: P = S."""
+    """The keys that every query chooses, as a Selection of blocks of one key each, so that P = S."""
     keys, count = heads.choosing_keys, heads.k.shape[1]
 
     def rows(query: dict[str, Array]) -> Selection:

@@ -32,7 +32,7 @@ def attend_blocks(mode: BlockMode, heads: Heads, at: Placement, origin: Origin) 
 
 def _attend(mode: BlockMode, heads: Heads, at: Placement, summaries: Summaries, own: Summaries, origin: Origin,
             max_length: int) -> Array:
-  """The same with summaries at hand: float32 [B, T, N, H]; all positions are below `max_length`."""
+  """`attend_blocks` by summaries that were made: float32 [B, T, N, H]; all positions are below `max_length`."""
   keys = (heads.choosing_keys, at.keys)
 
   def of_chunk(choosers: Choosers) -> Array:

@@ -36,7 +36,7 @@ class Selection:
   tokens: Array
 
   def without(self, rows: Mask, tokens: Array) -> Selection:
-    """The same with no valid entry in `rows` [B, T], which read `tokens` [B, T, 1 or heads] keys."""
+    """The selection with no valid block in `rows` [B, T], whose queries read `tokens` [B, T, 1 or heads] keys."""
     rows, heads = rows[:, :, None], self.tokens.shape[2]
     if tokens.shape[2] < heads:  # one for each key/value head, or for all
       tokens = jnp.repeat(tokens, heads // tokens.shape[2], axis=2)

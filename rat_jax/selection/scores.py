@@ -60,18 +60,18 @@ def score_blocks(mode: BlockMode, choosers: Choosers, summaries: Summaries, keys
 
 
 def heads_that_choose(mode: SelectingMode, q: Queries, kv_heads: int) -> int:
-  """M: every query head for itself, or one for the query heads of a key/value head."""
+  """How many heads choose, M: every query head for itself, or one for the query heads of a key/value head."""
   return kv_heads if mode.group == "kv" else q.shape[2]
 
 
 def grouped(q: Queries, kv_heads: int) -> Array:
-  """[B, T, N, H] -> float32 [B, T, K, G, H]."""
+  """Queries by the key/value head that they share: [B, T, N, H] -> float32 [B, T, K, G, H]."""
   batch, length, heads, width = q.shape
   return q.astype(jnp.float32).reshape(batch, length, kv_heads, heads // kv_heads, width)
 
 
 def by_group(mode: SelectingMode, scores: Array) -> Array:
-  """[B, T, K, G, X] -> one score per query head [B, T, N, X], or their mean over the group [B, T, K, X]."""
+  """Scores [B, T, K, G, X] of every query head, [B, T, N, X], or their mean over the group, [B, T, K, X]."""
   batch, length, kv_heads, group, count = scores.shape
   return jnp.mean(scores, axis=3) if mode.group == "kv" else scores.reshape(batch, length, kv_heads * group, count)
 

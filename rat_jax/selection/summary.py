@@ -28,7 +28,7 @@ class Summary:
     raise NotImplementedError
 
   def join(self, earlier: Summaries, later: Summaries) -> Summaries:
-    """The summary of keys of which these are the summaries. Associative."""
+    """The summary of two parts of keys from the parts' summaries. Associative."""
     raise NotImplementedError
 
   def score(self, product: Product, q: Array, summaries: Summaries, count: Array | int) -> Array:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
+import shlex
+import shutil
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from conftest import run_python
-from experiments import bench_model, bench_ops
-from experiments.bench import cases, times, torch_reference
+from experiments import bench_convert, bench_model, bench_ops, pictures
+from experiments.bench import cases, page_tables, times, torch_reference
 from experiments.bench.cases import Case
 from experiments.bench.times import Speeds
-from rat_jax import Dilated
+from experiments.shared.table_of_runs import RUNS
+from rat_jax import Dilated, RATPlusConfig, RATPlusLM
+from rat_jax.train import Checkpoints
 from tests.experiments.command_line import settings
 
 NOWHERE = pathlib.Path("/nowhere")
@@ -81,6 +88,113 @@ def test_cases_that_are_not_timed_are_refused():
   with pytest.raises(ValueError, match=r"--op=sparse with --block=64 .* give lengths of 1024 or more"):
     cases_of(op=("prefill", "sparse"), length=(512,))
   assert len(cases_of(op=("decode",), length=(96,), block=(8,))) == 3  # dense, D=16, Quest
+
+
+SCAN, DECODE = "scan has xla/mosaic_gpu", "decode has xla/mosaic_gpu"
+PREFILL = "prefill has xla/mosaic_gpu, xla/cudnn/cudnn_masked/mosaic_gpu"
+
+
+@pytest.mark.parametrize("given, message", [
+    ("--crossovers --length=64 --op=scan --implementation=xla --torch_reference=x --sinks=0",
+     "--op, --implementation, --length, --sinks, --torch_reference: --crossovers has operations and sizes of its own;"
+     " leave it out."),
+    ("--gradient --op=prefill --op=decode",
+     "--gradient with --op=decode; only scan and prefill have gradients that are timed."),
+    ("--torch_reference=x --kv_heads=2",
+     "--torch_reference with --kv_heads=2: the authors' code has no grouped heads; leave one of them out."),
+    ("--torch_reference=x --op=sparse", "--torch_reference: the authors' code has no --op=sparse; leave it out."),
+    ("--kv_heads=3", "--kv_heads=3 does not divide --heads=32; every key/value head serves as many query heads."),
+    ("--op=scan --heads=4 --kv_heads=3",
+     "--heads: --op=scan has the heads of --kv_heads alone; leave one of them out."),
+    ("--op=scan --dilation=16 --window=3", "--dilation, --window: --op=scan is not dilated; leave it out."),
+    ("--op=sparse --sinks=4", "--sinks: --op=sparse is not dilated; leave it out."),
+    ("--window=3 --sinks=0", "--window, --sinks: the standard cases have their own; give --length or --dilation too, or"
+     " leave it out."),
+    ("--dilation=1 --window=3", "--window: --dilation=1 is dense attention, which has none; leave it out."),
+    ("--batch_size=8", "--batch_size: the standard cases of prefill have rows of their own; give --length too, or leave"
+     " it out."),
+    ("--op=decode --op=sparse --dilation=16 --batch_size=8",
+     "--batch_size: the standard cases of sparse have rows of their own; give --length too, or leave it out."),
+    ("--op=scan --op=prefill --length=64 --block=8", "--block: --op=scan, prefill reads no blocks; leave it out."),
+    ("--gradient --length=64 --block=8", "--block: --op=scan, prefill reads no blocks; leave it out."),
+    ("--implementation=xla --implementation=xlaa",
+     f"--implementation=xlaa: no operation that is timed has it; {SCAN}; {PREFILL}; {DECODE}."),
+    ("--op=prefill --implementation=cudnn",
+     f"--implementation=cudnn: no operation that is timed has it; {PREFILL}."),
+    ('--op=prefill --op=scan "--implementation=xla, cudnn"',
+     "--implementation=['xla, cudnn']: scan has none of them; give --op without scan, or name one of its own:"
+     f" {PREFILL}; {SCAN}."),
+    ("--op=prefill --dilation=1 --implementation=xla",
+     "--implementation: all cases are dense attention, which libraries compute; leave it out."),
+])
+def test_what_no_operation_takes_is_refused_before_anything_is_drawn(given, message, tmp_path):
+  asked = settings(bench_ops, f"--workdir={tmp_path}/run", *shlex.split(given))
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    bench_ops.main(asked)
+  assert not (tmp_path / "run").exists()
+
+
+def test_implementations_are_those_that_an_operation_has():
+  of = bench_ops.implementations
+  names = ("xla", "mosaic_gpu, cudnn", "cudnn_masked", "xla, cudnn_masked")
+  assert of("prefill", names) == ["xla, xla", "mosaic_gpu, cudnn", "xla, cudnn_masked"]
+  assert of("scan", names) == of("decode", names) == of("sparse", names) == ["xla"]
+
+
+@pytest.mark.parametrize("given, message", [
+    ("--preset=tiny --layers=2 --kv_heads=1", "--layers, --kv_heads: --preset=tiny has its own sizes; leave one of them"
+     " out."),
+    ("--nomemory", "--memory: it is for a --preset of OLMo 2; leave it out."),
+    ("--preset=tiny --nomemory", "--memory: --preset=tiny has a memory of its own; leave it out."),
+    ("--chunk=8", "--chunk: --part=prefill alone reads it; give that too, or leave it out."),
+    ("--part=prefill --steps=3", "--steps: --part=decode alone reads it; give that too, or leave it out."),
+    ("--remat=nothing --unroll", "--remat, --unroll: --part=train alone reads it; give that too, or leave it out."),
+    ("--part=prefill --torch_reference=x", "--torch_reference: the authors' code is timed in decoding and training;"
+     " give --part=decode or --part=train too, or leave it out."),
+    ("--part=train", "--part=train with --mode=snapkv:0.0625: SnapKV compresses when the prompt ends, and a row of"
+     " training has none; give the modes to train, such as --mode=dilated:16."),
+    ("--part=decode --part=train --mode=dilated:4 --mode=snapkv:80,obs_window=8", "--part=train with"
+     " --mode=snapkv:80,obs_window=8: SnapKV compresses when the prompt ends, and a row of training has none; give the"
+     " modes to train, such as --mode=dilated:16."),
+])
+def test_what_no_part_takes_is_refused_before_anything_is_built(given, message, tmp_path):
+  asked = settings(bench_model, f"--workdir={tmp_path}/run", *shlex.split(given))
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    bench_model.main(asked)
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_table_of_runs_asks_for_nothing_that_is_refused():
+  lines = [shlex.split(line.replace("{reference}", "x")) for run in RUNS.values() for line in run.commands]
+  ops, models = ([settings(module, *line[1:]) for line in lines if line[0] == module.__name__]
+                 for module in (bench_ops, bench_model))
+  assert (len(ops), len(models)) == (8, 10)
+  for asked in ops:
+    bench_ops.check_flags(asked)
+  for asked in models:
+    bench_model.check_flags(asked)
+    bench_model.check_modes(asked, bench_model.configuration(asked))
+
+
+def test_blocks_are_called_by_what_was_timed():
+  """Quest decodes over them; sparse attention alone reads what it is given."""
+  timed = [dataclasses.asdict(Case(op, length, block=64)) for op in ("decode", "sparse") for length in (1024, 2048)]
+  lines = [{"case": case, "implementation": "xla", "seconds": 1.0} for case in timed]
+  cases_of, _ = page_tables.by_case(lines)
+  assert list(cases_of) == [f"{name} 1/16, blocks of 64, T={length}, B=1" for name in ("Quest", "sparse attention")
+                            for length in (1024, 2048)]
+  named = {op: pictures.against_length(lines, op).legends[0].get_texts()[0].get_text() for op in ("decode", "sparse")}
+  assert named == {"decode": "Quest, blocks of 64", "sparse": "blocks of 64"}
+
+
+@pytest.mark.slow
+def test_the_seed_draws_the_checkpoint_that_is_converted(tmp_path):
+  config = RATPlusConfig(16, 1, 8, 2)
+  for seed in (0, 3):
+    bench_convert.random_checkpoint(config, tmp_path / str(seed), seed)
+    drawn = RATPlusLM(config).init(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
+    saved = Checkpoints(tmp_path / str(seed)).load_params()[1]
+    np.testing.assert_allclose(saved["embedding"], drawn["embedding"], rtol=1e-5)
 
 
 def test_work_is_that_of_the_arrays_and_products():
@@ -157,17 +271,25 @@ def test_a_model_unlike_the_authors_is_refused(tmp_path):
     run(dtype="bfloat16")
 
 
-def test_grouped_heads_are_none_of_the_authors_operators(tmp_path):
-  with pytest.raises(ValueError, match="--torch_reference with --kv_heads=2: the authors' code has no grouped heads"):
-    bench_ops.authors(dataclasses.replace(OPS, kv_heads=2, torch_reference=str(tmp_path)), [Case("scan", 96)])
+def write_checkout(folder):
+  """What stands for the authors' files: modules with their own NAME."""
+  for name in torch_reference.FILES:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"NAME = {name!r}\n")
+
+
+def test_a_failure_of_the_authors_code_is_one_line(tmp_path, monkeypatch):
+  write_checkout(tmp_path)
+  monkeypatch.setattr(sys, "executable", shutil.which("false"))
+  with pytest.raises(ValueError, match=f"^--torch_reference={tmp_path}: the authors' code ended with 1, for the reason"
+                     r" above; mend that, or leave the flag out to time ours alone\.$"):
+    torch_reference.ask(str(tmp_path), {"cases": []})
 
 
 def test_the_authors_files_are_modules_that_can_be_looked_up(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"has no src/model/op/ascan\.py"):
     torch_reference.check_paths(str(tmp_path))
-  for name in torch_reference.FILES:
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text(f"NAME = {name!r}\n")
+  write_checkout(tmp_path)
   torch_reference.check_paths(str(tmp_path))
   modules = torch_reference.load(str(tmp_path))
   assert [module.NAME for module in modules] == list(torch_reference.FILES)

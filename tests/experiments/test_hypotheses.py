@@ -18,6 +18,7 @@ from needle_model import trained
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusConfig, RATPlusLM, SnapKV
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows
+from tests.experiments import command_line
 
 LENGTH, COUNT = 160, 16
 SETTINGS = hypotheses.Settings(workdir=pathlib.Path("none"), checkpoint=("none",), length=LENGTH, count=COUNT,
@@ -191,12 +192,13 @@ def test_seeds_that_are_too_low_under_dense_are_in_no_figure():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_path):
   model = RATPlusLM(RATPlusConfig(mini_niah.VOCAB_SIZE, 1, 16, 2))
   params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
   state = rat_jax.init_train_state(model, params, rat_jax.make_optimizer(1e-3, total_steps=1))
   rat_jax.train.Checkpoints(tmp_path / "a" / "seed-0").save(state, model.config, {})
-  ask = ("-m", "experiments.hypotheses", f"--checkpoint={tmp_path}/a", "--length=512", "--count=4", "--draws=2",
+  ask = ("-m", "experiments.hypotheses", f"--checkpoint={tmp_path}/a", "--length=512", "--count=4",
          f"--workdir={tmp_path}/answers")
   told = run_python(*ask, "--parts=reach,distance")
   assert "reach, a" in told
@@ -208,3 +210,10 @@ def test_the_script_draws_a_figure_for_each_question_and_keeps_what_is_done(tmp_
   assert "MoBA 16 prompt, 1/16, layer 0" in told
   assert "a: reach" not in told
   assert {path.stem for path in (tmp_path / "answers").glob("*.png")} == {"reach", "heads", "distance", "layers"}
+
+
+def test_flags_that_would_change_nothing_are_refused():
+  for given, message in ((["--parts=heads", "--draws=3"], "--draws: they are of the part random, which is not asked"),
+                         (["--parts="], r"--parts=\[\] are unknown; use some of \['heads'")):
+    with pytest.raises(ValueError, match=message):
+      hypotheses.check(command_line.settings(hypotheses, "--checkpoint=a", *given))

@@ -107,6 +107,7 @@ def test_in_bfloat16_a_cell_alone_is_within_a_point_of_one_in_a_batch():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_cells_are_kept_and_a_table_half_done_is_finished(tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")  # the script adds to it
   model, params = trained()
@@ -155,6 +156,19 @@ def test_rows_are_chosen_by_their_start_and_left_out_by_any_part():
   assert of(only=("dense", "Quest 8, 1/4"), skip=("first",)) == ["dense", "Quest 8, 1/4"]
   with pytest.raises(ValueError, match=r"--only=\['Dense'\] is the start of no row that --skip=\[\] leaves"):
     of(only=("Dense",))
+
+
+def test_flags_that_would_change_no_cell_are_refused(tmp_path):
+  shown = dict(table="main", workdir=tmp_path / "run", checkpoint=(str(tmp_path),), length=1024)
+  for changes, message in (
+      (dict(given=frozenset({"near_miss"}), tasks=("single_1", "multiquery"), near_miss=0.5),
+       "--near_miss: keys of one symbol differ in it alone anyway"),
+      (dict(given=frozenset({"free_running"}), only=("TopK, 1/4",)),
+       r"--free_running: no row that is asked for is also decoded; ask for one of \['dense'"),
+      (dict(given=frozenset({"free_running", "near_miss"}), only=("TopK, 1/8",)), "holds no seed")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      eval_niah.main(settings(**shown | changes))
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_cell_is_known_by_what_was_asked_and_of_whom():
@@ -210,6 +224,7 @@ def test_a_task_alone_has_the_sequences_of_a_batch_of_all():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_rows_in_processes_of_their_own_are_the_same(tmp_path):
   """Two processes make the table that one makes; they are sent its settings."""
   model, params = trained()

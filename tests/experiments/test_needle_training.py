@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.data import BYTES
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, evaluation_rows
+from tests.experiments import command_line
 
 TOY = ["--seeds=2", "--stages=96x8,128x8", "--shares=0.5", "--layers=1", "--width=16", "--heads=2", "--dtype=float32",
        "--tasks=single_1,multikey_1", "--warmup=2", "--log_every=2", "--save_every=2", "--steps=8"]
@@ -64,6 +66,55 @@ def test_the_default_curriculum_grows_and_a_stage_holds_every_task():
                                (("64x8", "96x8"), ("1",), "--shares=1; they must rise")):
     with pytest.raises(ValueError, match=told):
       curriculum.stages(stages, shares, two, 8)
+
+
+def test_a_stage_without_room_is_said_before_anything_is_written(tmp_path):
+  of_run = settings(workdir=tmp_path / "run", stages=("128x16", "30x16"), shares=("0.5",), given=frozenset({"workdir"}))
+  for changes, message in (
+      ({}, "--stages=30x16: length=30 leaves 14 tokens of context to multivalue with 1 questions, too few for 4"),
+      ({"tasks": ("multikey_1",)},  # asked of four keys, and trained on one
+       "--stages=30x16: length=30 leaves 23 tokens of context to multikey_1 with 1 questions, too few for 4 needles"),
+      ({"stages": ("128x4", "256x4")}, "--stages=128x4 has less than two rows for each of 8 tasks")):
+    with pytest.raises(ValueError, match=message):
+      sft_niah.main(dataclasses.replace(of_run, **changes))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_does_not_write_over_what_it_starts_from(tmp_path):
+  write_texts(tmp_path / "texts")
+  there = sorted(tmp_path.iterdir())
+  beside = dict(lm_data=tmp_path / "texts", lm_rows=2, given=frozenset({"workdir"}))
+  for init, text in ((f"{tmp_path}/a,{tmp_path}/b", False), (f"{tmp_path}/x/../b", False), (f"{tmp_path}/b", True)):
+    with pytest.raises(ValueError, match=f"--init={init} is the --workdir too, where the run would write over it"):
+      sft_niah.main(settings(workdir=tmp_path / "b", init=init, text=text, **beside))
+  assert sorted(tmp_path.iterdir()) == there
+  with pytest.raises(ValueError, match="--init=runs/niah/ratplus is the --workdir too"):
+    sft_niah.main(settings(init="runs/niah/ratplus"))
+
+
+def test_models_of_words_have_a_folder_of_their_own(monkeypatch):
+  found = []
+  monkeypatch.setattr(sft_niah.words, "fine_tune", lambda of_run, *_, **__: found.append(of_run.workdir))
+  sft_niah.main(settings(text=True, init="runs/pretrain/checkpoints"))
+  assert found == [pathlib.Path("runs/niah/words")]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--gate_bias=-3"], "--gate_bias: it is where the gates start of a memory that is added to --init, and none is"),
+    (["--gate_bias=-3", "--init=a"], "--gate_bias: it is where the gates start of a memory that is added to --init"),
+    (["--init=a", "--seeds=5"], "--init=a holds 3 seeds; use --seeds=3 or less."),
+    (["--memory_rate=10", "--arm=attention"], "--memory_rate: --arm=attention has no memory; leave it out."),
+    (["--dilation=8", "--mode=dense"], "--dilation: it is of ARL with one dilation, which --arm=ratplus with --mode"),
+    (["--dilation=8", "--arm=ratplus_mixed"], "--dilation: it is of ARL with one dilation, which --arm=ratplus_mixed"),
+    (["--leave_at=0.8", "--stages=128x32"], "--leave_at: a single stage is left by no accuracy; give --stop_at, or"),
+    (["--mode=snapkv:80"], "--mode=snapkv:80: SnapKV compresses when the prompt ends, and what is trained on has no"),
+    (["--mode=per_layer:[dense;dense]"], "modes has 2 entries and the model num_layers=4")])
+def test_flags_that_would_change_nothing_are_refused(given, message, tmp_path, monkeypatch):
+  config = RATPlusConfig(mini_niah.VOCAB_SIZE, 4, 16, 2)
+  monkeypatch.setattr(sft_niah, "load", lambda _: (config, {"embedding": np.zeros((3, 1))}))
+  with pytest.raises(ValueError, match=re.escape(message)):
+    sft_niah.main(command_line.settings(sft_niah, f"--workdir={tmp_path}/run", *given))
+  assert not list(tmp_path.iterdir())
 
 
 def test_seeds_that_pass_leave_a_stage_and_the_best_are_kept():
@@ -118,6 +169,7 @@ def test_a_killed_run_resumes_to_the_same_table(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_stages_wait_for_no_spare_seed_and_the_best_are_kept(tmp_path):
   run = functools.partial(run_python, "-m", "experiments.sft_niah", *TOY, "--stragglers=1")
   folders = lambda name: sorted(path.name for path in (tmp_path / name).glob("s*-*"))
@@ -156,6 +208,7 @@ def write_texts(folder):
     (folder / f"{i}.txt").write_text("".join(chr(97 + (i + j) % 26) for j in range(400)))
 
 
+@pytest.mark.slow
 def test_rows_of_text_are_windows_of_the_file(tmp_path):
   write_texts(tmp_path / "texts")
   beside = settings(workdir=tmp_path / "run", stages=("96x8",), tasks=("single_1", "multikey_1"), lm_rows=2,
@@ -182,6 +235,7 @@ def test_rows_of_text_are_windows_of_the_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_text_is_learned_beside_needles_and_a_memory_is_added(tmp_path):
   """Attention that is trained on needles and text is given a memory, which learns faster."""
   write_texts(tmp_path / "texts")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -17,12 +18,13 @@ import pytest
 
 import rat_jax
 from conftest import FIXTURES, GRADIENT, ROOT, assert_close, run_python
-from experiments import retrofit
+from experiments import bench_model, convert, retrofit, sft_niah
 from experiments.shared import inputs
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.convert import add_memory
-from rat_jax.convert.added_memory import memory_leaves
+from rat_jax.convert.added_memory import GATE_BIAS, memory_leaves
 from rat_jax.train import Checkpoints, cross_entropy
+from tests.experiments.command_line import settings
 
 OLMO2 = FIXTURES / "olmo2_tiny"
 
@@ -101,6 +103,28 @@ def test_rates_multiply_updates_and_nothing_else(attention):
   assert before["embedding"].shape not in moments
   with pytest.raises(ValueError, match=r"rates: 'x' has the factor -1\.0"):
     rat_jax.make_optimizer(1e-2, total_steps=1, rates=[("x", -1.0)])
+
+
+def test_an_added_memory_starts_alike_in_every_command():
+  start = lambda module, *given: settings(module, "--seed=1", *given).gate_bias
+  assert start(retrofit) == start(sft_niah) == GATE_BIAS
+  assert start(convert, "--from=olmo2", "--source=s", "--output=o") == GATE_BIAS
+  assert bench_model.configuration(settings(bench_model, "--preset=olmo2-1b")).gate_bias == GATE_BIAS
+
+
+def test_flags_that_the_cost_does_not_read_are_refused(capsys):
+  for given, named in (
+      (["--cost=tiny", "--gate_bias=-3", "--learning_rate=1e-3", "--remat=nothing", "--accumulation=2", "--steps=9"],
+       "--accumulation, --learning_rate, --remat, --gate_bias: --cost=tiny prints what the retrofit of a preset takes,"
+       " and trains nothing; leave it out."),
+      (["--utilisation=0.5"], "--utilisation: --cost alone reads it; give that too, or leave it out.")):
+    with pytest.raises(ValueError, match=f"^{re.escape(named)}$"):
+      retrofit.main(settings(retrofit, *given))
+  retrofit.main(settings(retrofit, "--cost=tiny", "--steps=1000", "--batch_size=100", "--length=1000", "--mode=dense",
+                         "--utilisation=0.5", "--seed=1"))
+  said = capsys.readouterr().out
+  assert said.startswith("at 50% of the peak\n")
+  assert said.count("| dense ") == said.count(" 0.1B |") == 2
 
 
 def test_operations_are_those_counted_by_hand():
@@ -199,8 +223,8 @@ def test_a_release_in_float32_becomes_a_folder_in_bfloat16(tmp_path):
   for line in (f"* sha256 of model.safetensors: {digest}", "* parameters: float32 in the source, bfloat16 here",
                "* memory: added and not trained; its gates start at sigmoid(-12)"):
     assert line in card
-  for more, message in (("--config=tiny", "--config changes nothing under --from=olmo2; leave it out"),
-                        ("--nomemory", "--gate_bias changes nothing under --from=olmo2 --nomemory")):
+  for more, message in (("--config=tiny", "error: --config: it changes nothing under --from=olmo2; leave it out."),
+                        ("--nomemory", "error: --gate_bias: it changes nothing under --from=olmo2 --nomemory;")):
     assert message in run_python(*convert, "--gate_bias=-3", more, check=False)
   said = run_python("-m", "experiments.convert", "--from=ratplus", "--source=none.pth", "--config=nope",
                     f"--output={tmp_path}/none", check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 
 import pytest
@@ -30,6 +31,64 @@ def test_tables_are_of_folders_that_the_run_or_one_before_it_trains():
       given = {word.partition("=")[2] for word in words if word.startswith(("--checkpoint=", "--init=", "--data="))}
       assert {folder.partition("/seed-")[0] for folder in given} <= made | {"runs/gpu/data"}, line
       made |= {word.partition("=")[2] for word in words if word.startswith("--workdir=")}
+
+
+def test_every_training_has_a_folder_of_its_own():
+  folders = {}
+  for run in RUNS.values():
+    for line in run.commands:
+      if line.startswith("experiments.sft_niah"):
+        folders.setdefault(*runs.written_by(line), set()).add(line)
+  assert len(folders) > 10
+  assert all(len(lines) == 1 for lines in folders.values())
+  assert "runs/niah/words" not in folders  # where `sft_niah --text` writes by itself
+
+
+def test_what_a_run_reads_is_there_or_made_before_it(tmp_path, monkeypatch):
+  toys = {"train": Run("train", "Nothing.", (f"experiments.sft_niah --workdir={tmp_path}/a",)),
+          "table": Run("table", "Nothing.", (f"experiments.eval_niah --checkpoint={tmp_path}/a --workdir={tmp_path}/t",
+                                             f"experiments.eval_lm --checkpoint={tmp_path}/a/seed-1"))}
+  monkeypatch.setattr(runs, "RUNS", toys)
+  lines = lambda *names: [(toys[name], line) for name in names for line in toys[name].commands]
+  runs.check_folders(lines("train", "table"))
+  for names in (("table",), ("table", "train")):
+    with pytest.raises(ValueError, match=rf"--run=table reads {tmp_path}/a, which has no seed-\*; --run=train makes it:"
+                                         r" give that first, with --again where it is done."):
+      runs.check_folders(lines(*names))
+  (tmp_path / "a" / "run").mkdir(parents=True)  # a training that was stopped
+  with pytest.raises(ValueError, match="--run=train makes it"):
+    runs.check_folders(lines("table"))
+  (tmp_path / "a" / "seed-0").mkdir()
+  runs.check_folders(lines("table"))
+
+
+@pytest.mark.parametrize("name, message", [
+    ("controls", r"--run=controls reads runs/niah/ratplus, which has no seed-\*; --run=needles makes it"),
+    ("long", r"--run=long reads runs/niah/ratplus, which has no seed-\*; --run=needles makes it"),
+    ("hypotheses", r"--run=hypotheses reads runs/niah/ratplus, which has no seed-\*; --run=needles makes it")])
+def test_a_run_without_what_it_reads_begins_nothing(name, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    runs.main(settings(runs, f"--run={name}"))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_data_of_a_run_are_made_by_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("retrofit", "pretrain"):
+    runs.check_folders([(RUNS[name], line) for line in RUNS[name].commands])
+    with pytest.raises(ValueError, match=rf"which has no train\.bin; --run={name} makes it"):
+      runs.check_folders([(RUNS[name], line) for line in RUNS[name].commands[1:]])
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--again"], "--again: without --run the runs are listed; give one, or leave it out."),
+    (["--reference=x", "--dry_run"], "--reference, --dry_run: without --run the runs are listed"),
+    (["--run=ops", "--reference=x"], "--reference: --run=ops is not timed beside the authors' code; leave it out."),
+    (["--run=ops", "--dry_run", "--again"], "--again: --dry_run prints every command, done or not; leave one of")])
+def test_flags_that_would_change_nothing_are_refused(given, message, tmp_path):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    runs.main(settings(runs, f"--workdir={tmp_path}/record", *given))
 
 
 def test_what_is_done_is_not_done_again_and_a_failure_ends_it(tmp_path, monkeypatch, capsys):

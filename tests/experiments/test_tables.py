@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import numpy as np
 import pytest
 
 from conftest import ROOT
@@ -36,6 +38,25 @@ def test_a_page_with_results_has_a_table_that_is_made_of_them(path):
 
 def test_every_table_stands_somewhere():
   assert {name for path in tables.pages() for name in marked(path)} == set(tables.TABLES)
+
+
+def cells_of(found):
+  """The cells of a result of `eval_niah`."""
+  for one in found.values():
+    yield from [one] if {"accuracy", "blank"} & one.keys() else cells_of(one)
+
+
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("niah_*.json")), ids=lambda path: path.stem)
+def test_every_cell_of_needles_has_its_count_and_errors(path):
+  every = [cell for cell in cells_of(json.loads(path.read_text(encoding="utf-8"))) if "blank" not in cell]
+  assert len(every) > 20
+  for cell in every:
+    right = np.array(cell["accuracy"]) / 100
+    np.testing.assert_allclose(right * cell["count"], np.round(right * cell["count"]), atol=0.005)
+    of_examples = 100 * np.sqrt(right * (1 - right) / cell["count"])
+    np.testing.assert_allclose(cell["error_over_examples"], of_examples, atol=2e-3)
+    assert cell["error_over_seeds"] == pytest.approx(100 * right.std(ddof=1) / len(right)**0.5, abs=2e-3)
+    assert 0 < cell["tokens_read"] <= 4096
 
 
 def test_the_index_names_every_module_and_every_page():

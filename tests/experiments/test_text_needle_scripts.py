@@ -15,9 +15,9 @@ import tokenizers
 import rat_jax
 from conftest import run_python
 from experiments import eval_niah
-from experiments.needles import rows, seeds, words
+from experiments.needles import report, rows, seeds, words
 from needle_model import trained
-from rat_jax import Dense, RATPlusConfig, RATPlusLM
+from rat_jax import Dense, RATPlusConfig, RATPlusLM, SnapKV
 from rat_jax.data import BYTES, load_tokenizer
 from rat_jax.evaluate import Example
 
@@ -30,6 +30,7 @@ def settings(**changes):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_a_model_of_bytes_is_fine_tuned_and_asked(tmp_path):
   model = RATPlusLM(RATPlusConfig(256, 1, 32, 2))
   state = rat_jax.init_train_state(model, model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"],
@@ -82,6 +83,8 @@ def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
   ask(None)
   with pytest.raises(ValueError, match="with it would be trained on what"):
     tune(seed=seeds.DATA_SEED)
+  with pytest.raises(ValueError, match="--mode=snapkv:80: SnapKV compresses when the prompt ends, and what is trained"):
+    words.fine_tune(SETTINGS, "start", ["single_1"], 1, 512, 1, [SnapKV(80)], 1e-5)
 
 
 def test_examples_of_words_are_known_by_what_is_in_them(tmp_path):
@@ -139,11 +142,26 @@ def test_text_is_fine_tuned_on_its_answers_and_scored_by_what_is_said(monkeypatc
   assert [cells[name]["accuracy"][0] for name in names] == pytest.approx([200 / 3, 100])
   assert cells["single_1"]["by_example"] == [0, 100, 100]
   assert [cells["multiquery"][score] for score in ("comma_recall", "exact_match")] == [100, 100]
+  assert cells["single_1"]["comma_recall_by_example"] == [0, 100, 100]
   cells = words.cells(SETTINGS, None, None, by_label["Quest 64, 1/16, first"], examples, length, batch_size=2)
   assert "use at least 65" in cells["single_1"]["blank"]
   assert cells["single_1"]["blank"].startswith(f"at T={length}: ")
   with pytest.raises(ValueError, match=r"single_1, example 1: a prompt of \d+ tokens"):
     words.load(settings(answer_room=8), names[:1], 1, length, 0)
+
+
+def test_the_error_of_comma_recall_is_its_own():
+  cell = {"accuracy": [50.0], "count": 4, "by_example": [0, 100, 0, 100], "error_over_examples": [25.0],
+          "comma_recall": 25.0, "comma_recall_by_example": [0, 100, 0, 0], "exact_match": 25.0}
+  def line(cell):
+    told = report.report({"x/one": {"dense": {"t": cell}}}).split("comma_recall\n\n")[1]
+    return [part.strip() for part in told.splitlines()[2].split("|")[1:-1]]
+
+  assert line(cell) == ["dense", "one", "25.0", "21.7", "25.0", "25"]
+  older = {name: value for name, value in cell.items() if name != "comma_recall_by_example"}
+  assert line(older) == ["dense", "one", "25.0", "nan", "25.0", "25"]
+  assert report.compact({"x/one": {"dense": {"t": cell}}})["one"]["dense"]["t"].keys() == (
+      older.keys() - {"by_example"})
 
 
 def write_ruler(folder, name, *examples):
@@ -212,6 +230,14 @@ def test_rulers_other_tasks_are_read_and_scored_as_it_does(tmp_path, monkeypatch
     words.load(of_ruler, ["multiquery"], 1, 512, 0)
   with pytest.raises(ValueError, match=r"'vt'\] are unknown; .*; vt, cwe, fwe, qa_1, qa_2 need RULER's files"):
     words.load(SETTINGS, list(answers), 1, 512, 0)
+  write_ruler(tmp_path, "multikey_1", ("Long ago. Answer:", ["1"]), ("Long\0ago. Answer:", ["1"]))
+  for name, told in (("multikey_1", rf"{tmp_path}/multikey_1/validation\.jsonl, example 2: the text holds NUL"),
+                     ("multivalue", rf"--ruler={tmp_path} holds none of niah_multivalue/validation\.jsonl, .*"
+                      r"multivalue\.jsonl; give the folder around RULER's files\.")):
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+      words.load(of_ruler, [name], 2, 512, 0)
+  with pytest.raises(ValueError, match=f"--essay: --ruler={tmp_path} has texts of its own; leave one of them out"):
+    words.load(settings(ruler=str(tmp_path), essay="x", given=frozenset({"essay"})), ["vt"], 1, 512, 0)
 
 
 def test_the_first_of_several_right_answers_is_taught(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -12,7 +13,11 @@ import pytest
 
 import rat_jax
 from conftest import run_python
+from experiments import pretrain
+from experiments.shared import inputs, training
 from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax.data import prepare
+from tests.experiments.command_line import settings
 
 
 @pytest.fixture
@@ -23,6 +28,37 @@ def texts(tmp_path):
     for i in range(10, 50):
       (tmp_path / folder / f"{i}.txt").write_text(f"Line {i} of a small text{mark}\n" * 10)
   return tmp_path
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--batch_size=6", "--accumulation=4"], "--accumulation=4 does not divide --batch_size=6; cut a batch into equal"),
+    (["--mode=snapkv:80"], "--mode=snapkv:80: SnapKV compresses when the prompt ends, and what is trained on has no"
+     " prompt; train under another mode."),
+    (["--mode=dense", "--mode=per_layer:[dense;snapkv:80]"], "SnapKV compresses when the prompt ends, and what is"),
+    (["--documents_apart", "--mode=quest:0.25"], "--documents_apart with --mode=quest:0.25, whose choice would span"),
+    (["--mode=dense", "--combine=sum"], "--combine: --mode=dense alone makes one update of a batch; leave it out."),
+    (["--preset=none"], "preset 'none' is unknown; use one of"),
+    (["--preset=tiny", "--layers=2", "--mlp=gelu"], "--layers, --mlp: --preset=tiny has its own sizes; leave it out."),
+    (["--width=15", "--heads=4"], "num_heads=4 does not divide embed_dim=15")])
+def test_what_cannot_be_trained_is_said_before_text_is_read(given, message, tmp_path, monkeypatch):
+  def never(*_):
+    raise AssertionError("text was read")
+
+  monkeypatch.setattr(inputs, "corpus", never)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    pretrain.main(settings(pretrain, f"--workdir={tmp_path}/run", *given))
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_the_model_or_the_text_writes_nothing(texts):
+  data = prepare(texts / "one", texts / "data")["train"]
+  config = RATPlusConfig(256, 1, 16, 2)
+  prepared = sorted(texts.rglob("*"))
+  for given, message in ((["--mode=per_layer:[dense;dense]"], "modes has 2 entries and the model num_layers=1"),
+                         (["--mode=dense", "--length=100000"], "tokens, too few for one window of length=100000")):
+    with pytest.raises(ValueError, match=message):
+      training.fit(settings(pretrain, f"--workdir={texts}/run", *given), config, None, data, "test")
+  assert sorted(texts.rglob("*")) == prepared
 
 
 TOY = ["--layers=1", "--width=16", "--heads=2", "--batch_size=2", "--length=32", "--mode=dense", "--save_every=0"]
@@ -65,6 +101,9 @@ def test_a_run_that_has_come_that_far_says_that_nothing_is_trained(texts):
     assert said == [f"nothing to train: the run in {texts}/run is at step 2",
                     f"checkpoint: {texts}/run/checkpoints; losses: {texts}/run/training.png"]
   assert (texts / "run" / "metrics.jsonl").read_text() == metrics
+  (texts / "run" / "metrics.jsonl").unlink()
+  assert run_python(*pretrain, "--steps=2").splitlines()[1] == (
+      f"checkpoint: {texts}/run/checkpoints; no picture of losses, for {texts}/run/metrics.jsonl is gone")
 
 
 @pytest.mark.slow

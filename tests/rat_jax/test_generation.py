@@ -45,6 +45,7 @@ def test_after_the_end_comes_only_the_end():
     np.testing.assert_array_equal(row[end + 1:], eos)
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_per_row_and_follows_the_distribution():
   key = jax.random.key(7)
   many = np.repeat(TOKENS[:1], 4000, axis=0)

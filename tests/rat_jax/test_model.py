@@ -46,6 +46,7 @@ def test_a_model_is_drawn_by_programs_that_are_compiled_once(setting):
   assert (np.asarray(other["embedding"]) != np.asarray(params["embedding"])).all()
 
 
+@pytest.mark.slow
 def test_prompts_that_are_known_when_compiling_give_the_same_logits(setting):
   """Then steps start at the shortest prompt, and nothing is computed twice."""
   params, tokens = setting

@@ -50,6 +50,7 @@ def same(call):
 @pytest.mark.parametrize("mode", [Dilated(4, 2, 1), *(pytest.param(mode, marks=pytest.mark.slow) for mode in (
     Dense(), Quest(6, block=2, selector="random"), Quest(6, block=2), MoBA(2, block=2), SnapKV(5, obs_window=2),
     TopK(0.3, selector="random")))], ids=str)
+@pytest.mark.slow
 def test_serving(mode):
   same(lambda: served(mode))
 

@@ -127,6 +127,7 @@ def test_an_export_is_checked_and_takes_the_tokens_of_its_source(tmp_path):
 @examples(3)
 @given(layers=st.integers(1, 3), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]), tied=st.booleans(),
        dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.booleans())
+@pytest.mark.slow
 def test_any_olmo2_goes_out_and_in(tmp_path_factory, layers, heads, tied, dtype, memory):
   n, kv = heads
   config = RATPlusConfig(31, layers, 8 * n, n, num_kv_heads=kv, mlp_dim=20, mlp="swiglu", memory=memory,

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import rat_jax
+from conftest import GRADIENT, assert_close
 from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import loss_by_mode
+from rat_jax.train.loss import cross_entropy, sequence_loss
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
 MODEL = RATPlusLM(CONFIG)
@@ -33,7 +35,8 @@ def fresh():
   return rat_jax.init_train_state(MODEL, params, OPTIMIZER), batch
 
 
-@pytest.mark.parametrize("combine", ["sequential", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("combine", ["sequential", "sum"])
+@pytest.mark.slow
 def test_accumulation_by_target_weighs_every_target_alike(combine):
   state, batch = fresh()
   batch = batch | {"targets": np.where(np.arange(4)[:, None] < 1, batch["targets"], -100)}  # the second half has none
@@ -45,6 +48,7 @@ def test_accumulation_by_target_weighs_every_target_alike(combine):
   np.testing.assert_allclose(means["loss"], whole["loss"] / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_targets_of_an_unsigned_type_keep_all_their_numbers():
   model = RATPlusLM(dataclasses.replace(CONFIG, vocab_size=256))
   batch = {"tokens": np.array([[1, 2]], np.uint8), "targets": np.array([[156, 7]], np.uint8)}  # -100 as uint8 is 156
@@ -97,6 +101,7 @@ def test_rates_for_parameters_that_are_not_there():
     rat_jax.init_train_state(MODEL, state.params, optimizer)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_move_by_less_than_they_can_hold():
   model = RATPlusLM(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
   params = model.init(jax.random.key(0), batch_at(0)["tokens"])["params"]
@@ -107,3 +112,29 @@ def test_bfloat16_parameters_move_by_less_than_they_can_hold():
   assert state.params["final_norm"].dtype == jnp.bfloat16
   assert np.abs(np.asarray(state.params["final_norm"], np.float32) - 1).max() > 2**-9
   chex.assert_trees_all_equal(state.params, jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.opt_state.params))
+
+
+@pytest.mark.slow
+def test_the_loss_in_chunks_is_the_loss(monkeypatch):
+  """Values and gradients, whatever the chunks; also with weights and ignored targets."""
+  state, batch = fresh()
+  params = state.params
+  batch["targets"] = np.where(np.random.default_rng(0).random((4, 12)) < 0.2, -100, batch["targets"])
+  batch["weights"] = np.random.default_rng(1).random(batch["targets"].shape).astype(np.float32)
+
+  def plain(p):
+    total, count = cross_entropy(MODEL.apply({"params": p}, batch["tokens"], mode=MODES[0]), batch["targets"],
+                                 batch["weights"])
+    return total / count
+
+  expected = jax.jit(jax.value_and_grad(plain))(params)
+  for chunk in (1 << 27, 31 * 48, 31 * 17, 31):  # all 48 tokens at once, also counted; 17; one
+    monkeypatch.setattr("rat_jax.train.loss._LOGITS", chunk)
+
+    def chunked(p):
+      total, count = sequence_loss(MODEL, p, batch, mode=MODES[0])
+      return total / count
+
+    found = jax.jit(jax.value_and_grad(chunked))(params)
+    for ours, known in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+      assert_close(ours, known, GRADIENT)

@@ -22,7 +22,6 @@ from rat_jax.costs import PEAK_FLOPS
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.leaves import named_leaves
 from rat_jax.train import Checkpoints, cross_entropy, drop_metrics, train
-from rat_jax.train.loss import sequence_loss
 
 CONFIG = RATPlusConfig(31, 2, 16, 2, init_std=0.2)
 MODEL = RATPlusLM(CONFIG)
@@ -49,29 +48,7 @@ def mean_loss(params, batch, mode):
   return total / count
 
 
-def test_the_loss_in_chunks_is_the_loss(monkeypatch):
-  """Values and gradients, whatever the chunks; also with weights and ignored targets."""
-  params, batch = fresh_state().params, batch_at(0)
-  batch["weights"] = np.random.default_rng(1).random(batch["targets"].shape).astype(np.float32)
-
-  def plain(p):
-    total, count = cross_entropy(MODEL.apply({"params": p}, batch["tokens"], mode=MODES[0]), batch["targets"],
-                                 batch["weights"])
-    return total / count
-
-  expected = jax.jit(jax.value_and_grad(plain))(params)
-  for chunk in (1 << 27, 31 * 48, 31 * 17, 31):  # all 48 tokens at once, also counted; 17; one
-    monkeypatch.setattr("rat_jax.train.loss._LOGITS", chunk)
-
-    def chunked(p):
-      total, count = sequence_loss(MODEL, p, batch, mode=MODES[0])
-      return total / count
-
-    found = jax.jit(jax.value_and_grad(chunked))(params)
-    for ours, known in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-      assert_close(ours, known, GRADIENT)
-
-
+@pytest.mark.slow
 def test_utilisation_is_operations_over_the_peak(tmp_path, monkeypatch):
   """As if a CPU did a million operations a second: the share follows from the rate of the same line."""
   monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
@@ -152,6 +129,7 @@ def test_one_program_serves_all_steps():
   assert counts[1:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_evaluation_weighs_targets_equally():
   params, batches = fresh_state().params, [batch_at(0), batch_at(1)]
   losses = loss_by_mode(MODEL, params, batches, MODES)
@@ -166,6 +144,7 @@ def test_evaluation_weighs_targets_equally():
   assert loss_by_mode(MODEL, params, batches, [*MODES, *MODES]) == losses
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_bitwise_equal(tmp_path):
   straight = train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=6, modes=MODES, log_every=2)
   checkpoints = Checkpoints(tmp_path / "run")
@@ -185,6 +164,7 @@ def test_stop_and_resume_is_bitwise_equal(tmp_path):
   chex.assert_trees_all_equal(params, straight.params)
 
 
+@pytest.mark.slow
 def test_the_loop_refuses_to_overwrite_later_steps(tmp_path, capsys):
   checkpoints = Checkpoints(tmp_path)
   state = train(MODEL, OPTIMIZER, fresh_state(), batch_at, steps=2, modes=MODES, checkpoints=checkpoints, label="two")
@@ -230,12 +210,14 @@ def test_broken_lines_of_metrics_are_named_and_dropped(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_callers_state_survives_the_loop():
   state = fresh_state()
   train(MODEL, OPTIMIZER, state, batch_at, steps=1, modes=MODES)
   assert np.isfinite(np.asarray(state.params["embedding"])).all()
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
   wild = rat_jax.make_optimizer(1e-2, total_steps=20)
   checkpoints = Checkpoints(tmp_path)
