@@ -1,4 +1,4 @@
-"""`decode_attention` to a cache whose rows lie on several devices: each attends to its own, and the parts are merged."""
+"""`decode_attention` to a cache whose rows lie on several devices: each attends to its own, then parts are merged."""
 
 from __future__ import annotations
 

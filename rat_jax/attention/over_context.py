@@ -1,4 +1,4 @@
-"""Attention of whole sequences whose tokens a mesh cuts over its axis "context"; without such a mesh, plainly the mode's.
+"""Attention of whole sequences whose tokens a mesh cuts over its axis "context"; without such a mesh, the mode's own.
 
 Dilated attention fetches the keys that it reads (`pallas_kernels.dilated_attention`). Under every other mode each
 device has its queries, and gathers keys and values of some heads at a time.
@@ -51,4 +51,5 @@ class _OfPiece:
     def of_heads(q: Array, k: Array, v: Array, chosen_by: Array | None) -> Array:
       return self.mode.attend(Heads(q, k, v, chosen_by), at, Origin(row_ids, layer))
 
-    return context.attend_by_heads(of_heads, q, k, v, chosen_by, together=k.shape[2] if self.mode.heads_differ else None)
+    together = k.shape[2] if self.mode.heads_differ else None
+    return context.attend_by_heads(of_heads, q, k, v, chosen_by, together=together)

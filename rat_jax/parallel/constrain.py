@@ -44,6 +44,13 @@ def cut(mesh: AbstractMesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> ja
   return P(*(rules.cut("", axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
 
 
+def check_rows(rows: int, params: Any) -> None:
+  """Raises ValueError where the mesh of parameters does not cut so many rows into equal parts."""
+  mesh = mesh_to_cut(*jax.tree.leaves(params))
+  if mesh is not None:
+    rules.cut("a micro-batch", "batch", rows, mesh, strict=True)
+
+
 def tree(x: Tree, like: Any = None) -> Tree:
   """Every leaf of a tree of parameters, a train state or a cache, cut by its name.
 

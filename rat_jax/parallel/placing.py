@@ -48,5 +48,22 @@ def shard(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
   Raises:
     ValueError: an array that is none of those, heads, rows or widths that an axis of the mesh does not divide.
   """
-  placed: Tree = jax.device_put(tree, shardings(tree, mesh))
+  placed: Tree = jax.tree.map(_put, tree, shardings(tree, mesh))
   return placed
+
+
+def on_mesh(mesh: jax.sharding.Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+  """What puts parameters onto a mesh: the `place` of `rat_jax.load_pretrained` and `rat_jax.convert.load_olmo2`.
+
+  (the leaf's name, the NumPy leaf) -> the array, of which every device gets its part.
+  """
+  def place(name: str, leaf: np.ndarray) -> jax.Array:
+    return _put(leaf, NamedSharding(mesh, rules.spec(name.rpartition("/")[2], leaf.shape, mesh, strict=True)))
+
+  return place
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+  if isinstance(leaf, np.ndarray):  # where there are several processes, each has it, and puts its devices' parts there
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
+  return jax.device_put(leaf, sharding)

@@ -95,8 +95,9 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
 
   Raises:
     ValueError: no modes, an unknown `combine`, `accumulate_by` or `remat`, a batch that `accumulation` does not divide,
-      misshapen targets, another model's parameters, an optimizer that is none of `make_optimizer`; outside of
-      compilation, tokens or targets that are not in the vocabulary.
+      rows of a micro-batch that the axes data and fsdp of the mesh do not divide, misshapen targets, another model's
+      parameters, an optimizer that is none of `make_optimizer`; outside of compilation, tokens or targets that are not
+      in the vocabulary.
   """
   _check_optimizer(optimizer)
   if isinstance(modes, str) or not isinstance(modes, Iterable):
@@ -112,6 +113,7 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   size = checked["tokens"].shape[0]
   if size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
+  constrain.check_rows(size // accumulation, state.params)
   state, metrics = _train_step(model, optimizer, modes, combine, accumulation, accumulate_by, remat, unroll, state,
                                checked)
   return state, metrics
