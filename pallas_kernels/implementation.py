@@ -8,6 +8,7 @@ sequences, pieces of a result need more than their pieces: `Implementation.over_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 from collections.abc import Callable
@@ -161,12 +162,12 @@ def _filled_up(operation: Operation, arguments: Arguments) -> Arguments:
   if pieces == 1 or sequence is None or sequence.fills is None:
     return arguments
 
-  def of_array(x: jax.Array, letters: str, fill: float) -> jax.Array:
+  def of_array(fill: float, x: jax.Array, letters: str) -> jax.Array:
     widths = [(0, -n % pieces if letter == sequence.letter else 0)
               for n, letter in itertools.zip_longest(x.shape, letters)]
     return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 
-  return tuple(jax.tree.map(lambda x, letters: of_array(x, letters, fill), *of)
+  return tuple(jax.tree.map(functools.partial(of_array, fill), *of)
                for *of, fill in zip(arguments, operation.axes(*arguments), sequence.fills, strict=True))
 
 

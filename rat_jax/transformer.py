@@ -343,7 +343,7 @@ def attend(heads: Heads, run: Run, batch: Batch, origin: Origin) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: RATPlusConfig, params: Params, x: Stream) -> Logits:
   """The logits of a stream [..., E]: final norm and head; float32 [..., V]."""
-  return words(final(config, params, x), head(config, params))
+  return words(final(config, params["final_norm"], x), head(config, params))
 
 
 def head(config: RATPlusConfig, params: Params) -> Array:
@@ -352,9 +352,9 @@ def head(config: RATPlusConfig, params: Params) -> Array:
   return matrix
 
 
-def final(config: RATPlusConfig, params: Params, x: Stream) -> Stream:
+def final(config: RATPlusConfig, norm: Array, x: Stream) -> Stream:
   """The stream after the final norm, in `config.dtype`."""
-  return rms_norm(x, params["final_norm"], config.norm_eps).astype(jnp.dtype(config.dtype))
+  return rms_norm(x, norm, config.norm_eps).astype(jnp.dtype(config.dtype))
 
 
 def words(x: Stream, head: Array) -> Logits:

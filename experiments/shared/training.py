@@ -20,8 +20,8 @@ from rat_jax import RATPlusConfig, RATPlusLM, parallel
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
-from rat_jax.plan import check_modes
 from rat_jax.parallel import processes
+from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, Optimizer, TrainState, train
 from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat

@@ -24,7 +24,8 @@ class KeysAt(NamedTuple):
 
 def start(piece: Array) -> Array:
   """The position of the first token of a piece [B, T, ...]: int32 []."""
-  return jax.lax.axis_index(CONTEXT) * jnp.int32(piece.shape[1])
+  first: Array = jax.lax.axis_index(CONTEXT) * jnp.int32(piece.shape[1])
+  return first
 
 
 def gathered(piece: Array) -> Array:

@@ -48,7 +48,8 @@ def run_over_context(q: Array, k: Array, v: Array, segment_ids: Array | None, *,
     ids = None if segment_ids is None else context.gathered(segment_ids)
     return context.attend_by_heads(
         lambda q, k, v: _attend_all_keys(q, k, v, ids, pattern, context.start(q)), q, k, v)
-  around = Around(context.start(q), context.strided(k, v, pattern.dilation) if strided else None,
+  last_ones = context.strided(k, v, pattern.dilation) if pattern.dilation and strided else None
+  around = Around(context.start(q), last_ones,
                   context.first(k, v, pattern.sinks), context.before(k, v, pattern.window))
   return attend_piece(q, k, v, around, pattern.window, pattern.sinks)
 

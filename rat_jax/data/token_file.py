@@ -56,7 +56,9 @@ class TokenFile:
             rows: np.ndarray | None = None) -> Batch:
     """The training batch of a step: every window once per epoch, in an order that `seed` and the epoch decide.
 
-    `rows`, integers: only these rows of the batch are read, in this order (`rat_jax.parallel.rows_of_process`). Raises ValueError for counts out of range: `step` and `seed` from 0 on, `batch_size` and `length` from 1 on.
+    `rows`, integers: only these rows of the batch are read, in this order (`rat_jax.parallel.rows_of_process`).
+
+    Raises ValueError for counts out of range: `step` and `seed` from 0 on, `batch_size` and `length` from 1 on.
     """
     for name, value, least in (("step", step, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
       checks.check_count(name, value, least)

@@ -13,17 +13,21 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from pallas_kernels import devices
 from rat_jax.axes import Array, Stream
 from rat_jax.parallel import rules
+from rat_jax.parallel.mesh import AXES
 
 Tree = TypeVar("Tree")
 P = jax.sharding.PartitionSpec
 
 
 def mesh_to_cut(*arrays: Any) -> AbstractMesh | None:
-  """The mesh of the arrays, where it has several devices among which the compiler may move what it likes."""
+  """The mesh of the arrays, where it has several devices among which the compiler may move what it likes.
+
+  A mesh whose axes have other names than ours is left to who made it.
+  """
   mesh = devices.mesh_of(*arrays)
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None
-  return mesh
+  return mesh if set(AXES) & set(mesh.axis_names) else None
 
 
 def stream(x: Stream) -> Stream:
@@ -36,7 +40,8 @@ def by_axes(x: Array, axes: tuple[str, ...]) -> Array:
   mesh = mesh_to_cut(x)
   if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut(mesh, x.shape, axes)))
+  constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut(mesh, x.shape, axes)))
+  return constrained
 
 
 def cut(mesh: AbstractMesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.PartitionSpec:
@@ -62,7 +67,8 @@ def tree(x: Tree, like: Any = None) -> Tree:
 
   def of_leaf(path: tuple[Any, ...], leaf: Array) -> Array:
     of_name = rules.spec(rules.name_of(path), leaf.shape, mesh)
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, of_name))
+    placed: Array = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, of_name))
+    return placed
 
   constrained: Tree = jax.tree.map_with_path(of_leaf, x)
   return constrained

@@ -66,4 +66,5 @@ def on_mesh(mesh: jax.sharding.Mesh) -> Callable[[str, np.ndarray], jax.Array]:
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
   if isinstance(leaf, np.ndarray):  # where there are several processes, each has it, and puts its devices' parts there
     return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
-  return jax.device_put(leaf, sharding)
+  placed: jax.Array = jax.device_put(leaf, sharding)
+  return placed

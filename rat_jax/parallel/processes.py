@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -56,18 +57,20 @@ def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
 
 def from_rows(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, jax.Array]:
   """A batch on a mesh of which every process gives the rows of `rows_of_process`: [rows, T] each."""
-  made = {}
+  made: dict[str, jax.Array] = {}
+  own = {int(row): i for i, row in enumerate(rows_of_process(mesh, batch_size))}
   for name, local in rows.items():
     shape = (batch_size, *local.shape[1:])
     sharding = NamedSharding(mesh, rules.spec(name, shape, mesh, strict=True))
-    own = {int(row): i for i, row in enumerate(rows_of_process(mesh, batch_size))}
-
-    def piece(at: tuple[slice, ...], local: np.ndarray = local, own: dict[int, int] = own) -> np.ndarray:
-      wanted = [own[row] for row in range(*at[0].indices(batch_size))]
-      return local[wanted][:, at[1]]
-
+    piece = functools.partial(_piece, local, own, batch_size)
     made[name] = jax.make_array_from_callback(shape, sharding, piece)
   return made
+
+
+def _piece(local: np.ndarray, own: Mapping[int, int], batch_size: int, at: Any) -> np.ndarray:
+  """What a device has of a batch, at slices of the whole, of this process's rows."""
+  wanted = [own[row] for row in range(*at[0].indices(batch_size))]
+  return local[wanted][:, at[1]]
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:

@@ -24,45 +24,48 @@ def look_up(embedding: Array, tokens: Tokens) -> Stream:
   if mesh is None:
     return embedding[tokens].astype(jnp.float32)
   of_tokens = constrain.cut(mesh, tokens.shape, ("batch", "tokens"))
-  if mesh.shape.get(TENSOR, 1) == 1:
-    whole = jax.shard_map(lambda table, tokens: table[tokens].astype(jnp.float32), mesh=mesh,
-                          in_specs=(P(), of_tokens), out_specs=P(*of_tokens, None))
-    return whole(embedding, tokens)
+  pieces = mesh.shape.get(TENSOR, 1)
 
   def of_part(table: Array, tokens: Array) -> Array:
+    if pieces == 1:
+      return table[tokens].astype(jnp.float32)
     own = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
     found = (own >= 0) & (own < table.shape[0])
     rows = table[jnp.where(found, own, 0)].astype(jnp.float32)
-    return jax.lax.psum(jnp.where(found[..., None], rows, 0), TENSOR)
+    summed: Array = jax.lax.psum(jnp.where(found[..., None], rows, 0), TENSOR)
+    return summed
 
-  in_parts = jax.shard_map(of_part, mesh=mesh, in_specs=(P(TENSOR), of_tokens), out_specs=P(*of_tokens, None))
-  return in_parts(_filled_up(embedding, mesh.shape[TENSOR]), tokens)
+  in_parts = jax.shard_map(of_part, mesh=mesh, in_specs=(P(TENSOR if pieces > 1 else None), of_tokens),
+                           out_specs=P(*of_tokens, None))
+  stream: Stream = in_parts(_filled_up(embedding, pieces), tokens)
+  return stream
 
 
-# (sums of losses and of weights) of a stream [B, T, E], targets and weights [B, T], and a head [V, E], of which the
-# rows from number `first` on are no words; `axis`: over which of the mesh's axes parts of the head lie, None for one.
+# (head [V, E], norm [E], stream [B, T, E], targets and weights [B, T], words, axis) -> sums of losses and of weights.
+# The head's rows from number `words` on are no words; parts of the head lie over `axis` of the mesh, all if it is None.
 Loss = Callable[..., tuple[Array, Array]]
 
 
-def over_tokens(loss: Loss, head: Array, x: Stream, targets: Array, weights: Array) -> tuple[Array, Array]:
+def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array, weights: Array
+                ) -> tuple[Array, Array]:
   """`loss` of all tokens, by every device of its own."""
   mesh = constrain.mesh_to_cut(head, x)
   words = head.shape[0]
   if mesh is None:
-    return loss(head, x, targets, weights, words, None)
+    return loss(head, norm, x, targets, weights, words, None)
   of_tokens = constrain.cut(mesh, targets.shape, ("batch", "tokens"))
   of_words = TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None
   over = tuple(axis for axes in of_tokens if axes for axis in ((axes,) if isinstance(axes, str) else axes))
 
-  def of_device(head: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    own = words
-    if of_words:
-      own = words - jax.lax.axis_index(of_words) * head.shape[0]
-    return jax.lax.psum(loss(head, x, targets, weights, own, of_words), over)
+  def of_device(head: Array, norm: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    own = words - jax.lax.axis_index(of_words) * head.shape[0] if of_words else words
+    sums: tuple[Array, Array] = jax.lax.psum(loss(head, norm, x, targets, weights, own, of_words), over)
+    return sums
 
-  split = jax.shard_map(of_device, mesh=mesh, in_specs=(P(of_words), P(*of_tokens, None), of_tokens, of_tokens),
-                        out_specs=P())
-  return split(_filled_up(head, mesh.shape.get(TENSOR, 1)), x, targets, weights)
+  split = jax.shard_map(of_device, mesh=mesh, out_specs=P(),
+                        in_specs=(P(of_words), P(), P(*of_tokens, None), of_tokens, of_tokens))
+  sums: tuple[Array, Array] = split(_filled_up(head, mesh.shape.get(TENSOR, 1)), norm, x, targets, weights)
+  return sums
 
 
 def _filled_up(table: Array, pieces: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from rat_jax import checks, transformer
 from rat_jax.axes import Array, HostOrDevice, Logits, Params, Stream
+from rat_jax.config import RATPlusConfig
 from rat_jax.model import RATPlusLM
 from rat_jax.parallel import vocabulary
 
@@ -82,12 +84,12 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
   batch = as_batch(batch, model.config.vocab_size)
   stream = cast(Stream, model.apply({"params": params}, batch["tokens"], method="stream",
                                     segment_ids=batch.get("segment_ids"), **arguments))
-  x = transformer.final(model.config, params, stream)
-  return vocabulary.over_tokens(_sums, transformer.head(model.config, params), x, batch["targets"], weights_of(batch))
+  return vocabulary.over_tokens(functools.partial(_sums, model.config), transformer.head(model.config, params),
+                                params["final_norm"], stream, batch["targets"], weights_of(batch))
 
 
-def _sums(head: Array, x: Stream, targets: Array, weights: Array, words: Array | int, axis: str | None
-          ) -> tuple[Array, Array]:
+def _sums(config: RATPlusConfig, head: Array, norm: Array, x: Stream, targets: Array, weights: Array,
+          words: Array | int, axis: str | None) -> tuple[Array, Array]:
   """A `vocabulary.Loss`."""
   tokens = targets.size
   chunks = -(-tokens * head.shape[0] // _LOGITS)
@@ -100,7 +102,7 @@ def _sums(head: Array, x: Stream, targets: Array, weights: Array, words: Array |
 
   def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     x, targets, weights = chunk
-    logits = transformer.words(x, head)
+    logits = transformer.words(transformer.final(config, norm, x), head)
     return cross_entropy(logits, targets, weights) if axis is None else _of_parts(logits, targets, weights, words, axis)
 
   parts = (split(x, 0), split(targets, IGNORED), split(weights, 0))

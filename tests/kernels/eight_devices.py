@@ -172,8 +172,8 @@ def as_the_arrays_are_cut(call):
 
 
 def what_does_not_divide_or_is_not_known(call):
-  """Key/value heads that an axis does not divide are shared; all stays whole under a name that means nothing, where None
-  takes plain JAX, which the compiler may split."""
+  """Key/value heads that an axis does not divide are shared; all stays whole under a name that means nothing, where
+  None takes plain JAX, which the compiler may split."""
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   placed = call.place(mesh, {"B": "data"})
   with taken() as shapes:

@@ -27,7 +27,8 @@ def check(f, arguments, mesh, specs):
   def loss(*arguments):
     values = f(*arguments)
     weights = np.random.default_rng(7)
-    return sum(jnp.sum(x * weights.standard_normal(x.shape).astype(np.float32)) for x in jax.tree.leaves(values)), values
+    weighted = [jnp.sum(x * weights.standard_normal(x.shape).astype(np.float32)) for x in jax.tree.leaves(values)]
+    return sum(weighted), values
 
   both = jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments))), has_aux=True))
   placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)]
@@ -46,8 +47,8 @@ def scans(mesh):
 
 def dilated(mesh):
   """Pieces that dilation divides and others, windows over several pieces, more sinks than a piece has."""
-  for length, dilation, window, sinks in ((64, 4, 3, 2), (62, 8, 5, 3), (64, None, 7, 4), (64, 16, 0, 0), (96, 8, 40, 3),
-                                          (64, 16, 1, 20), (12, 8, 1, 1)):
+  for length, dilation, window, sinks in ((64, 4, 3, 2), (62, 8, 5, 3), (64, None, 7, 4), (64, 16, 0, 0),
+                                          (96, 8, 40, 3), (64, 16, 1, 20), (12, 8, 1, 1)):
     f = lambda q, k, v, d=dilation, w=window, s=sinks: dilated_attention(q, k, v, dilation=d, window=w, sinks=s)
     check(f, (normal(4, length, 4, 8), normal(4, length, 2, 8), normal(4, length, 2, 8)), mesh, [P("data")] * 3)
   segments = np.sort(RANDOM.integers(0, 4, (4, 64)), axis=1)[:, ::-1].astype(np.int32)

@@ -97,8 +97,8 @@ def test_two_processes_are_one(tmp_path, data):
 def test_processes_that_disagree_say_so_before_the_first_step(tmp_path, data):
   printed = ended(*start_two(tmp_path, data, ["--steps=2", "--seed=1"], ["--steps=2", "--seed=2"]), code=1)
   for rank, text in enumerate(printed):
-    assert re.search(rf"error: process {rank} of 2 has seed={rank + 1}, and another process has something else", text), (
-        text[-2000:])
+    message = rf"error: process {rank} of 2 has seed={rank + 1}, and another process has something else"
+    assert re.search(message, text), text[-2000:]
   assert not (tmp_path / "checkpoints").exists()
 
 
