@@ -129,7 +129,7 @@ def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
 
 
 def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: TokenFile, label: str,
-        mesh: jax.sharding.Mesh | None, start: pathlib.Path | None = None, rates: Sequence[tuple[str, float]] = (),
+        mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None, rates: Sequence[tuple[str, float]] = (),
         accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 

@@ -84,7 +84,7 @@ def _bits(xp: Any, x: Any) -> Any:
   if xp is not np:
     return jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
   halves = (2,) if x.dtype.itemsize == 8 else ()
-  return np.ascontiguousarray(x).reshape(-1).view(kind).reshape(*x.shape, *halves).astype(np.uint32)
+  return np.ascontiguousarray(x).reshape(-1).view(kind).reshape((*x.shape, *halves)).astype(np.uint32)
 
 
 def _mixed(xp: Any, x: Any) -> Any:

@@ -115,7 +115,7 @@ def _sums(config: RATPlusConfig, head: Array, norm: Array, x: Stream, targets: A
 
 def _of_parts(logits: Logits, targets: Array, weights: Array, words: Array | int, axis: str) -> tuple[Array, Array]:
   """`cross_entropy` of a device's part of the logits [..., V], of which only the first `words` are of words."""
-  logits = jnp.where(jnp.arange(logits.shape[-1]) < words, logits, -jnp.inf)
+  logits = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32) < words, logits, -jnp.inf)
   top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
   total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
   own = targets - jax.lax.axis_index(axis) * logits.shape[-1]

@@ -52,7 +52,7 @@ def test_by_the_names_of_the_axes(axes, shapes, expected):
     ({"a": 2}, {"q": jax.P(None, None, "a")}, ({"N": ("a",), "K": ("a",)}, True)),       # keys follow
     ({"data": 2}, {}, ({}, True)),                                                       # they say that they are whole
     ({"a": 5}, {"q": jax.P(None, "a")}, ({}, False)),                                    # along time nothing may be cut
-    ({"a": 4}, {"q": jax.P(None, None, "a")}, ({}, False)),
+    ({"a": 4}, {"q": jax.P(None, None, "a")}, ({"N": ("a",)}, True)),                     # two share a key/value head
     ({"a": 1}, {}, ({}, True))])
 def test_by_what_the_arrays_say(axes, specs, expected):
   assert cut(axes, SHAPES, kind=AxisType.Explicit, specs=specs) == expected

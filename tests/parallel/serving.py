@@ -31,7 +31,8 @@ from rat_jax.parallel import make_mesh, shard
 MODES = (
     Dense(), Dilated(4), Dilated(4, window=3, sinks=2), StreamingLLM(5, 2), Quest(0.5, block=4), MoBA(0.5, block=4),
     SnapKV(10, obs_window=4), DilatedTopK(4, 2), TopK(6), PerLayer((Dense(), Dilated(4))),
-    PerHead((Dense(), Dilated(4))), StreamingLLM(3, 1) | Quest(8, block=4), Quest(0.5, block=4, selector="random"), Quest(8, block=4, group="kv"))
+    PerHead((Dense(), Dilated(4))), StreamingLLM(3, 1) | Quest(8, block=4), Quest(0.5, block=4, selector="random"),
+    Quest(8, block=4, group="kv"))
 CONFIG = RATPlusConfig(vocab_size=61, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
 TOKENS = np.random.default_rng(0).integers(0, 61, (4, 32))
 LENGTHS, MORE = np.array([32, 7, 20, 1]), np.array([5, 0, 3, 5])

@@ -34,7 +34,7 @@ def test_texts(text, sizes):
     ("data", "data has the size ''; give a count of 1 or more"),
     ("data:0", "data has the size '0'; give a count of 1 or more"),
     ("data:-1", "data has the size '-1'"), ("data:two", "data has the size 'two'"), ("data:²", "data has the size '²'"),
-    ("", "the axis '' is unknown"), (8, "mesh=8; give a text such as data:2,fsdp:4"),
+    ("", "the axis '' is unknown"), (8, "8; give a text such as data:2,fsdp:4"),
     ("data:2,fsdp:2", "is of 4 devices, and there are 8; give sizes whose product is 8, such as data:4 or fsdp:4"),
     ("data:3", "is of 3 devices, and there are 8; give sizes whose product is 8, such as data:8 instead")])
 def test_texts_that_say_no_mesh(text, message):
