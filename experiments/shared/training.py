@@ -129,8 +129,8 @@ def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
 
 
 def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: TokenFile, label: str,
-        mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None, rates: Sequence[tuple[str, float]] = (),
-        accumulate_by: AccumulateBy = "batch") -> None:
+        mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None,
+        rates: Sequence[tuple[str, float]] = (), accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Says so and trains nothing where the run has come that far already.
