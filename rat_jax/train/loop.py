@@ -147,7 +147,8 @@ def _fetch(pending: list[Metrics], first: int, clock: float, flops: float) -> It
   seconds = time.perf_counter() - clock
   rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
   peak = len(chips) * PEAK_FLOPS.get(next(iter(chips)).device_kind, float("nan"))
-  held = max((chip.memory_stats() or {}).get("peak_bytes_in_use", float("nan")) for chip in chips)
+  own = [chip for chip in chips if chip.process_index == jax.process_index()]
+  held = max((chip.memory_stats() or {}).get("peak_bytes_in_use", float("nan")) for chip in own)
   for i, metrics in enumerate(fetched):
     yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
            "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),
