@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments.shared import command, inputs
+from experiments.shared import command, inputs, over_mesh
 from rat_jax import RATPlusLM
 from rat_jax.data import Tokenizer
 from rat_jax.modes import Mode
@@ -26,7 +26,7 @@ from rat_jax.paths import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   checkpoint: pathlib.Path
   dtype: str | None
   tokenizer: Tokenizer
@@ -42,6 +42,7 @@ class Settings(command.Settings):
 def define_flags() -> None:
   command.define_common_flags("generate")
   command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
+  over_mesh.define_flags()
   command.define_dtype()
   command.define_tokenizer()
   command.define_modes(["dense"], "The mode; repeat the flag for several.")
@@ -59,7 +60,7 @@ def main(settings: Settings) -> None:
                     " out.")
   if settings.temperature == 0 and settings.top_p != 1:
     settings.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
-  config, params, notes = inputs.load_model(settings.checkpoint)
+  config, params, notes = inputs.load_model(settings.checkpoint, settings.made_mesh())
   tokenizer = settings.tokenizer
   inputs.check_tokenizer(tokenizer, config, notes)
   config, end = dataclasses.replace(config, dtype=cast(Any, settings.dtype or config.dtype)), tokenizer.eod_id

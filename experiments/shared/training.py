@@ -10,23 +10,25 @@ from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 import rat_jax
 from experiments import pictures
-from experiments.shared import command, device, inputs, output
-from rat_jax import RATPlusConfig, RATPlusLM
+from experiments.shared import command, device, inputs, output, over_mesh
+from rat_jax import RATPlusConfig, RATPlusLM, parallel
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.plan import check_modes
-from rat_jax.train import Checkpoints, Optimizer, train
+from rat_jax.train import Checkpoints, Optimizer, TrainState, train
 from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   """Of every command that trains on text."""
 
   mode: tuple[Mode, ...]
@@ -54,6 +56,7 @@ class Settings(command.Settings):
 def define_flags(*, steps: int = 1000, batch_size: int = 16, length: int = 1024, learning_rate: float = 1e-3,
                  warmup: float = 0.05) -> None:
   """All of `Settings` but --mode, with a command's own defaults."""
+  over_mesh.define_flags()
   command.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
   flags.DEFINE_integer("steps", steps, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
   flags.DEFINE_integer("batch_size", batch_size, "Sequences in a batch.", lower_bound=1)
@@ -86,17 +89,36 @@ def train_data(settings: Settings) -> TokenFile:
   return inputs.corpus(settings.data, settings.workdir / "data")["train"]
 
 
-def load(checkpoint: pathlib.Path, dtype: str | None) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+def load(checkpoint: pathlib.Path, dtype: str | None, mesh: jax.sharding.Mesh | None
+         ) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
   """(config, parameters, notes) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
 
   Args:
     dtype: of matrix products and attention, instead of the model's own.
+    mesh: on which they come to lie.
 
   Raises as `inputs.load_model`.
   """
-  config, params, notes = inputs.load_model(checkpoint)
+  config, params, notes = inputs.load_model(checkpoint, mesh)
   config = dataclasses.replace(config, dtype=cast(Any, dtype or config.dtype), param_dtype="float32")
   return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), notes
+
+
+def first_state(model: RATPlusLM, optimizer: Optimizer, params: Params | None, seed: int,
+                mesh: jax.sharding.Mesh | None) -> TrainState:
+  """The state before the first batch, of `params` or fresh ones; on a mesh every device makes its own part."""
+  def made(params: Params) -> TrainState:
+    return rat_jax.init_train_state(model, params, optimizer)
+
+  def drawn(key: jax.Array) -> Params:
+    params: Params = model.init(key, np.zeros((1, 8), np.int32))["params"]
+    return params
+
+  if mesh is None:
+    return made(jax.jit(drawn)(jax.random.key(seed)) if params is None else params)
+  if params is None:
+    params = parallel.sharded(drawn, mesh)(jax.random.key(seed))
+  return parallel.sharded(made, mesh)(params)
 
 
 def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
@@ -107,8 +129,8 @@ def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
 
 
 def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: TokenFile, label: str,
-        start: pathlib.Path | None = None, rates: Sequence[tuple[str, float]] = (),
-        accumulate_by: AccumulateBy = "batch") -> None:
+        mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None,
+        rates: Sequence[tuple[str, float]] = (), accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Says so and trains nothing where the run has come that far already.
@@ -116,6 +138,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   Args:
     params: where to start; None is a fresh draw from --seed.
     label: what the bar of progress is called.
+    mesh: on which `params` lie, and the training runs; None: one device.
     start: the checkpoint that `params` come from.
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
     accumulate_by: how --accumulation weighs micro-batches (`rat_jax.train_step`).
@@ -132,20 +155,22 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
   optimizer = settings.optimizer(steps, rates)
 
-  def batch_at(step):
-    return data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
-                      documents_apart=settings.documents_apart)
+  rows = None if mesh is None else parallel.rows_of_process(mesh, settings.batch_size)
 
-  first = batch_at(0)  # asked now: the data may be too short for it
-  if params is None:
-    params = jax.jit(model.init)(jax.random.key(settings.seed), first["tokens"])["params"]
-  state = rat_jax.init_train_state(model, params, optimizer)
+  def batch_at(step):
+    batch = data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
+                       documents_apart=settings.documents_apart, rows=rows)
+    return batch if mesh is None else parallel.from_rows(batch, mesh, settings.batch_size)
+
+  batch_at(0)  # asked now: the data may be too short for it
+  state = first_state(model, optimizer, params, settings.seed, mesh)
   notes = {"modes": [str(mode) for mode in modes], "combine": settings.combine, "seed": settings.seed,
            "batch_size": settings.batch_size, "length": settings.length, "documents_apart": settings.documents_apart,
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "data_sha256": data.sidecar.sha256,
            "tokenizer": data.sidecar.tokenizer, "start": start and str(start.absolute()),
            "rates": [list(one) for one in rates],
            "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay}
+  parallel.check_agreement(notes | {"config": config.to_json(), "steps": steps, "mesh": settings.mesh})
   if checkpoints.steps():
     state, saved = checkpoints.restore(state, config)
     output.check_same_run(checkpoints.folder, saved, notes)
@@ -154,7 +179,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
       if "steps" in saved and saved["steps"] != steps:
         print(rate_change(settings, int(state.step), saved["steps"], steps))
   if int(state.step) < steps:
-    size = sum(x.size for x in jax.tree.leaves(params))
+    size = sum(x.size for x in jax.tree.leaves(state.params))
     print(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
           f" {', then '.join(map(str, modes))}, on {device.name()}")
     train(model, optimizer, state, batch_at, steps=steps, modes=modes,
@@ -166,6 +191,8 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   else:
     print(f"nothing to train: the run in {folder} is at step {int(state.step)}")
   metrics = folder / "metrics.jsonl"
+  if not processes.is_first():
+    return
   if metrics.exists():
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     pictures.save(pictures.losses(lines, [str(mode) for mode in modes]), folder / "training.png")

@@ -1,8 +1,11 @@
 """Checkpoints: Orbax does the writing, a manifest of ours makes sure that what is read is what was written.
 
 A checkpoint holds the train state, the configuration and the caller's notes (the position in the data). Its
-manifest lists shape, type and SHA-256 of every array. A checkpoint that fails the test is passed over, loudly, for
-the newest one that does not.
+manifest lists shape, type and checksums of every array (`checksums`; SHA-256 in those of version 0.1). A checkpoint
+that fails the test is passed over, loudly, for the newest one that does not.
+
+Arrays of a mesh are written and read by whoever has their parts: no process or device ever holds a whole one, and a
+checkpoint is read onto any mesh. Where there are several processes, all of them must call what saves and reads.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from rat_jax import checks
 from rat_jax.axes import Params
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
-from rat_jax.leaves import check_params, is_finite, named_leaves, shapes_of
+from rat_jax.leaves import check_params, named_leaves, shapes_of
+from rat_jax.parallel import processes, rules
 from rat_jax.paths import lacking, local_path
+from rat_jax.train.checksums import summed
 from rat_jax.train.step import TrainState
 
 if TYPE_CHECKING:  # where it is needed it is imported in place: that takes as long as the rest of the library
@@ -68,10 +73,12 @@ class Checkpoints:
     _check_config(state.params, config)
     check_notes(notes)
     arrays = _arrays(state)
-    bad = [name for name, array in arrays.items() if not is_finite(array)]
+    sums = {name: summed(array) for name, array in arrays.items()}
+    bad = [name for name, found in sums.items() if not found.finite]
     if bad:
       raise FloatingPointError(f"step {int(state.step)} is not saved: {bad[0]} is not finite ({len(bad)} such arrays).")
-    manifest = {name: _entry(array) for name, array in arrays.items()}
+    manifest = {name: {"shape": list(array.shape), "dtype": array.dtype.name, "sums": sums[name].sums}
+                for name, array in arrays.items()}
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
     pieces = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     with self._aside(int(state.step)), self._manager() as manager:
@@ -83,14 +90,16 @@ class Checkpoints:
     """(state, notes) of the newest checkpoint that is intact. Damaged ones are moved aside, to "damaged-STEP".
 
     Args:
-      template: a state of the wanted structure, for instance a fresh one.
+      template: a state of the wanted structure, for instance a fresh one, or the shapes of one. Arrays come to lie as
+        its arrays do.
 
     Raises:
       FileNotFoundError: no checkpoint. ValueError: one of another configuration (says which field differs), one
       whose parameters have other shapes or types than the template's, one of another optimizer, or none intact.
       OSError: a file that cannot be read now, such as one without permission; nothing is moved.
     """
-    arrays, about = self._read_newest(self._arrays, config, set_aside=True)
+    places = {jax.tree_util.keystr(path): _place(leaf) for path, leaf in jax.tree.leaves_with_path(template)}
+    arrays, about = self._read_newest(lambda step, about: self._arrays(step, about, places), config, set_aside=True)
     params = {_plain(name): array for name, array in arrays.items() if name.startswith(_PARAMS)}
     for name, leaf in named_leaves(template.params).items():
       saved = params.get(name)
@@ -103,16 +112,16 @@ class Checkpoints:
     if missing or len(leaves) != len(arrays):
       raise ValueError(f"the checkpoint in {self.folder} holds another optimizer's state ({len(arrays)} arrays for"
                        f" {len(leaves)}); resume with the optimizer that it was saved with.")
-    state = jax.tree.unflatten(structure, [jnp.asarray(arrays[jax.tree_util.keystr(path)]) for path, _ in leaves])
+    state = jax.tree.unflatten(structure, [_placed(arrays[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves])
     return state, about["notes"]
 
-  def load_params(self) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+  def load_params(self, mesh: jax.sharding.Mesh | None = None) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
     """(config, params, notes) of the newest checkpoint whose parameters are intact, to run a model.
 
-    Reads nothing of the optimizer, and a leaf at a time. Raises as `restore`.
+    Reads nothing of the optimizer, and a leaf at a time; onto a mesh, by its devices. Raises as `restore`.
     """
     def read(step: int, about: dict[str, Any]) -> Params:
-      return mapping.tree(self._params(step, about), lambda name, leaf: jnp.asarray(leaf))
+      return mapping.tree(self._params(step, about, mesh), lambda name, leaf: jnp.asarray(leaf))
 
     params, about = self._read_newest(read)
     return RATPlusConfig.from_json(about["config"]), params, about["notes"]
@@ -159,9 +168,10 @@ class Checkpoints:
         difference = config.difference(RATPlusConfig.from_json(about["config"]))
         if difference:
           raise ValueError(f"the checkpoint in {self.folder} has another config (field: wanted, saved): {difference}.")
-      if set_aside:
+      if set_aside and processes.is_first():
         for later in damaged:
           (self.folder / str(later)).rename(_unused(self.folder / f"damaged-{later}"))
+      processes.wait_for_all("damaged checkpoints are set aside")
       return found, about
     raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
 
@@ -174,42 +184,56 @@ class Checkpoints:
       raise ValueError("it does not say what the checkpoint holds")
     return about
 
-  def _arrays(self, step: int, about: dict[str, Any]) -> dict[str, np.ndarray]:
-    """All that a checkpoint holds. Raises ValueError for what is not as it was written."""
+  def _arrays(self, step: int, about: dict[str, Any], places: Mapping[str, jax.sharding.Sharding | None]
+              ) -> dict[str, jax.Array | np.ndarray]:
+    """All that a checkpoint holds, those with a place there. Raises ValueError for what is not as it was written."""
     import orbax.checkpoint as ocp
 
-    target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in about["manifest"].items()}
+    target = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=places.get(name))
+              for name, entry in about["manifest"].items()}
     with self._manager() as manager:
-      restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-    return {name: _checked(name, np.asarray(restored[name]), about) for name in about["manifest"]}
+      restored = processes.together(lambda: manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"])
+    arrays = {name: x if places.get(name) else np.asarray(x) for name, x in restored.items()}
+    return {name: _checked(name, arrays[name], about) for name in about["manifest"]}
 
-  def _params(self, step: int, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  def _params(self, step: int, about: dict[str, Any], mesh: jax.sharding.Mesh | None = None
+              ) -> Iterator[tuple[str, Any]]:
     """("layers/query", leaf) of a checkpoint one after another, by name. Raises as `_arrays`."""
     names = {_plain(name): name for name in about["manifest"] if name.startswith(_PARAMS)}
     with self._manager() as manager:
       for plain, name in sorted(names.items()):
-        yield plain, self._leaf(manager, step, name, about)  # no name is bound to it: it goes when the caller drops it
+        yield plain, self._leaf(manager, step, name, about, mesh)  # not bound to a name: it goes when it is dropped
 
-  def _leaf(self, manager: ocp.CheckpointManager, step: int, name: str, about: dict[str, Any]) -> np.ndarray:
+  def _leaf(self, manager: ocp.CheckpointManager, step: int, name: str, about: dict[str, Any],
+            mesh: jax.sharding.Mesh | None) -> Any:
     import orbax.checkpoint as ocp
 
     entry = about["manifest"][name]
-    args = ocp.args.PyTreeRestore({name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])}, partial_restore=True,
-                                  restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)})
-    return _checked(name, manager.restore(step, args=ocp.args.Composite(state=args))["state"][name], about)
+    shape = tuple(entry["shape"])
+    how = ocp.RestoreArgs(restore_type=np.ndarray)
+    if mesh is not None:
+      place = jax.sharding.NamedSharding(mesh, rules.spec(name.rsplit("'", 2)[1], shape, mesh, strict=True))
+      how = ocp.ArrayRestoreArgs(sharding=place, global_shape=shape)
+    args = ocp.args.PyTreeRestore({name: jax.ShapeDtypeStruct(shape, entry["dtype"])}, partial_restore=True,
+                                  restore_args={name: how})
+    found = processes.together(lambda: manager.restore(step, args=ocp.args.Composite(state=args))["state"][name])
+    return _checked(name, found, about)
 
   @contextlib.contextmanager
   def _aside(self, step: int) -> Iterator[None]:
     """Moves a checkpoint of that step, of a run begun anew, away; afterwards back again, unless a new one is there."""
     place, aside = self.folder / str(step), _unused(self.folder / f"replaced-{step}")
-    if place.exists():
+    first = processes.is_first()
+    if first and place.exists():
       place.rename(aside)
+    processes.wait_for_all("a checkpoint of this step is set aside")
     try:
       yield
     finally:
-      if aside.exists() and place.exists():
+      if first and aside.exists() and place.exists():
         shutil.rmtree(aside)
-      elif aside.exists():
+      elif first and aside.exists():
         aside.rename(place)
 
   def _manager(self) -> ocp.CheckpointManager:
@@ -247,10 +271,22 @@ def _is_damage(error: Exception) -> bool:
   return not str(error).startswith(_NOT_NOW)
 
 
-def _arrays(state: TrainState) -> dict[str, np.ndarray]:
-  """The state's leaves by their path."""
-  leaves = jax.tree.flatten_with_path(state)[0]
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+def _arrays(state: TrainState) -> dict[str, jax.Array | np.ndarray]:
+  """The state's leaves by their path: arrays of several devices as they lie, others on the host."""
+  return {jax.tree_util.keystr(path): leaf if _place(leaf) else np.asarray(leaf)
+          for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def _place(leaf: Any) -> jax.sharding.Sharding | None:
+  """Where a leaf lies, if on several devices."""
+  place = getattr(leaf, "sharding", None)
+  return place if place is not None and len(place.device_set) > 1 else None
+
+
+def _placed(array: jax.Array | np.ndarray, like: Any) -> jax.Array:
+  """An array that was read, where `like` lies."""
+  place = getattr(like, "sharding", None)
+  return jnp.asarray(array) if place is None or _place(like) is not None else jax.device_put(array, place)
 
 
 def _plain(name: str) -> str:
@@ -258,8 +294,14 @@ def _plain(name: str) -> str:
   return "/".join(key.strip("'\"") for key in name.removeprefix(f"{_PARAMS}[").removesuffix("]").split("]["))
 
 
-def _checked(name: str, array: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-  if _entry(array) != about["manifest"][name]:
+def _checked(name: str, array: Any, about: dict[str, Any]) -> Any:
+  entry = about["manifest"][name]
+  is_whole = list(array.shape) == list(entry["shape"]) and array.dtype.name == entry["dtype"]
+  if is_whole and "sha256" in entry:  # of version 0.1
+    is_whole = hashlib.sha256(_bytes(np.asarray(array))).hexdigest() == entry["sha256"]
+  elif is_whole:
+    is_whole = summed(array).sums == entry["sums"]
+  if not is_whole:
     raise ValueError(f"{name} is not what was written")
   return array
 
@@ -268,10 +310,6 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
   """The path, or where that is taken, the path with the next free number."""
   names = (path.with_name(f"{path.name}-{i}") if i else path for i in itertools.count())
   return next(name for name in names if not name.exists())
-
-
-def _entry(array: np.ndarray) -> dict[str, Any]:
-  return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashlib.sha256(_bytes(array)).hexdigest()}
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -1,0 +1,111 @@
+"""Several processes that run one program, each with its own devices: who writes, what each reads, whether all agree."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from rat_jax.parallel import rules
+
+Made = TypeVar("Made")
+
+
+def start() -> None:
+  """Joins the processes of one program, before any device is asked for.
+
+  Where a launcher like torchrun says RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, these are taken, with the port
+  after that one, which is in use; elsewhere jax finds out by itself (Cloud TPU, SLURM, Open MPI, Kubernetes).
+  """
+  names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+  if all(name in os.environ for name in names):
+    address, port, count, rank = (os.environ[name] for name in names)
+    jax.distributed.initialize(f"{address}:{int(port) + 1}", int(count), int(rank))
+  else:
+    jax.distributed.initialize()
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes what all would write alike."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+  """Returns when every process has come here; `where` is the same for all."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(where)
+
+
+def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a batch that this process reads, ascending: those that its devices have.
+
+  Raises ValueError where data and fsdp do not divide the batch.
+  """
+  cut = rules.spec("tokens", (batch_size, mesh.shape["context"]), mesh, strict=True)
+  places = NamedSharding(mesh, jax.P(cut[0])).addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places if place is not None]))
+
+
+def from_rows(rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int) -> dict[str, jax.Array]:
+  """A batch on a mesh of which every process gives the rows of `rows_of_process`: [rows, T] each."""
+  made: dict[str, jax.Array] = {}
+  own = {int(row): i for i, row in enumerate(rows_of_process(mesh, batch_size))}
+  for name, local in rows.items():
+    shape = (batch_size, *local.shape[1:])
+    sharding = NamedSharding(mesh, rules.spec(name, shape, mesh, strict=True))
+    piece = functools.partial(_piece, local, own, batch_size)
+    made[name] = jax.make_array_from_callback(shape, sharding, piece)
+  return made
+
+
+def _piece(local: np.ndarray, own: Mapping[int, int], batch_size: int, at: Any) -> np.ndarray:
+  """What a device has of a batch, at slices of the whole, of this process's rows."""
+  wanted = [own[row] for row in range(*at[0].indices(batch_size))]
+  return local[wanted][:, at[1]]
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+  """Raises ValueError, in every process, where values (plain JSON) differ between processes; it names them."""
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  digests = np.array([int.from_bytes(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:4], "big")
+                      for value in values.values()], np.uint32)
+  of_all = np.asarray(multihost_utils.process_allgather(digests))
+  differ = [name for name, column in zip(values, of_all.T, strict=True) if (column != column[0]).any()]
+  if differ:
+    own = ", ".join(f"{name}={values[name]!r}" for name in differ)
+    raise ValueError(f"process {jax.process_index()} of {jax.process_count()} has {own}, and another process has"
+                     " something else; start all of them with the same flags, configuration and data.")
+
+
+def together(make: Callable[[], Made]) -> Made:
+  """`make()`, which fails in every process if it fails in one. Raises its own error, or ValueError for another's."""
+  error: Exception | None = None
+  made: Made | None = None
+  try:
+    made = make()
+  except Exception as found:  # whatever it is, the others must not wait for this process
+    if jax.process_count() == 1:
+      raise
+    error = found
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    failed = np.asarray(multihost_utils.process_allgather(np.array([error is not None]))).reshape(-1)
+    if error is not None:
+      raise error
+    if failed.any():
+      raise ValueError(f"process {int(failed.argmax())} could not read its part; its own output says why.")
+  assert made is not None
+  return made

@@ -1,0 +1,74 @@
+"""The two ends of a model, where the vocabulary may be cut over the axis "tensor": looking tokens up, and the loss.
+
+Both run on every device's tokens with its part of the vocabulary. Left to the compiler, the lookup would gather the
+stream, and the loss the gradient of the head for every chunk of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.axes import Array, Stream, Tokens
+from rat_jax.parallel import constrain
+
+P = jax.sharding.PartitionSpec
+TENSOR = "tensor"
+
+
+def look_up(embedding: Array, tokens: Tokens) -> Stream:
+  """The rows of `embedding` [V, E] for tokens [B, T]: float32 [B, T, E]."""
+  mesh = constrain.mesh_to_cut(embedding, tokens)
+  if mesh is None:
+    return embedding[tokens].astype(jnp.float32)
+  of_tokens = constrain.cut(mesh, tokens.shape, ("batch", "tokens"))
+  pieces = mesh.shape.get(TENSOR, 1)
+
+  def of_part(table: Array, tokens: Array) -> Array:
+    if pieces == 1:
+      return table[tokens].astype(jnp.float32)
+    own = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
+    found = (own >= 0) & (own < table.shape[0])
+    rows = table[jnp.where(found, own, 0)].astype(jnp.float32)
+    summed: Array = jax.lax.psum(jnp.where(found[..., None], rows, 0), TENSOR)
+    return summed
+
+  in_parts = jax.shard_map(of_part, mesh=mesh, in_specs=(P(TENSOR if pieces > 1 else None), of_tokens),
+                           out_specs=P(*of_tokens, None))
+  stream: Stream = in_parts(_filled_up(embedding, pieces), tokens)
+  return stream
+
+
+# (head [V, E], norm [E], stream [B, T, E], targets and weights [B, T], words, axis) -> sums of losses and of weights.
+# The head's rows from number `words` on are no words; parts of the head lie over `axis` of the mesh, all if it is None.
+Loss = Callable[..., tuple[Array, Array]]
+
+
+def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array, weights: Array
+                ) -> tuple[Array, Array]:
+  """`loss` of all tokens, by every device of its own."""
+  mesh = constrain.mesh_to_cut(head, x)
+  words = head.shape[0]
+  if mesh is None:
+    return loss(head, norm, x, targets, weights, words, None)
+  of_tokens = constrain.cut(mesh, targets.shape, ("batch", "tokens"))
+  of_words = TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None
+  over = tuple(axis for axes in of_tokens if axes for axis in ((axes,) if isinstance(axes, str) else axes))
+
+  def of_device(head: Array, norm: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    own = words - jax.lax.axis_index(of_words) * head.shape[0] if of_words else words
+    sums: tuple[Array, Array] = jax.lax.psum(loss(head, norm, x, targets, weights, own, of_words), over)
+    return sums
+
+  split = jax.shard_map(of_device, mesh=mesh, out_specs=P(),
+                        in_specs=(P(of_words), P(), P(*of_tokens, None), of_tokens, of_tokens))
+  sums: tuple[Array, Array] = split(_filled_up(head, mesh.shape.get(TENSOR, 1)), norm, x, targets, weights)
+  return sums
+
+
+def _filled_up(table: Array, pieces: int) -> Array:
+  """The table [V, E] with rows of zeros at the end, so that the pieces divide it."""
+  missing = -table.shape[0] % pieces
+  return jnp.pad(table, ((0, missing), (0, 0))) if missing else table

@@ -1,0 +1,113 @@
+"""Two processes of four devices each: the numbers of one process of eight, and checkpoints that any mesh reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from rat_jax.data import BYTES, prepare
+from rat_jax.parallel import make_mesh
+from rat_jax.parallel.processes import check_agreement, from_rows, rows_of_process, together
+from rat_jax.train import Checkpoints
+
+SIZES = ["--layers=2", "--width=16", "--heads=2", "--kv_heads=1", "--dtype=float32", "--length=24", "--batch_size=8",
+         "--mode=dilated:4,window=2", "--mode=dense", "--documents_apart", "--log_every=1", "--learning_rate=1e-2",
+         "--warmup=0.5"]
+
+
+def start(folder, data, *flags, devices=8, **environment):
+  """A training in a process of its own."""
+  flags_of_xla = f"--xla_force_host_platform_device_count={devices} --xla_cpu_parallel_codegen_split_count=1"
+  return subprocess.Popen(
+      [sys.executable, "-m", "experiments.pretrain", f"--workdir={folder}", f"--data={data}", *SIZES, *flags], cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla, "PYTHONPATH": str(ROOT),
+                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(folder, data, *flags):
+  """The same as two processes of four devices."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1] - 1  # the one after it is taken
+  return [start(folder, data, "--distributed", *each, devices=4, MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                WORLD_SIZE="2", RANK=str(rank)) for rank, each in enumerate(flags)]
+
+
+def ended(*processes, code=0):
+  """What they printed, when all have ended with a code."""
+  printed = [process.communicate(timeout=300)[0] for process in processes]
+  for process, text in zip(processes, printed, strict=True):
+    assert (process.returncode != 0) == bool(code), text[-3000:]
+  return printed
+
+
+def losses(folder):
+  return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_parameters(one, other):
+  """Asserts that the newest checkpoints of two folders hold the same parameters, but for rounding."""
+  (_, ours, _), (_, theirs, _) = (Checkpoints(folder / "checkpoints").load_params() for folder in (one, other))
+  for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+    away = np.linalg.norm(np.asarray(x) - np.asarray(y)) / np.linalg.norm(np.asarray(y))
+    assert away < 2e-4, (jax.tree_util.keystr(path), away)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  text = folder / "text.txt"
+  text.write_text("\n".join(f"{i} squared is {i * i}." for i in range(400)), encoding="utf-8")
+  prepare(text, folder / "prepared", tokenizer=BYTES)
+  return folder / "prepared"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, data):
+  mesh = "--mesh=data:2,fsdp:2,context:2"
+  ended(start(tmp_path / "one", data, mesh, "--steps=4", "--save_every=2"))
+  first, second = ended(*start_two(tmp_path / "two", data, *[[mesh, "--steps=4", "--save_every=2"]] * 2))
+  np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+  same_parameters(tmp_path / "two", tmp_path / "one")
+  assert "parameters, 4 batches of 8 x 24 tokens" in first
+  assert "loss" not in second  # one of them writes
+  # What two processes saved goes on in one, of eight devices and of two.
+  shutil.copytree(tmp_path / "two", tmp_path / "again")
+  ended(start(tmp_path / "one", data, mesh, "--steps=6"))
+  ended(start(tmp_path / "two", data, "--mesh=fsdp:2", "--steps=6", devices=2))
+  ended(start(tmp_path / "again", data, "--mesh=fsdp:8", "--steps=6"))
+  for folder in (tmp_path / "two", tmp_path / "again"):
+    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=1e-5)
+    same_parameters(folder, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+def test_processes_that_disagree_say_so_before_the_first_step(tmp_path, data):
+  printed = ended(*start_two(tmp_path, data, ["--steps=2", "--seed=1"], ["--steps=2", "--seed=2"]), code=1)
+  for rank, text in enumerate(printed):
+    message = rf"error: process {rank} of 2 has seed={rank + 1}, and another process has something else"
+    assert re.search(message, text), text[-2000:]
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_one_process_reads_all_rows_and_agrees_with_itself():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  assert rows_of_process(mesh, 6).tolist() == list(range(6))
+  rows = np.arange(12).reshape(6, 2)
+  np.testing.assert_array_equal(from_rows({"tokens": rows}, mesh, 6)["tokens"], rows)
+  check_agreement({"seed": 1})
+  assert together(lambda: 3) == 3
+  with pytest.raises(ZeroDivisionError):
+    together(lambda: 1 // 0)
