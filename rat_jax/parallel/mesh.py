@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 # data     rows; parameters lie on every device
@@ -28,7 +29,9 @@ def make_mesh(text: str | None = None, devices: Sequence[jax.Device] | None = No
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = sizes_of(text, len(devices))
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  # The chips of a TPU are a torus, whose axes are split where the mesh needs it (jax.make_mesh refuses that).
+  laid_out = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sizes_of(text: str | None, count: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from rat_jax.axes import Array, Stream, Tokens
 from rat_jax.parallel import constrain
@@ -24,9 +25,10 @@ def look_up(embedding: Array, tokens: Tokens) -> Stream:
   if mesh is None:
     return embedding[tokens].astype(jnp.float32)
   of_tokens = constrain.cut(mesh, tokens.shape, ("batch", "tokens"))
-  pieces = mesh.shape.get(TENSOR, 1)
+  pieces, of_table = mesh.shape.get(TENSOR, 1), _cut(mesh, embedding)
 
   def of_part(table: Array, tokens: Array) -> Array:
+    table = _whole_width(table, of_table)
     if pieces == 1:
       return table[tokens].astype(jnp.float32)
     own = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
@@ -35,7 +37,7 @@ def look_up(embedding: Array, tokens: Tokens) -> Stream:
     summed: Array = jax.lax.psum(jnp.where(found[..., None], rows, 0), TENSOR)
     return summed
 
-  in_parts = jax.shard_map(of_part, mesh=mesh, in_specs=(P(TENSOR if pieces > 1 else None), of_tokens),
+  in_parts = jax.shard_map(of_part, mesh=mesh, in_specs=(of_table, of_tokens),
                            out_specs=P(*of_tokens, None))
   stream: Stream = in_parts(_filled_up(embedding, pieces), tokens)
   return stream
@@ -55,17 +57,30 @@ def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array,
     return loss(head, norm, x, targets, weights, words, None)
   of_tokens = constrain.cut(mesh, targets.shape, ("batch", "tokens"))
   of_words = TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None
+  of_head = _cut(mesh, head)
   over = tuple(axis for axes in of_tokens if axes for axis in ((axes,) if isinstance(axes, str) else axes))
 
   def of_device(head: Array, norm: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    head = _whole_width(head, of_head)
     own = words - jax.lax.axis_index(of_words) * head.shape[0] if of_words else words
     sums: tuple[Array, Array] = jax.lax.psum(loss(head, norm, x, targets, weights, own, of_words), over)
     return sums
 
   split = jax.shard_map(of_device, mesh=mesh, out_specs=P(),
-                        in_specs=(P(of_words), P(), P(*of_tokens, None), of_tokens, of_tokens))
+                        in_specs=(of_head, P(), P(*of_tokens, None), of_tokens, of_tokens))
   sums: tuple[Array, Array] = split(_filled_up(head, mesh.shape.get(TENSOR, 1)), norm, x, targets, weights)
   return sums
+
+
+def _cut(mesh: AbstractMesh, table: Array) -> P:
+  """How the table [V, E] is cut when it was filled up."""
+  return P(TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None, *constrain.cut(mesh, table.shape[1:], ("embed",)))
+
+
+def _whole_width(table: Array, cut: P) -> Array:
+  """A device's words with all of E: gathered here, so that of their gradient every device is sent its own part."""
+  whole: Array = table if cut[1] is None else jax.lax.all_gather(table, cut[1], axis=1, tiled=True)
+  return whole
 
 
 def _filled_up(table: Array, pieces: int) -> Array:
