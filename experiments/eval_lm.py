@@ -21,6 +21,7 @@ from experiments.shared import command, device, inputs, output, over_mesh
 from rat_jax import RATPlusLM, parallel
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.plan import layer_modes
 
 
@@ -62,6 +63,8 @@ def main(settings: Settings) -> None:
   if mesh is not None:
     batches = (parallel.shard(batch, mesh) for batch in batches)
   losses = loss_by_mode(RATPlusLM(config), params, batches, settings.mode, prompt_length)
+  if not processes.is_first():
+    return
   rows, result = [], {}
   for mode, nats in losses.items():
     keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length)))

@@ -73,6 +73,10 @@ Job = tuple[str, str, list[str]]  # checkpoint, row's label, tasks
 
 
 def main(settings: Settings) -> None:
+  if settings.mesh or settings.distributed:
+    settings.refuse(("workers",), "with --mesh a row runs on all devices, and one after another; leave it out.")
+    settings = dataclasses.replace(settings, workers=1)
+    settings.made_mesh()  # the processes find each other before any device is asked for
   seeds.share_device()
   opened.cache_clear()
   check(settings)
@@ -182,7 +186,7 @@ def opened(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
 
 def mini_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   """`opened` for mini-NIAH."""
-  config, params = seeds.load(checkpoint)
+  config, params = seeds.load(checkpoint, settings.made_mesh())
 
   def compute(row, names):
     free = [TASKS[name] for name in names if decoded(settings, row.label, name)]
@@ -193,7 +197,7 @@ def mini_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
 
 def text_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   """`opened` for tasks in words."""
-  model, params, notes = words.load_model(checkpoint, settings.tokenizer)
+  model, params, notes = words.load_model(checkpoint, settings.tokenizer, settings.made_mesh())
   examples = words.load(settings, settings.tasks, settings.count, settings.length, settings.asked.data_seed)
   words.check_unseen(settings.ruler, settings.tasks, checkpoint, notes)
   return f"{checkpoint} {seeds.fingerprint(params)}", lambda row, names: words.cells(

@@ -22,6 +22,7 @@ from experiments.shared import command, inputs, over_mesh
 from rat_jax import RATPlusLM
 from rat_jax.data import Tokenizer
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.paths import read_text
 
 
@@ -74,9 +75,10 @@ def main(settings: Settings) -> None:
                            prefill_mode=settings.prefill_mode, max_new_tokens=settings.max_new_tokens,
                            temperature=settings.temperature, top_p=settings.top_p, eos_id=end,
                            key=jax.random.key(settings.seed))
-    ids = np.asarray(new)[0].tolist()
+    ids = processes.on_host(new)[0].tolist()
     continued = tokenizer.decode_after(prompt, ids[:ids.index(end)] if end in ids else ids)
-    print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
+    if processes.is_first():
+      print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def over_seeds() -> NamedSharding:
   return NamedSharding(mesh(), PartitionSpec("seeds"))
 
 
-def load(folders: str) -> tuple[RATPlusConfig, Any]:
+def load(folders: str, mesh: Mesh | None = None) -> tuple[RATPlusConfig, Any]:
   """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between.
+
+  `mesh`: on which each seed's parameters lie.
 
   Raises ValueError and FileNotFoundError for a URL, folders without seeds, and models that do not belong together.
   """
@@ -67,7 +69,7 @@ def load(folders: str) -> tuple[RATPlusConfig, Any]:
       state = "holds no seed-* checkpoints" if around.is_dir() else lacking(around, "folder")
       raise FileNotFoundError(f"{around} {state}; give the folder around seed-*, which experiments.sft_niah makes.")
     for path in paths:
-      config, of_seed, notes = Checkpoints(path).load_params()
+      config, of_seed, notes = Checkpoints(path).load_params(mesh)
       if notes.get("seeds", len(paths)) != len(paths):
         raise ValueError(f"{folder} holds {len(paths)} seeds of a run of {notes['seeds']}; run experiments.sft_niah to"
                          " its end, or move what is not of that run away.")

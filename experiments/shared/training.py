@@ -45,6 +45,7 @@ class Settings(over_mesh.Settings):
   combine: Combine
   documents_apart: bool
   save_every: int
+  resume: str
   log_every: int
 
   def optimizer(self, steps: int, rates: Sequence[tuple[str, float]] = ()) -> Optimizer:
@@ -70,6 +71,7 @@ def define_flags(*, steps: int = 1000, batch_size: int = 16, length: int = 1024,
   flags.DEFINE_enum("combine", "sequential", get_args(Combine), "One update per mode, or one in all.")
   flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
   flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.", lower_bound=0)
+  command.define_resume()
   flags.DEFINE_integer("log_every", 20, "Batches between lines on the terminal.", lower_bound=1)
 
 
@@ -171,7 +173,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
            "rates": [list(one) for one in rates],
            "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay}
   parallel.check_agreement(notes | {"config": config.to_json(), "steps": steps, "mesh": settings.mesh})
-  if checkpoints.steps():
+  if output.resumes(settings.resume, checkpoints):
     state, saved = checkpoints.restore(state, config)
     output.check_same_run(checkpoints.folder, saved, notes)
     if int(state.step) < steps:

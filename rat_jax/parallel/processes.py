@@ -19,11 +19,13 @@ Made = TypeVar("Made")
 
 
 def start() -> None:
-  """Joins the processes of one program, before any device is asked for.
+  """Joins the processes of one program, before any device is asked for; once they are joined it does nothing.
 
   Where a launcher like torchrun says RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, these are taken, with the port
   after that one, which is in use; elsewhere jax finds out by itself (Cloud TPU, SLURM, Open MPI, Kubernetes).
   """
+  if jax.distributed.is_initialized():
+    return
   names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
   if all(name in os.environ for name in names):
     address, port, count, rank = (os.environ[name] for name in names)
@@ -71,6 +73,15 @@ def _piece(local: np.ndarray, own: Mapping[int, int], batch_size: int, at: Any) 
   """What a device has of a batch, at slices of the whole, of this process's rows."""
   wanted = [own[row] for row in range(*at[0].indices(batch_size))]
   return local[wanted][:, at[1]]
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+  """The whole array, in every process."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:

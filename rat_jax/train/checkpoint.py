@@ -99,7 +99,12 @@ class Checkpoints:
       OSError: a file that cannot be read now, such as one without permission; nothing is moved.
     """
     places = {jax.tree_util.keystr(path): _place(leaf) for path, leaf in jax.tree.leaves_with_path(template)}
-    arrays, about = self._read_newest(lambda step, about: self._arrays(step, about, places), config, set_aside=True)
+
+    def unfit(about: dict[str, Any]) -> str | None:
+      difference = config.difference(RATPlusConfig.from_json(about["config"]))
+      return f"it has another config (field: wanted, saved): {difference}." if difference else None
+
+    arrays, about = self._read_newest(lambda step, about: self._arrays(step, about, places), unfit, set_aside=True)
     params = {_plain(name): array for name, array in arrays.items() if name.startswith(_PARAMS)}
     for name, leaf in named_leaves(template.params).items():
       saved = params.get(name)
@@ -118,12 +123,22 @@ class Checkpoints:
   def load_params(self, mesh: jax.sharding.Mesh | None = None) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
     """(config, params, notes) of the newest checkpoint whose parameters are intact, to run a model.
 
-    Reads nothing of the optimizer, and a leaf at a time; onto a mesh, by its devices. Raises as `restore`.
+    Reads nothing of the optimizer, and a leaf at a time; onto a mesh, by its devices. Raises as `restore`, and
+    ValueError for a mesh that does not divide heads or widths.
     """
     def read(step: int, about: dict[str, Any]) -> Params:
       return mapping.tree(self._params(step, about, mesh), lambda name, leaf: jnp.asarray(leaf))
 
-    params, about = self._read_newest(read)
+    def unfit(about: dict[str, Any]) -> str | None:
+      try:
+        for name, entry in about["manifest"].items() if mesh else ():
+          if name.startswith(_PARAMS):
+            rules.spec(_last(name), tuple(entry["shape"]), mesh, strict=True)
+      except ValueError as error:
+        return str(error)
+      return None
+
+    params, about = self._read_newest(read, unfit)
     return RATPlusConfig.from_json(about["config"]), params, about["notes"]
 
   def read_params(self) -> tuple[RATPlusConfig, Iterator[tuple[str, np.ndarray]], dict[str, Any], str]:
@@ -141,9 +156,13 @@ class Checkpoints:
     (step, digest), about = self._read_newest(read)
     return RATPlusConfig.from_json(about["config"]), self._params(step, about), about["notes"], digest
 
-  def _read_newest(self, read: Callable[[int, dict[str, Any]], _Found], config: RATPlusConfig | None = None,
-                   set_aside: bool = False) -> tuple[_Found, dict[str, Any]]:
-    """(what `read` makes of the newest checkpoint that it can read, what is written about that one)."""
+  def _read_newest(self, read: Callable[[int, dict[str, Any]], _Found],
+                   unfit: Callable[[dict[str, Any]], str | None] = lambda about: None, set_aside: bool = False
+                   ) -> tuple[_Found, dict[str, Any]]:
+    """(what `read` makes of the newest checkpoint that it can read, what is written about that one).
+
+    `unfit` of what is written says why a checkpoint, which may be whole, is not the one that is asked for.
+    """
     steps = self.steps()
     if not steps:
       state = "holds no checkpoint" if self.folder.is_dir() else lacking(self.folder, "folder")
@@ -154,8 +173,9 @@ class Checkpoints:
       part = "about"
       try:
         about = self._about(step)
-        part = "state"
-        found = read(step, about)
+        part, reason = "state", unfit(about)
+        if reason is None:
+          found = read(step, about)
       except (ValueError, KeyError, OSError) as error:
         if not _is_damage(error):
           raise OSError(f"{self.folder / str(step) / part} cannot be read, and may be whole: {error}. Mend what stands"
@@ -164,10 +184,8 @@ class Checkpoints:
                       stacklevel=3)
         damaged.append(step)
         continue
-      if config is not None:
-        difference = config.difference(RATPlusConfig.from_json(about["config"]))
-        if difference:
-          raise ValueError(f"the checkpoint in {self.folder} has another config (field: wanted, saved): {difference}.")
+      if reason is not None:
+        raise ValueError(f"the checkpoint in {self.folder}: {reason}")
       if set_aside and processes.is_first():
         for later in damaged:
           (self.folder / str(later)).rename(_unused(self.folder / f"damaged-{later}"))
@@ -213,7 +231,7 @@ class Checkpoints:
     shape = tuple(entry["shape"])
     how = ocp.RestoreArgs(restore_type=np.ndarray)
     if mesh is not None:
-      place = jax.sharding.NamedSharding(mesh, rules.spec(name.rsplit("'", 2)[1], shape, mesh, strict=True))
+      place = jax.sharding.NamedSharding(mesh, rules.spec(_last(name), shape, mesh, strict=True))
       how = ocp.ArrayRestoreArgs(sharding=place, global_shape=shape)
     args = ocp.args.PyTreeRestore({name: jax.ShapeDtypeStruct(shape, entry["dtype"])}, partial_restore=True,
                                   restore_args={name: how})
@@ -275,6 +293,11 @@ def _arrays(state: TrainState) -> dict[str, jax.Array | np.ndarray]:
   """The state's leaves by their path: arrays of several devices as they lie, others on the host."""
   return {jax.tree_util.keystr(path): leaf if _place(leaf) else np.asarray(leaf)
           for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def _last(name: str) -> str:
+  """The last name of a path such as ".params['layers']['query']"."""
+  return name.rsplit("'", 2)[1]
 
 
 def _place(leaf: Any) -> jax.sharding.Sharding | None:

@@ -69,16 +69,17 @@ class Run:
 
 def compare(case, one, other, text):
   """Asserts the numbers of one device, and that arrays still lie as the table says."""
-  at = f"{case} on {text}"
-  np.testing.assert_allclose(other.loss, one.loss, rtol=1e-5, err_msg=at)
+  at, exact = f"{case} on {text}", CASES[case][0].param_dtype == "float32"
+  of_losses = 1e-5 if exact else 1e-3  # a step may round a bfloat16 parameter to either neighbour
+  np.testing.assert_allclose(other.loss, one.loss, rtol=of_losses, err_msg=at)
   for (path, theirs), ours in zip(jax.tree.leaves_with_path(one.gradients), jax.tree.leaves(other.gradients),
                                   strict=True):
     largest = np.abs(np.asarray(theirs, np.float32)).max()
-    bound = 1e-5 if theirs.dtype == np.float32 else 2**-8
+    bound = 1e-5 if exact else 2**-7
     np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=0,
                                atol=bound * largest, err_msg=f"{at}: the gradient of {jax.tree_util.keystr(path)}")
   for theirs, ours in zip(one.metrics, other.metrics, strict=True):
-    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5, err_msg=at)
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=of_losses, err_msg=at)
     np.testing.assert_allclose(ours["tokens"], theirs["tokens"], err_msg=at)
   worst = 0.0
   for (path, theirs), ours in zip(jax.tree.leaves_with_path(one.state.params), jax.tree.leaves(other.state.params),
@@ -86,7 +87,7 @@ def compare(case, one, other, text):
     theirs, ours = np.asarray(theirs, np.float32), np.asarray(ours, np.float32)
     away = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     worst = max(worst, away)
-    assert away < (2e-4 if CASES[case][0].param_dtype == "float32" else 2**-8), (at, jax.tree_util.keystr(path), away)
+    assert away < (2e-4 if exact else 2**-7), (at, jax.tree_util.keystr(path), away)
   placed = shard(other.state, make_mesh(text))
   for (path, leaf), wanted in zip(jax.tree.leaves_with_path(other.state), jax.tree.leaves(placed), strict=True):
     assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), (at, jax.tree_util.keystr(path), leaf.sharding)

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import rat_jax
+from parallel import golden
 from rat_jax import Dense, Quest, RATPlusConfig, RATPlusLM
 from rat_jax.caches.cache import empty_cache
 from rat_jax.parallel import AXES, make_mesh, rules, shardings
@@ -110,3 +111,9 @@ def test_caches(mode):
 def test_what_does_not_fit_is_named(name, shape, sizes, message):
   with pytest.raises(ValueError, match=message):
     rules.spec(name, shape, mesh_of(**sizes), strict=True)
+
+
+@pytest.mark.parametrize("preset", golden.PRESETS)
+def test_shardings_of_the_presets_are_those_of_the_files(preset):
+  """After a wanted change: PYTHONPATH=tests python -m parallel.golden."""
+  assert golden.text_of(preset) == (golden.FOLDER / f"{preset}.txt").read_text(encoding="utf-8")
