@@ -55,7 +55,8 @@ def devices_of(topology: str) -> Sequence[Any]:
   """
   from jax.experimental import topologies
 
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU is looked for
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU is looked for, and so none has to be kept for one process
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
   try:
@@ -66,5 +67,7 @@ def devices_of(topology: str) -> Sequence[Any]:
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
   except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("INVALID_ARGUMENT"):
+      raise
     raise ValueError(f"--topology={topology}: {str(error).removeprefix('INVALID_ARGUMENT: ')}; use one {_EXAMPLE}."
                      ) from error

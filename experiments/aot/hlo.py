@@ -104,8 +104,11 @@ class Program:
         yield times, self._computations[name], one
 
   def sent(self) -> list[Sent]:
-    """All collectives."""
-    found = []
+    """All collectives.
+
+    One that goes on while others run is a chain of fusions, some of them inside inner loops.
+    """
+    found: dict[str, Sent] = {}
     for times, inside, one in self._running():
       within = [(inside, one)]
       if one.kind == "fusion":  # a reduce-scatter of a TPU is a fusion of an all-reduce and a slice
@@ -120,9 +123,12 @@ class Program:
         if one.kind == "fusion" and kind == "all-reduce" and _sizes(one.result) < sides[0]:
           kind = "reduce-scatter"
         source = re.search(r'op_name="([^"]*)"', inner.rest) or re.search(r'op_name="([^"]*)"', one.rest)
-        found.append(Sent(kind, max(sides), _groups(inner.rest), times, source[1] if source else "",
-                          tuple(shape for _, shape, _ in _arrays(inner.result))))
-    return found
+        chain = re.search(r'(?:chain_id|async_collective_name)="[^"]+"', inner.rest)
+        key = chain[0] if chain else inner.name
+        made = Sent(kind, max(sides), _groups(inner.rest), times, source[1] if source else "",
+                    tuple(shape for _, shape, _ in _arrays(inner.result)))
+        found[key] = min(found.get(key, made), made, key=lambda one: one.times)
+    return list(found.values())
 
   def moved(self) -> float:
     """Bytes that all instructions read from the device's memory and write to it."""
