@@ -17,7 +17,8 @@ test: $(VENV)/dev
 test-ci: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts or tpu)" tests
 
-# The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults, test-slow-scripts. pyproject.toml says what each is.
+# The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults, test-slow-scripts. pyproject.toml says what
+# each is.
 test-slow-%: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and $*" tests
 

@@ -1,26 +1,28 @@
 """Compiles a model's programs for a TPU topology, on a machine without one: does it fit, and how long should it take?
 
 Claim: what a pod would hold, send and take follows from the compiled program and the chip's public figures.
-Command: python -m experiments.aot_compile --preset=ratplus-7b --topology=v5p:4x8x8 --mesh=data:4,fsdp:64
+Commands: python -m experiments.aot_compile --preset=ratplus-7b --topology=v5p:4x8x8 --mesh=data:4,fsdp:64
+          python -m experiments.aot_compile --table      every case of docs/scaling.md; finished ones are kept
 Result: a table of every program, by device; results.json.
-Cost: minutes for each program, on any machine with Linux and the tpu extra.
+Cost: some minutes for each case, on any machine with Linux and the tpu extra.
 Nothing is measured: times are predictions. docs/scaling.md says what they count. Fails where a program does not fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 from absl import flags
 
-from experiments.aot import chips, predict, programs
+from experiments.aot import cases, chips, programs
+from experiments.aot.cases import CASES, Case
 from experiments.shared import command, output
 from rat_jax import Dilated, RATPlusConfig
-from rat_jax.costs import training_flops
 from rat_jax.modes import Mode
-from rat_jax.parallel import make_mesh
 from rat_jax.transformer import Remat
+
+_OF_CASE = tuple(field.name for field in dataclasses.fields(Case))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class Settings(command.Settings):
   rows: int | None
   mode: tuple[Mode, ...]
   program: tuple[str, ...]
+  table: bool
+
+  @property
+  def case(self) -> Case:
+    return Case(**{name: getattr(self, name) for name in _OF_CASE} | {"mode": self.mode[0]})
 
 
 def define_flags() -> None:
@@ -53,69 +60,86 @@ def define_flags() -> None:
                        lower_bound=1)
   command.define_modes([str(Dilated(64))], "The mode of the prompt, of decoding, and of a batch's first update.")
   flags.DEFINE_multi_enum("program", list(programs.KINDS), list(programs.KINDS), "What to compile; repeat the flag.")
+  flags.DEFINE_bool("table", False, "Compile the cases of docs/scaling.md.")
 
 
 def main(settings: Settings) -> None:
+  path = settings.workdir / "results.json"
+  if settings.table:
+    settings.refuse((*_OF_CASE, "program"), "--table has cases of its own; leave it out.")
+    output.made(settings.workdir)
+    print(cases.table(whole_table(path)))
+    return
+  check(settings)
+  case = settings.case
+  print(f"{case.preset} on {case.topology}, mesh {case.mesh or 'of all devices on fsdp'}: {case.batch_size} rows of"
+        f" {case.length} tokens in {case.accumulation} micro-batches, under {case.mode} and then dense", flush=True)
+  found = cases.compiled(case, settings.program, lambda kind: print(f"compiling: {kind}", flush=True))
+  print(f"\n{of_device(found)}")
+  output.made(settings.workdir)
+  output.write_json(path, found)
+  fail_if_too_large(found)
+
+
+def check(settings: Settings) -> None:
+  """Raises ValueError for flags that do not go together, before a compiler is asked for."""
   if len(settings.mode) != 1:
     raise ValueError(f"--mode is given {len(settings.mode)} times; give one.")
+  command.check_trained(settings.mode)
+  RATPlusConfig.preset(settings.preset)
+  chips.chip_of(settings.topology)
   if settings.batch_size % settings.accumulation:
     raise ValueError(f"--accumulation={settings.accumulation} does not divide --batch_size={settings.batch_size}; cut a"
                      " batch into equal parts.")
-  config = RATPlusConfig.preset(settings.preset)
-  if settings.layers:
-    config = dataclasses.replace(config, num_layers=settings.layers)
-  command.check_trained(settings.mode)
-  chip = chips.chip_of(settings.topology)
-  mesh = make_mesh(settings.mesh, chips.devices_of(settings.topology))
-  served = settings.rows or mesh.shape["data"] * mesh.shape["fsdp"]
-  work = programs.Work(config, settings.batch_size, settings.length, settings.accumulation,
-                       settings.remat, served, settings.mode[0])
-  useful = settings.batch_size * settings.length * sum(
-      training_flops(config, mode, settings.length) for mode in work.modes)
-  print(f"{settings.preset} on {settings.topology}, {mesh.size} devices as {settings.mesh or f'fsdp:{mesh.size}'}."
-        f" Training: {settings.batch_size} rows of {settings.length} tokens in {settings.accumulation} micro-batches,"
-        f" updates under {', then '.join(map(str, work.modes))}. Serving: {served} rows under {settings.mode[0]}.\n",
-        flush=True)
-  results, columns, too_large = {}, [], []
-  for kind in settings.program:
-    try:
-      found = predict.predicted(programs.traced(kind, work, mesh), chip, mesh)
-    except predict.DoesNotFit as error:
-      too_large.append(f"{kind}: {error}")
-      continue
-    share = predict.utilisation(useful, found, chip, mesh.size) if kind == "train" else None
-    results[kind] = predict.as_results(found) | {"utilisation": share}
-    columns.append((kind, found, share))
-  if columns:
-    print(table(columns))
-  about = {name: getattr(settings, name) for name in ("preset", "topology", "mesh", "batch_size", "length",
-                                                       "accumulation", "remat")}
-  output.write_json(output.made(settings.workdir) / "results.json", about | {
-      "rows": served, "mode": str(settings.mode[0]), "devices": mesh.size, "programs": results})
-  if too_large:
-    raise ValueError(f"does not fit into a device of {chip.memory / chip.devices / 2**30:.1f} GiB: "
-                     f"{'; '.join(too_large)} Give more micro-batches, or more devices of fsdp, tensor or context.")
 
 
-def table(columns: list[tuple[str, predict.Predicted, float | None]]) -> str:
-  """What every program holds, does, sends and takes, a column for each."""
-  def row(name: str, values: list[float], unit: float, digits: int = 3) -> list[str]:
-    return [name, *(f"{value / unit:,.{digits}f}" if value else "" for value in values)]
+def whole_table(path: Any) -> list[dict[str, Any]]:
+  """The cells of all cases, which are written as they are done."""
+  done = {cases.key(cell): cell for cell in output.read_json(path).get("cells", [])}
+  for case in CASES:
+    if cases.key(dataclasses.asdict(case)) not in done:
+      print(f"{case.preset}, {case.length} tokens, {case.topology}", flush=True)
+      cell = cases.compiled(case, programs.KINDS, lambda kind: None)
+      done[cases.key(cell)] = cell
+      output.write_json(path, {"cells": list(done.values())})
+  return [done[cases.key(dataclasses.asdict(case))] for case in CASES]
 
-  found = [one for _, one, _ in columns]
-  held = list(dict.fromkeys(name for one in found for name in one.held))
-  names = {"kept": "kept for the gradient", "optimizer": "optimizer state", "other": "other arguments"}
-  rows = [row(f"{names.get(name, name)}, GiB", [one.held.get(name, 0) for one in found], 2**30) for name in held]
-  rows += [row("all of it, GiB", [sum(one.held.values()) for one in found], 2**30),
-           row("the device has, GiB", [one.memory for one in found], 2**30),
-           row("matrix products, TFLOP", [one.products for one in found], 1e12),
-           row("read and written, GB", [one.moved for one in found], 1e9)]
-  rows += [row(f"{kind}, MB", [one.sent[kind] for one in found], 1e6)
-           for kind in found[0].sent if any(one.sent[kind] for one in found)]
-  rows += [row(f"{name} alone, ms", [one.seconds[name] for one in found], 1e-3) for name in found[0].seconds]
-  rows += [row("predicted, ms", [one.step for one in found], 1e-3),
-           ["utilisation", *("" if share is None else f"{share:.0%}" for *_, share in columns)]]
-  return output.markdown_table(["of a device", *(kind for kind, *_ in columns)], rows)
+
+def fail_if_too_large(found: dict[str, Any]) -> None:
+  """Raises ValueError where a program does not fit."""
+  reasons = [f"{kind}: {one['too_large']}" for kind, one in found["programs"].items() if "too_large" in one]
+  if reasons:
+    raise ValueError(f"does not fit into a device of {found['memory'] / 2**30:.0f} GiB: {'; '.join(reasons)} Give more"
+                     " micro-batches, --remat=nothing, or more devices of fsdp, tensor or context.")
+
+
+def of_device(found: dict[str, Any]) -> str:
+  """What every program that fits holds, does, sends and takes on a device, a column for each."""
+  columns = {kind: one for kind, one in found["programs"].items() if "too_large" not in one}
+
+  def row(name: str, values: list[float], unit: float) -> list[str]:
+    return [name, *(f"{value / unit:,.3f}" if value else "" for value in values)]
+
+  def rows_of(field: str, unit: float, label: str) -> list[list[str]]:
+    names = dict.fromkeys(name for one in columns.values() for name in one[field])
+    rows = {name: [one[field].get(name, 0.0) for one in columns.values()] for name in names}
+    return [row(label.format(_LABELS.get(name, name)), values, unit) for name, values in rows.items() if any(values)]
+
+  def of_all(field: str) -> list[float]:
+    return [one[field] for one in columns.values()]
+
+  rows = [*rows_of("held", 2**30, "{}, GiB"), row("all of it, GiB", of_all("total"), 2**30),
+          row("the device has, GiB", len(columns) * [found["memory"]], 2**30),
+          row("matrix products, TFLOP", of_all("products"), 1e12), row("read and written, GB", of_all("moved"), 1e9),
+          *rows_of("sent", 1e6, "{}, MB"), *rows_of("seconds", 1e-3, "{} alone, ms"),
+          row("predicted, ms", of_all("step"), 1e-3),
+          ["of the chips' peak", *(f"{one['utilisation']:.0%}" if "utilisation" in one else ""
+                                   for one in columns.values())]]
+  return output.markdown_table(["of a device", *columns], rows)
+
+
+_LABELS = {"kept": "kept for the gradient", "optimizer": "optimizer state", "temporary": "other temporary arrays",
+           "other": "other arguments"}
 
 
 if __name__ == "__main__":

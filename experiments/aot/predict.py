@@ -92,11 +92,6 @@ def _hops(senders: np.ndarray, receivers: np.ndarray, size: Sequence[int] | np.n
   return int(np.minimum(away, np.asarray(size) - away).sum(axis=1).max())
 
 
-def utilisation(useful: float, found: Predicted, chip: Chip, devices: int) -> float:
-  """The share of the chips' products that a step of `useful` operations of all devices makes use of."""
-  return useful / (found.step * chip.products / chip.devices * devices)
-
-
 def as_results(found: Predicted) -> dict[str, Any]:
   """Plain JSON."""
   return dataclasses.asdict(found) | {"step": found.step, "total": math.fsum(found.held.values())}

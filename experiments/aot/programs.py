@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-  """A program before it is compiled, and the bytes of each of its arguments on a device, by what they are."""
+  """A program before it is compiled, and the bytes of its arguments on a device, by what they are.
+
+  `kept`: bytes of what layers keep for the gradient; the compiler counts them among all that it needs.
+  """
 
   program: Any
   held: Mapping[str, float]
@@ -62,56 +65,57 @@ def _train(work: Work, mesh: jax.sharding.Mesh) -> Traced:
   model = RATPlusLM(work.config)
   optimizer = rat_jax.make_optimizer(3e-4, total_steps=1000)
   state = jax.eval_shape(lambda params: rat_jax.init_train_state(model, params, optimizer), _parameters(model))
-  tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32)
-  state, batch = (_placed(tree, mesh) for tree in (state, {"tokens": tokens, "targets": tokens}))
+  tokens = _tokens(work.rows, work.length)
+  state, batch = _placed(state, mesh), _placed({"tokens": tokens, "targets": tokens}, mesh)
   step = functools.partial(rat_jax.train_step, model, optimizer, modes=work.modes, accumulation=work.accumulation,
                            remat=work.remat)
-  program = _jitted(step, donate_argnums=0).trace(state, batch)
-  part = jax.ShapeDtypeStruct((work.rows // work.accumulation, work.length), jnp.int32)
-  return Traced(program, {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)},
-                _kept(model, work, part) / mesh.size)
+  part = _tokens(work.rows // work.accumulation, work.length)
+  return Traced(jax.jit(step, donate_argnums=0).trace(state, batch),
+                {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)},
+                max(_kept(model, mode, work.remat, part) for mode in work.modes) / mesh.size)
 
 
-def _kept(model: RATPlusLM, work: Work, tokens: Any) -> float:
-  """Bytes of what the layers of a micro-batch keep for the gradient: of the update that keeps the most."""
-  def gradient(mode: Mode, params: Any, tokens: Any) -> Any:
-    return jax.vjp(lambda params: model.apply({"params": params}, tokens, method="stream", mode=mode,
-                                              remat=work.remat), params)[1]
+def _kept(model: RATPlusLM, mode: Mode, remat: Remat, tokens: Any) -> float:
+  """Bytes of what the layers keep for the gradient of an update, but for parameters and tokens themselves."""
+  def gradient(params: Any, tokens: Any) -> Any:
+    return jax.vjp(lambda params: model.apply({"params": params}, tokens, method="stream", mode=mode, remat=remat),
+                   params)[1]
 
   params = _parameters(model)
-  known = {(x.shape, x.dtype) for x in (*jax.tree.leaves(params), tokens)}
-  return max(sum(float(x.size) * x.dtype.itemsize for x in
-                 jax.tree.leaves(jax.eval_shape(functools.partial(gradient, mode), params, tokens))
-                 if (x.shape, x.dtype) not in known) for mode in work.modes)
-
-
-def _serving(work: Work) -> tuple[RATPlusLM, Any]:
-  model = RATPlusLM(dataclasses.replace(work.config, param_dtype=work.config.dtype))
-  return model, _parameters(model)
+  given = {(x.shape, x.dtype) for x in (*jax.tree.leaves(params), tokens)}
+  kept = jax.tree.leaves(jax.eval_shape(gradient, params, tokens))
+  return float(sum(x.size * x.dtype.itemsize for x in kept if (x.shape, x.dtype) not in given))
 
 
 def _prefill(work: Work, mesh: jax.sharding.Mesh) -> Traced:
-  model, params = _serving(work)
-  tokens = {"tokens": jax.ShapeDtypeStruct((work.served, work.length), jnp.int32)}
-  params, tokens = _placed(params, mesh), _placed(tokens, mesh)["tokens"]
-  run = functools.partial(rat_jax.prefill, model, mode=work.mode, max_length=work.length + 1)
-  program = _jitted(lambda params, tokens: run(params, tokens)).trace(params, tokens)
-  return Traced(program, {"parameters": _bytes(params)})
+  model = _served(work)
+  params, batch = _placed(_parameters(model), mesh), _placed({"tokens": _tokens(work.served, work.length)}, mesh)
+
+  def run(params: Any, tokens: Any) -> Any:
+    return rat_jax.prefill(model, params, tokens, mode=work.mode, max_length=work.length + 1)
+
+  return Traced(jax.jit(run).trace(params, batch["tokens"]), {"parameters": _bytes(params)})
 
 
 def _decode(work: Work, mesh: jax.sharding.Mesh) -> Traced:
-  model, params = _serving(work)
-  tokens = jax.ShapeDtypeStruct((work.served, 1), jnp.int32)
+  model = _served(work)
+  params = _parameters(model)
   cache = jax.eval_shape(lambda params, tokens: rat_jax.prefill(model, params, tokens, mode=work.mode,
-                                                                max_length=work.length)[1], params, tokens)
+                                                                max_length=work.length)[1],
+                         params, _tokens(work.served, 1))
   params, cache = _placed(params, mesh), _placed(cache, mesh)
-  step = functools.partial(rat_jax.decode_step, model)
-  program = _jitted(step, donate_argnums=2).trace(params, jax.ShapeDtypeStruct((work.served,), jnp.int32), cache)
-  return Traced(program, {"parameters": _bytes(params), "cache": _bytes(cache)})
+  step = jax.jit(functools.partial(rat_jax.decode_step, model), donate_argnums=2)
+  return Traced(step.trace(params, jax.ShapeDtypeStruct((work.served,), jnp.int32), cache),
+                {"parameters": _bytes(params), "cache": _bytes(cache)})
 
 
-def _jitted(f: Callable[..., Any], **options: Any) -> Any:
-  return jax.jit(f, **options)
+def _served(work: Work) -> RATPlusLM:
+  """The model with parameters of the type that it computes in."""
+  return RATPlusLM(dataclasses.replace(work.config, param_dtype=work.config.dtype))
+
+
+def _tokens(rows: int, length: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
 
 def _parameters(model: RATPlusLM) -> Any:
@@ -126,4 +130,4 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def _bytes(tree: Any) -> float:
   """Of one device's part."""
-  return sum(float(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))

@@ -36,6 +36,14 @@ MODEL = bench_model.Settings(
     heads=2, kv_heads=None, dtype="float32", torch_reference=None)
 
 
+def refuses(module, given, message, folder):
+  """Asserts that a command ends with a message for these flags, and writes no folder."""
+  asked = settings(module, f"--workdir={folder}", *shlex.split(given))
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    module.main(asked)
+  assert not folder.exists()
+
+
 @pytest.mark.slow
 def test_every_operation_is_checked_and_timed(tmp_path):
   """In plain JAX, at two lengths: a table, a figure for each operation, errors of bfloat16."""
@@ -128,10 +136,7 @@ PREFILL = "prefill has xla/mosaic_gpu, xla/cudnn/cudnn_masked/mosaic_gpu"
      "--implementation: all cases are dense attention, which libraries compute; leave it out."),
 ])
 def test_what_no_operation_takes_is_refused_before_anything_is_drawn(given, message, tmp_path):
-  asked = settings(bench_ops, f"--workdir={tmp_path}/run", *shlex.split(given))
-  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-    bench_ops.main(asked)
-  assert not (tmp_path / "run").exists()
+  refuses(bench_ops, given, message, tmp_path / "run")
 
 
 def test_implementations_are_those_that_an_operation_has():
@@ -158,10 +163,7 @@ def test_implementations_are_those_that_an_operation_has():
      " modes to train, such as --mode=dilated:16."),
 ])
 def test_what_no_part_takes_is_refused_before_anything_is_built(given, message, tmp_path):
-  asked = settings(bench_model, f"--workdir={tmp_path}/run", *shlex.split(given))
-  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-    bench_model.main(asked)
-  assert not (tmp_path / "run").exists()
+  refuses(bench_model, given, message, tmp_path / "run")
 
 
 def test_the_table_of_runs_asks_for_nothing_that_is_refused():
