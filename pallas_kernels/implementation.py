@@ -157,13 +157,13 @@ def _cut(operation: Operation, implementation: Implementation, arguments: Argume
 
 
 def _filled_up(operation: Operation, arguments: Arguments) -> Arguments:
-  """The arguments with sequences that the mesh's pieces divide."""
+  """The arguments with sequences that the mesh's pieces divide; those of fewer tokens than pieces as they are."""
   pieces, sequence = split.pieces(arguments), operation.sequences
   if pieces == 1 or sequence is None or sequence.fills is None:
     return arguments
 
   def of_array(fill: float, x: jax.Array, letters: str) -> jax.Array:
-    widths = [(0, -n % pieces if letter == sequence.letter else 0)
+    widths = [(0, -n % pieces if letter == sequence.letter and n >= pieces else 0)
               for n, letter in itertools.zip_longest(x.shape, letters)]
     return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 

@@ -91,7 +91,8 @@ def cut(arguments: Any, letters: Letters, independent: str, unit: int = 1) -> Cu
       complete &= alone
       continue
     together = next((of for of in _TOGETHER if set(of) & set(wanted) & set(sizes)), "")
-    group = [letter for letter in together if letter in sizes and letter in independent]
+    group = [letter for letter in together if letter in sizes and letter in independent
+             and (letter not in "TR" or axis == CONTEXT)]
     whole = {letter: _size(mesh, (*cuts.get(letter, ()), axis)) * (unit if letter in "TR" else 1) for letter in group}
     fits = all(sizes[letter] % whole[letter] == 0 for letter in group)
     if fits:
@@ -132,7 +133,7 @@ def _program(f: Callable[..., Any], tree: Any, cut: Cut, results: Letters, optio
     """x cut as it will be taken: along Explicit axes nothing moves by itself."""
     if not explicit:
       return x
-    only = P(*(tuple(axis for axis in _axes(entry) if axis in explicit) or None for entry in spec))
+    only = P(*(tuple(axis for axis in mesh_axes(entry) if axis in explicit) or None for entry in spec))
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(cut.mesh, only))
 
   return jax.jit(lambda *leaves: split(*map(placed, leaves, specs)))
@@ -159,7 +160,7 @@ def _known(mesh: jax.sharding.AbstractMesh, leaves: list[Any], letters: tuple[st
   known = dict.fromkeys(told, "")
   for spec, of in zip(specs, letters, strict=True):
     for i, entry in enumerate(spec):
-      for axis in _axes(entry):
+      for axis in mesh_axes(entry):
         if axis in known:
           known[axis] += of[i] if i < len(of) else "?"
   return known
@@ -171,7 +172,7 @@ def pieces(arguments: Any) -> int:
   return 1 if CONTEXT not in mesh.axis_names or CONTEXT in mesh.manual_axes else mesh.shape[CONTEXT]
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def mesh_axes(entry: Any) -> tuple[str, ...]:
   """The axes of the mesh in an entry of a PartitionSpec."""
   if entry is None:
     return ()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.scan.passes import Arrays, Passes, between, differentiable
+from pallas_kernels.scan.passes import Arrays, OfPieces, between, differentiable
 from pallas_kernels.split import CONTEXT
 
 Array = jax.Array
@@ -27,7 +27,7 @@ class OverContext:
   Arguments and results along time are the device's own; the states before the sequence and after it are everybody's.
   """
 
-  passes: Passes
+  passes: OfPieces
 
   def forward(self, gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | None) -> tuple[Arrays, Arrays]:
     """As `Passes.forward`."""
@@ -49,14 +49,6 @@ class OverContext:
     d_logits, d_inputs, _ = self.passes.backward(gate_logits, inputs, enters, reset, states, d_outputs, messages)
     return d_logits, d_inputs, tuple(jnp.where(is_first, d, 0) for d in d_first)
 
-  def ends(self, gate_logits: Array, inputs: Arrays, reset: Array | None) -> Arrays:
-    """As `Passes.ends`, of the device's piece."""
-    return self.passes.ends(gate_logits, inputs, reset)
-
-  def messages(self, gate_logits: Array, reset: Array | None, d_outputs: Arrays) -> Arrays:
-    """As `Passes.messages`, of the device's piece."""
-    return self.passes.messages(gate_logits, reset, d_outputs)
-
 
 def _crossing(ends: Arrays, entering: Arrays, *, reverse: bool = False) -> tuple[Arrays, Arrays]:
   """(what enters the device's piece, what leaves the sequence) of every input, [B, ...] each."""
@@ -66,7 +58,7 @@ def _crossing(ends: Arrays, entering: Arrays, *, reverse: bool = False) -> tuple
   return tuple(jax.lax.dynamic_index_in_dim(x, own, axis=1, keepdims=False) for x in enters), last
 
 
-def implementation(passes: Passes, **limits: Any) -> Implementation:
+def implementation(passes: OfPieces, **limits: Any) -> Implementation:
   """What computes `gated_scan` by these passes; `limits` as in `Implementation`."""
   return Implementation(functools.partial(differentiable, passes), independent="BC",
                         over_context=functools.partial(differentiable, OverContext(passes)), **limits)

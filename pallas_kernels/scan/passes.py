@@ -25,6 +25,10 @@ class Passes(Protocol):
                d_outputs: Arrays, d_last: Arrays) -> tuple[Array, Arrays, Arrays]:
     """Cotangents of (gate_logits, inputs, state), in their types; `states` are those that `forward` returned."""
 
+
+class OfPieces(Passes, Protocol):
+  """Passes of a device that may have a piece of the sequence, with what the other devices need of it."""
+
   def ends(self, gate_logits: Array, inputs: Arrays, reset: Array | None) -> Arrays:
     """What is left of a sequence: of every input the last state from zero, then the product of decays; [B, ...]."""
 

@@ -30,6 +30,8 @@ def attend(mode: Mode, heads: Heads, at: Placement, origin: Origin) -> Array:
   letters = ("BTNH", "BTKH", "BTKH", "BTKH", "BT", "BT", "BT", "BT", "B", "")
   present = tuple(None if x is None else of for x, of in zip(arguments, letters, strict=True))
   cut = split.cut(arguments, present, "BT" if mode.heads_differ else "BTNK")
+  if cut is not None and cut.picks and mode.chooses:  # query heads that choose together lie on several devices
+    cut = split.cut(arguments, present, "BT")
   if cut is None or not cut.of_sequences:  # lengths that do not divide
     return mode.attend(heads, at, origin)
   out: Array = split.run(_OfPiece(mode, at.isolated), cut, arguments, "BTNH", {})

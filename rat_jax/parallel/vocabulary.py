@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from pallas_kernels.split import mesh_axes
 from rat_jax.axes import Array, Stream, Tokens
 from rat_jax.parallel import constrain
 
@@ -25,7 +26,7 @@ def look_up(embedding: Array, tokens: Tokens) -> Stream:
   if mesh is None:
     return embedding[tokens].astype(jnp.float32)
   of_tokens = constrain.cut(mesh, tokens.shape, ("batch", "tokens"))
-  pieces, of_table = mesh.shape.get(TENSOR, 1), _cut(mesh, embedding)
+  pieces, of_table = mesh.shape.get(TENSOR, 1), _table_cut(mesh, embedding, of_tokens)
 
   def of_part(table: Array, tokens: Array) -> Array:
     table = _whole_width(table, of_table)
@@ -57,8 +58,8 @@ def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array,
     return loss(head, norm, x, targets, weights, words, None)
   of_tokens = constrain.cut(mesh, targets.shape, ("batch", "tokens"))
   of_words = TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None
-  of_head = _cut(mesh, head)
-  over = tuple(axis for axes in of_tokens if axes for axis in ((axes,) if isinstance(axes, str) else axes))
+  of_head = _table_cut(mesh, head, of_tokens)
+  over = tuple(axis for axes in of_tokens for axis in mesh_axes(axes))
 
   def of_device(head: Array, norm: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
     head = _whole_width(head, of_head)
@@ -72,9 +73,11 @@ def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array,
   return sums
 
 
-def _cut(mesh: AbstractMesh, table: Array) -> P:
-  """How the table [V, E] is cut when it was filled up."""
-  return P(TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None, *constrain.cut(mesh, table.shape[1:], ("embed",)))
+def _table_cut(mesh: AbstractMesh, table: Array, of_tokens: P) -> P:
+  """How the table [V, E] is cut when it was filled up: along E as it lies, but over axes that cut tokens too."""
+  along_width = mesh_axes(constrain.cut(mesh, table.shape[1:], ("embed",))[0])
+  of_rows = mesh_axes(of_tokens[0])
+  return P(TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None, tuple(a for a in along_width if a in of_rows) or None)
 
 
 def _whole_width(table: Array, cut: P) -> Array:

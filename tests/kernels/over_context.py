@@ -43,6 +43,11 @@ def scans(mesh):
     reset = RANDOM.random((4, length)) < 0.2
     check(lambda g, x, y, s, reset=reset: gated_scan(g, (x, y), (s, 2 * s), reset),
           (*(normal(4, length, 4, 8) for _ in range(3)), normal(4, 4, 8)), mesh, [P("data")] * 4)
+  # Sequences that lie cut over another axis: no piece of them is scanned by itself.
+  gate, x = normal(4, 16, 4, 8), normal(4, 16, 4, 8)
+  for spec in (P(None, "data"), P(None, ("data", "context"))):
+    placed = [jax.device_put(one, NamedSharding(mesh, spec)) for one in (gate, x)]
+    assert_close(gated_scan(placed[0], placed[1:])[0][0], gated_scan(gate, [x])[0][0], OPERATION)
 
 
 def dilated(mesh):

@@ -1,6 +1,6 @@
 """Prefill, extension, decoding and generation over a mesh, in a process of eight devices: the numbers of one device.
 
-Run by `test_serving.py`, with a mesh and the numbers of modes in `MODES`.
+Run by `test_serving.py`, with a mesh, a number of rows, and the numbers of modes in `MODES`.
 """
 
 from __future__ import annotations
@@ -39,37 +39,38 @@ LENGTHS, MORE = np.array([32, 7, 20, 1]), np.array([5, 0, 3, 5])
 NEW = 6
 
 
-def run(mode, params, put):
+def run(mode, rows, params, put):
   """What the ways to serve a mode give: whole sequences, a prompt, more of it, steps, and generated tokens."""
-  model = RATPlusLM(CONFIG)
-  tokens = put({"tokens": TOKENS})["tokens"]
-  prompts = {"prompt_lengths": np.minimum(LENGTHS, 16)} if mode.after_prompt else {}
-  whole = model.apply({"params": params}, tokens, mode=mode, lengths=LENGTHS, **prompts)
-  found = [np.asarray(whole)[np.arange(32) < LENGTHS[:, None]]]
-  logits, cache = rat_jax.prefill(model, params, tokens, LENGTHS, mode=mode, max_length=48)
+  model, given, lengths, more = RATPlusLM(CONFIG), TOKENS[:rows], LENGTHS[:rows], MORE[:rows]
+  tokens = put({"tokens": given})["tokens"]
+  prompts = {"prompt_lengths": np.minimum(lengths, 16)} if mode.after_prompt else {}
+  whole = model.apply({"params": params}, tokens, mode=mode, lengths=lengths, **prompts)
+  found = [np.asarray(whole)[np.arange(32) < lengths[:, None]]]
+  logits, cache = rat_jax.prefill(model, params, tokens, lengths, mode=mode, max_length=48)
   found.append(logits)
-  logits, cache = rat_jax.extend(model, params, TOKENS[:, :5], cache, lengths=MORE)
-  found.append(np.asarray(logits)[np.arange(5) < MORE[:, None]])
+  logits, cache = rat_jax.extend(model, params, given[:, :5], cache, lengths=more)
+  found.append(np.asarray(logits)[np.arange(5) < more[:, None]])
   for i in range(3):
-    logits, cache = rat_jax.decode_step(model, params, TOKENS[:, i], cache)
+    logits, cache = rat_jax.decode_step(model, params, given[:, i], cache)
     found.append(logits)
-  new = rat_jax.generate(model, params, TOKENS, LENGTHS, mode=mode, max_new_tokens=NEW)
+  new = rat_jax.generate(model, params, given, lengths, mode=mode, max_new_tokens=NEW)
   return [np.asarray(x) for x in found], np.asarray(new), cache
 
 
-def main(text, *numbers):
+def main(text, rows, *numbers):
   assert jax.device_count() == 8
   params = RATPlusLM(CONFIG).init(jax.random.key(0), TOKENS)["params"]
   mesh = make_mesh(text)
   placed = shard(params, mesh)
   for number in numbers:
     mode = MODES[int(number)]
-    expected, said, _ = run(mode, params, lambda tree: tree)
-    found, also_said, cache = run(mode, placed, lambda tree: shard(tree, mesh))
+    expected, said, _ = run(mode, int(rows), params, lambda tree: tree)
+    put = (lambda tree: shard(tree, mesh)) if int(rows) > 1 else lambda tree: tree  # a single row is everybody's
+    found, also_said, cache = run(mode, int(rows), placed, put)
     for ours, theirs in zip(found, expected, strict=True):
       assert_logits_close(ours, theirs, "float32")
     np.testing.assert_array_equal(also_said, said)
-    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(shard(cache, mesh)), strict=True):
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(put(cache)), strict=True):
       assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), (mode, jax.tree_util.keystr(path))
     print(mode, flush=True)
     jax.clear_caches()

@@ -7,15 +7,26 @@ import pytest
 from conftest import run_python
 
 COUNT, QUICKER = 14, (0, 2, 4)  # of `serving.MODES`: dense, a window and sinks, chosen blocks
+DILATED, TOGETHER = 2, 13
 
 
-def serve(text, *numbers):
-  run_python("-m", "parallel.serving", text, *map(str, numbers), devices=8)
+def serve(text, *numbers, rows=4):
+  run_python("-m", "parallel.serving", text, str(rows), *map(str, numbers), devices=8)
 
 
 @pytest.mark.slow
 def test_three_modes():
   serve("data:2,tensor:2,context:2", *QUICKER)
+
+
+@pytest.mark.slow
+def test_one_row_whose_parameters_are_cut():
+  serve("fsdp:4,tensor:2", DILATED, rows=1)
+
+
+@pytest.mark.slow
+def test_query_heads_that_choose_together_on_several_devices():
+  serve("tensor:4,context:2", TOGETHER)
 
 
 @pytest.mark.slow
