@@ -28,6 +28,7 @@ from experiments.needles.rows import Row
 from experiments.shared import command, device, output
 from rat_jax import RATPlusLM
 from rat_jax.evaluate.mini_niah import TASKS
+from rat_jax.parallel import check_agreement, processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +92,18 @@ def main(settings: Settings) -> None:
   every = [(checkpoint, row.label, [name for name in names if keys[checkpoint, row.label, name] not in results])
            for checkpoint in settings.checkpoint for row in shown]
   jobs = [job for job in every if job[2]]
+  check_agreement({"cells to compute": jobs})  # processes may have found other finished ones
   output.made(folder)
   with tqdm(total=len(jobs), unit="row", disable=None) as bar:
     for (checkpoint, label, _), found in computed(settings, jobs):
       results |= {keys[checkpoint, label, name]: one for name, one in found.items()}
-      output.write_json(folder / "results.json", results)
+      if processes.is_first():
+        output.write_json(folder / "results.json", results)
       bar.update()
       if bar.disable:
-        print(f"{checkpoint}: {label}", flush=True)
+        output.say(f"{checkpoint}: {label}")
+  if not processes.is_first():
+    return
   table = {checkpoint: {row.label: {name: results[keys[checkpoint, row.label, name]] for name in names}
                         for row in shown} for checkpoint in settings.checkpoint}
   text = report.report(table, settings.match)

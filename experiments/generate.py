@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments.shared import command, inputs, over_mesh
+from experiments.shared import command, inputs, output, over_mesh
 from rat_jax import RATPlusLM
 from rat_jax.data import Tokenizer
 from rat_jax.modes import Mode
@@ -77,8 +77,7 @@ def main(settings: Settings) -> None:
                            key=jax.random.key(settings.seed))
     ids = processes.on_host(new)[0].tolist()
     continued = tokenizer.decode_after(prompt, ids[:ids.index(end)] if end in ids else ids)
-    if processes.is_first():
-      print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
+    output.say(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
 
 
 if __name__ == "__main__":

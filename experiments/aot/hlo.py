@@ -178,7 +178,7 @@ def _written(fused: Computation, one: Instruction) -> float:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-  header, lines = "", []
+  header, lines = "", list[str]()
   for line in text.splitlines():
     if re.match(r"(ENTRY )?%\S+ \(.*\{$", line):
       header, lines = line, []
@@ -246,9 +246,9 @@ def _groups(rest: str) -> np.ndarray:
     sizes = [int(size) for size in re.findall(r"=(\d+)", mesh[1])]
     names, over = re.findall(r"'(\w+)'", mesh[1]), re.findall(r"'(\w+)'", mesh[3])
     numbers = np.arange(np.prod(sizes))
-    if order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh[2] or ""):
-      numbers = numbers.reshape(_numbers(order[1]))
-      numbers = numbers.transpose(_numbers(order[2])) if order[2] else numbers
+    if listed := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh[2] or ""):
+      numbers = numbers.reshape(_numbers(listed[1]))
+      numbers = numbers.transpose(_numbers(listed[2])) if listed[2] else numbers
     axes = [names.index(name) for name in over]
     last = np.moveaxis(numbers.reshape(sizes), axes, range(-len(axes), 0))
     return last.reshape(-1, int(np.prod([sizes[axis] for axis in axes])))

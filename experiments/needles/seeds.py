@@ -22,6 +22,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
+from rat_jax.parallel import processes
 from rat_jax.paths import lacking, local_path
 from rat_jax.train import Checkpoints
 
@@ -197,7 +198,7 @@ def fingerprint(params: Any) -> str:
   """Eight digits that tell parameters apart."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
-    digest.update(np.asarray(leaf).tobytes())
+    digest.update(processes.on_host(leaf).tobytes())
   return digest.hexdigest()[:8]
 
 

@@ -193,7 +193,7 @@ def load_model(folder: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None
 
 
 def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count: int, length: int, rows: int,
-              modes: Sequence[Mode], learning_rate: float, resume: str) -> None:
+              modes: Sequence[Mode], learning_rate: float, resume: str = "auto") -> None:
   """Fine-tunes the checkpoint `start` on `count` examples of every task; resumes from the newest in --workdir."""
   if start is None:
     raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
@@ -225,12 +225,11 @@ def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count
   if output.resumes(resume, checkpoints):
     state, saved = checkpoints.restore(state, model.config)
     output.check_same_run(checkpoints.folder, saved, notes)
-  if processes.is_first():
-    print(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source(settings)}), under"
-          f" {', then '.join(map(str, modes))}, on {device.name()}", flush=True)
+  output.say(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source(settings)}), under"
+             f" {', then '.join(map(str, modes))}, on {device.name()}")
   train(model, optimizer, state, batch_at, steps=steps, modes=tuple(modes), notes=notes, checkpoints=checkpoints,
         save_every=200, metrics_path=folder / "metrics.jsonl", label="needles in words")
-  print(f"checkpoint: {folder}")
+  output.say(f"checkpoint: {folder}")
 
 
 def answer_batch(tokenizer: Tokenizer, examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:

@@ -81,9 +81,9 @@ def corpus(data: str | os.PathLike[str] | None, folder: pathlib.Path) -> dict[st
   path = None if data is None else local_path(data, "--data")
   if path is not None and (path / "train.bin").exists():
     folder = path
-  elif processes.is_first():
-    prepare_standard_library(folder) if path is None else prepare(path, folder)
-  processes.wait_for_all("text is prepared")
+  else:
+    processes.together(lambda: processes.is_first() and bool(
+        prepare_standard_library(folder) if path is None else prepare(path, folder)))
   return {name: TokenFile(folder / f"{name}.bin") for name in ("train", "heldout")}
 
 

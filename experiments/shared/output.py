@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from rat_jax.convert.tensors import read_json as read_object
+from rat_jax.parallel import processes
 from rat_jax.train import Checkpoints
 
 
@@ -15,6 +16,12 @@ def made(folder: pathlib.Path) -> pathlib.Path:
   """The folder, made if it is not there."""
   folder.mkdir(parents=True, exist_ok=True)
   return folder
+
+
+def say(text: str) -> None:
+  """Prints it, in the first of several processes."""
+  if processes.is_first():
+    print(text, flush=True)
 
 
 def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:

@@ -15,16 +15,19 @@ from rat_jax import parallel
 class Settings(command.Settings):
   """Of every command that runs on a mesh."""
 
-  mesh: str | None
-  distributed: bool
+  mesh: str | None = None
+  distributed: bool = False
 
   def made_mesh(self) -> jax.sharding.Mesh | None:
     """The mesh that --mesh says, with --distributed all devices on fsdp by default; None: one device.
 
-    With --distributed the processes find each other here, so that it must come before any device is asked for.
+    With --distributed the processes find each other here, so that it must come before any device is asked for. Raises
+    ValueError in each of them where their flags differ.
     """
     if self.distributed:
       parallel.start_processes()
+      parallel.check_agreement({f"--{field.name}": str(getattr(self, field.name)) for field in dataclasses.fields(self)
+                                if field.name != "given"})
     elif self.mesh is None:
       return None
     return parallel.make_mesh(self.mesh)

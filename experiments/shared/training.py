@@ -120,7 +120,9 @@ def first_state(model: RATPlusLM, optimizer: Optimizer, params: Params | None, s
     return made(jax.jit(drawn)(jax.random.key(seed)) if params is None else params)
   if params is None:
     params = parallel.sharded(drawn, mesh)(jax.random.key(seed))
-  return parallel.sharded(made, mesh)(params)
+  params = parallel.shard(params, mesh)  # what was added to them too
+  opt_state, step = parallel.sharded(lambda params: (made(params).opt_state, made(params).step), mesh)(params)
+  return TrainState(params, opt_state, step)
 
 
 def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
@@ -164,26 +166,26 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
                        documents_apart=settings.documents_apart, rows=rows)
     return batch if mesh is None else parallel.from_rows(batch, mesh, settings.batch_size)
 
-  batch_at(0)  # asked now: the data may be too short for it
-  state = first_state(model, optimizer, params, settings.seed, mesh)
   notes = {"modes": [str(mode) for mode in modes], "combine": settings.combine, "seed": settings.seed,
            "batch_size": settings.batch_size, "length": settings.length, "documents_apart": settings.documents_apart,
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "data_sha256": data.sidecar.sha256,
            "tokenizer": data.sidecar.tokenizer, "start": start and str(start.absolute()),
            "rates": [list(one) for one in rates],
            "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay}
-  parallel.check_agreement(notes | {"config": config.to_json(), "steps": steps, "mesh": settings.mesh})
+  parallel.check_agreement(notes | {f"config.{name}": value for name, value in dataclasses.asdict(config).items()})
+  processes.together(lambda: batch_at(0))  # asked now: the data may be too short for it
+  state = first_state(model, optimizer, params, settings.seed, mesh)
   if output.resumes(settings.resume, checkpoints):
     state, saved = checkpoints.restore(state, config)
     output.check_same_run(checkpoints.folder, saved, notes)
     if int(state.step) < steps:
-      print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+      output.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
       if "steps" in saved and saved["steps"] != steps:
-        print(rate_change(settings, int(state.step), saved["steps"], steps))
+        output.say(rate_change(settings, int(state.step), saved["steps"], steps))
   if int(state.step) < steps:
     size = sum(x.size for x in jax.tree.leaves(state.params))
-    print(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
-          f" {', then '.join(map(str, modes))}, on {device.name()}")
+    output.say(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
+               f" {', then '.join(map(str, modes))}, on {device.name()}")
     train(model, optimizer, state, batch_at, steps=steps, modes=modes,
           notes=notes | {"steps": steps},  # which a resumed run may move
           combine=settings.combine, accumulation=settings.accumulation, accumulate_by=accumulate_by,
@@ -191,7 +193,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
           metrics_path=output.made(folder) / "metrics.jsonl", checkpoints=checkpoints, save_every=settings.save_every,
           label=label)
   else:
-    print(f"nothing to train: the run in {folder} is at step {int(state.step)}")
+    output.say(f"nothing to train: the run in {folder} is at step {int(state.step)}")
   metrics = folder / "metrics.jsonl"
   if not processes.is_first():
     return

@@ -20,12 +20,17 @@ P = jax.sharding.PartitionSpec
 
 
 def mesh_to_cut(*arrays: Any) -> AbstractMesh | None:
-  """The mesh of the arrays, where it has several devices among which the compiler may move what it likes.
+  """The mesh of the arrays, where it has several devices and Auto axes; None inside `jax.shard_map`.
 
-  A mesh whose axes have other names than ours is left to who made it.
+  A mesh whose axes have other names than ours is left to who made it. Raises ValueError for Explicit axes.
   """
   mesh = devices.mesh_of(*arrays)
-  if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+  if mesh.empty or mesh.size == 1:
+    return None
+  if AxisType.Explicit in mesh.axis_types:
+    raise ValueError(f"the arrays lie on a mesh with the Explicit axes {mesh.explicit_axes}; make it with"
+                     " rat_jax.parallel.make_mesh, or with axis_types=(AxisType.Auto,) * n.")
+  if any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None
   return mesh if set(AXES) & set(mesh.axis_names) else None
 
@@ -40,20 +45,20 @@ def by_axes(x: Array, axes: tuple[str, ...]) -> Array:
   mesh = mesh_to_cut(x)
   if mesh is None:
     return x
-  constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut(mesh, x.shape, axes)))
+  constrained: Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(mesh, x.shape, axes)))
   return constrained
 
 
-def cut(mesh: AbstractMesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.PartitionSpec:
+def spec_of(mesh: AbstractMesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.PartitionSpec:
   """How a mesh cuts an array of these axes."""
-  return P(*(rules.cut("", axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+  return P(*(rules.axes_that_cut("", axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
 
 
 def check_rows(rows: int, params: Any) -> None:
   """Raises ValueError where the mesh of parameters does not cut so many rows into equal parts."""
   mesh = mesh_to_cut(*jax.tree.leaves(params))
   if mesh is not None:
-    rules.cut("a micro-batch", "batch", rows, mesh, strict=True)
+    rules.axes_that_cut("a micro-batch, which is the batch / accumulation,", "batch", rows, mesh, strict=True)
 
 
 def tree(x: Tree, like: Any = None) -> Tree:

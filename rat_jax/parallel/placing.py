@@ -19,7 +19,12 @@ def shardings(tree: Any, mesh: rules.AnyMesh) -> Any:
 
   Raises ValueError as `shard`.
   """
+  if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+    raise ValueError(f"mesh={mesh!r}; give a mesh, as rat_jax.parallel.make_mesh makes it.")
+
   def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    if not hasattr(leaf, "shape"):
+      raise ValueError(f"{rules.name_of(path)} holds {leaf!r}, which is no array; give arrays of JAX or NumPy.")
     return NamedSharding(mesh, rules.spec(rules.name_of(path), np.shape(leaf), mesh, strict=True))
 
   return jax.tree.map_with_path(of_leaf, tree)

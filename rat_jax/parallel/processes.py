@@ -22,16 +22,27 @@ def start() -> None:
   """Joins the processes of one program, before any device is asked for; once they are joined it does nothing.
 
   Where a launcher like torchrun says RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, these are taken, with the port
-  after that one, which is in use; elsewhere jax finds out by itself (Cloud TPU, SLURM, Open MPI, Kubernetes).
+  after that one, which is in use; of several processes of one machine each then takes the GPU of its LOCAL_RANK.
+  Elsewhere jax finds out by itself (Cloud TPU, SLURM, Open MPI, Kubernetes).
+
+  Raises ValueError where nothing says what processes there are.
   """
   if jax.distributed.is_initialized():
     return
+  jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and would have to be asked
   names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
   if all(name in os.environ for name in names):
     address, port, count, rank = (os.environ[name] for name in names)
-    jax.distributed.initialize(f"{address}:{int(port) + 1}", int(count), int(rank))
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+    own = None if alone else [int(os.environ["LOCAL_RANK"])]
+    jax.distributed.initialize(f"{address}:{int(port) + 1}", int(count), int(rank), own)
   else:
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise ValueError("no launcher says what processes there are (Cloud TPU, SLURM, Open MPI, or torchrun's RANK,"
+                       " WORLD_SIZE, MASTER_ADDR and MASTER_PORT); start them by one, or leave --distributed out."
+                       ) from error
 
 
 def is_first() -> bool:
@@ -52,8 +63,8 @@ def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
 
   Raises ValueError where data and fsdp do not divide the batch.
   """
-  cut = rules.spec("tokens", (batch_size, mesh.shape["context"]), mesh, strict=True)
-  places = NamedSharding(mesh, jax.P(cut[0])).addressable_devices_indices_map((batch_size,)).values()
+  cut = rules.axes_that_cut("a batch", "batch", batch_size, mesh, strict=True)
+  places = NamedSharding(mesh, jax.P(cut)).addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places if place is not None]))
 
 
@@ -75,9 +86,9 @@ def _piece(local: np.ndarray, own: Mapping[int, int], batch_size: int, at: Any) 
   return local[wanted][:, at[1]]
 
 
-def on_host(x: jax.Array) -> np.ndarray:
+def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array, in every process."""
-  if x.is_fully_addressable or x.is_fully_replicated:
+  if jax.process_count() == 1 or isinstance(x, np.ndarray) or x.is_fully_replicated:
     return np.asarray(x)
   from jax.experimental import multihost_utils
 

@@ -46,19 +46,23 @@ def spec(name: str, shape: tuple[int, ...], mesh: AnyMesh, *, strict: bool = Fal
   """How a mesh cuts an array of the table.
 
   Args:
-    strict: raises ValueError where an axis of the mesh does not divide what it must; else that stays whole.
+    strict: raises ValueError where an axis of the mesh does not divide what it must, as of arrays that are placed;
+      else that stays whole, as inside a program.
   """
   if not shape:
     return P()
+  if not name:
+    raise ValueError(f"an array of shape {shape} has no name; give a tree whose leaves have names of the table, such as"
+                     ' {"tokens": tokens}.')
   if name not in AXES_OF:
     raise ValueError(f"{name}: no such array is known; the table has {', '.join(AXES_OF)}.")
-  axes = AXES_OF[name]
+  axes = _OF_TOKENS if name == "positions" and len(shape) == 2 else AXES_OF[name]  # also an argument of `apply`
   if len(axes) != len(shape):
     raise ValueError(f"{name} has shape {shape}; its axes are {axes}.")
-  return P(*(cut(name, axis, size, mesh, strict) for axis, size in zip(axes, shape, strict=True)))
+  return P(*(axes_that_cut(name, axis, size, mesh, strict) for axis, size in zip(axes, shape, strict=True)))
 
 
-def cut(name: str, axis: str, size: int, mesh: AnyMesh, strict: bool = False) -> tuple[str, ...] | None:
+def axes_that_cut(name: str, axis: str, size: int, mesh: AnyMesh, strict: bool = False) -> tuple[str, ...] | None:
   """The axes of the mesh that cut an axis of an array, or None; `name` and `strict` as in `spec`."""
   cuts = tuple(one for one in MESH_AXES.get(axis, ()) if mesh.shape.get(one, 1) > 1)
   pieces = math.prod(mesh.shape[one] for one in cuts)
@@ -66,9 +70,10 @@ def cut(name: str, axis: str, size: int, mesh: AnyMesh, strict: bool = False) ->
     return cuts or None
   if strict and (axis not in _WHOLE_IF_NEED_BE or (axis == "kv_heads" and pieces % size)):
     fits = [n for n in range(1, size + 1) if size % n == 0]
+    more = f", or that {size} divides" if axis == "kv_heads" else f", or give a multiple of {pieces}"
     raise ValueError(f"{name} has {size} of the axis {axis}, and the mesh cuts it into"
                      f" {'*'.join(f'{one}:{mesh.shape[one]}' for one in cuts)} pieces; use a size of"
-                     f" {' * '.join(cuts)} that divides {size}: {fits}.")
+                     f" {' * '.join(cuts)} that divides {size}: {fits}{more}.")
   return None
 
 

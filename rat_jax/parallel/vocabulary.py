@@ -25,7 +25,7 @@ def look_up(embedding: Array, tokens: Tokens) -> Stream:
   mesh = constrain.mesh_to_cut(embedding, tokens)
   if mesh is None:
     return embedding[tokens].astype(jnp.float32)
-  of_tokens = constrain.cut(mesh, tokens.shape, ("batch", "tokens"))
+  of_tokens = constrain.spec_of(mesh, tokens.shape, ("batch", "tokens"))
   pieces, of_table = mesh.shape.get(TENSOR, 1), _table_cut(mesh, embedding, of_tokens)
 
   def of_part(table: Array, tokens: Array) -> Array:
@@ -56,7 +56,7 @@ def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array,
   words = head.shape[0]
   if mesh is None:
     return loss(head, norm, x, targets, weights, words, None)
-  of_tokens = constrain.cut(mesh, targets.shape, ("batch", "tokens"))
+  of_tokens = constrain.spec_of(mesh, targets.shape, ("batch", "tokens"))
   of_words = TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None
   of_head = _table_cut(mesh, head, of_tokens)
   over = tuple(axis for axes in of_tokens for axis in mesh_axes(axes))
@@ -75,7 +75,7 @@ def over_tokens(loss: Loss, head: Array, norm: Array, x: Stream, targets: Array,
 
 def _table_cut(mesh: AbstractMesh, table: Array, of_tokens: P) -> P:
   """How the table [V, E] is cut when it was filled up: along E as it lies, but over axes that cut tokens too."""
-  along_width = mesh_axes(constrain.cut(mesh, table.shape[1:], ("embed",))[0])
+  along_width = mesh_axes(constrain.spec_of(mesh, table.shape[1:], ("embed",))[0])
   of_rows = mesh_axes(of_tokens[0])
   return P(TENSOR if mesh.shape.get(TENSOR, 1) > 1 else None, tuple(a for a in along_width if a in of_rows) or None)
 
