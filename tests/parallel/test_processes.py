@@ -109,5 +109,6 @@ def test_one_process_reads_all_rows_and_agrees_with_itself():
   np.testing.assert_array_equal(from_rows({"tokens": rows}, mesh, 6)["tokens"], rows)
   check_agreement({"seed": 1})
   assert together(lambda: 3) == 3
-  with pytest.raises(ZeroDivisionError):
-    together(lambda: 1 // 0)
+  for is_damage in (lambda error: False, lambda error: True):
+    with pytest.raises(ZeroDivisionError):
+      together(lambda: 1 // 0, is_damage)
