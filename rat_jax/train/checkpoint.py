@@ -5,10 +5,10 @@ manifest lists shape, type and checksums of every array (`checksums`; SHA-256 in
 that fails the test is passed over, loudly, for the newest one that does not.
 
 Arrays of a mesh are written and read by whoever has their parts: no process or device holds a whole one, and a
-checkpoint is read onto any mesh. The reader of version 0.1
-holds one whole array at a time, on the host, since a SHA-256 is of all bytes in order.
+checkpoint is read onto any mesh. Two readers hold one whole array at a time, on the host: `verify`, and the reader of
+version 0.1, whose SHA-256 is of all bytes in order.
 
-Where there are several processes, all of them must call what saves and reads. They vote on each stage, so
+Where there are several processes, all of them must call what saves, reads and verifies. They vote on each stage, so
 what fails in one fails in all, and none waits for one that has failed.
 """
 
@@ -161,6 +161,25 @@ class Checkpoints:
 
     (step, digest), about = self._read_newest(read)
     return RATPlusConfig.from_json(about["config"]), self._params(step, about), about["notes"], digest
+
+  def verify(self, step: int | None = None) -> int:
+    """The step of a checkpoint, by default of the newest, of which every array is as it was written.
+
+    An array is read at a time; of several processes, each reads its share of them, and all answer alike. Raises
+    FileNotFoundError for no such checkpoint, ValueError for a damaged one, OSError for one that cannot be read now.
+    """
+    steps = self._some_steps()
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}; it holds those of {steps}.")
+
+    def read(step: int, about: dict[str, Any]) -> None:
+      entries = about["manifest"]
+      _check({name: _is_whole(self._array(step, name, entries[name], None), entries[name])
+              for name in sorted(entries)[jax.process_index()::jax.process_count()]})
+
+    self._attempt(step, lambda step, about: processes.together(lambda: read(step, about), is_damage))
+    return step
 
   def _read_newest(self, read: Callable[[int, dict[str, Any]], _Found],
                    unfit: Callable[[dict[str, Any]], str | None] = lambda about: None, moves: bool = False

@@ -64,6 +64,7 @@ def main(folder, of_version_0_1):
 
   for step in range(3):
     saved(step)
+  case("intact", checkpoints.verify)
   with failing(array_files, "write", OSError, {1: "No space left on device"}):
     case("a full disk of the second", lambda: saved(3))
   with failing(array_files, "finish", OSError, {0: "No space left on device"}):
@@ -78,6 +79,7 @@ def main(folder, of_version_0_1):
     for data in (checkpoints.folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
       data.unlink()
   processes.wait_for_all("damaged")
+  case("damaged", checkpoints.verify)
   case("walk back", restored)
   case("save again", lambda: saved(2))
 

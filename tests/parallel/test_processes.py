@@ -127,12 +127,14 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
   full, other = "No space left on device", "process {} could not do its part"
   none = [damaged.replace("2", step) for step in "210"]
   for case, outcomes, warned, there in [
+      ("intact", [2, 2], [], "0 1 2"),
       ("a full disk of the second", [other.format(1), full], [], "0 1 2"),
       ("a full disk of the first", [full, other.format(0)], [], "0 1 2"),
       ("a rename that fails", ["Stale file handle", other.format(0)], [], "0 1 2"),
       ("not now", [f"2/state cannot be read, and may be whole: {other.format(1)}",
                    "2/state cannot be read, and may be whole: PERMISSION_DENIED"], [], "0 1 2"),
       ("none that one can read", [r"none of the checkpoints \[0, 1, 2\] in .* is intact"] * 2, none, "0 1 2"),
+      ("damaged", [damaged] * 2, [], "0 1 2"),
       ("walk back", [1, 1], [damaged], "0 1 damaged-2"),
       ("save again", [None, None], [], "0 1 2 damaged-2"),
   ]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import shutil
 
 import chex
 import jax
@@ -88,6 +89,25 @@ def test_a_checkpoint_that_a_killed_run_had_moved_goes_back(tmp_path):
   (tmp_path / "5").rename(tmp_path / "replaced-5")
   checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
   assert kept(checkpoints) == ([5], 2, {"ok": 2})
+
+
+def test_what_verify_tells(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(FileNotFoundError, match="holds no checkpoint; "):
+    checkpoints.verify()
+  for step in (4, 5):
+    checkpoints.save(state_of(step), CONFIG, {})
+  assert (checkpoints.verify(), checkpoints.verify(4)) == (5, 4)
+  with pytest.raises(FileNotFoundError, match=r"holds no checkpoint of step 3; it holds those of \[4, 5\]"):
+    checkpoints.verify(3)
+  about = tmp_path / "5" / "about" / "metadata"
+  about.write_text(re.sub(r'"sums": \["[0-9a-f]{2}', '"sums": ["..', about.read_text(), count=1))
+  with pytest.raises(ValueError, match=r"CHECKPOINT 5 .* IS DAMAGED: 5/state: .* is not what was written"):
+    checkpoints.verify()
+  shutil.rmtree(tmp_path / "4" / "state")
+  with pytest.raises(ValueError, match=r"CHECKPOINT 4 .* IS DAMAGED: 4/state: "):
+    checkpoints.verify(4)
+  assert checkpoints.steps() == [4, 5]
 
 
 @pytest.mark.slow
