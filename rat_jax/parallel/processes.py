@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -111,23 +111,28 @@ def check_agreement(values: Mapping[str, Any]) -> None:
                      " something else; start all of them with the same flags, configuration and data.")
 
 
-def together(make: Callable[[], Made]) -> Made:
-  """`make()`, which fails in every process if it fails in one. Raises its own error, or ValueError for another's."""
+def together(make: Callable[[], Made], is_damage: Callable[[Exception], bool] = lambda error: False) -> Made:
+  """`make()`, which fails in every process if it fails in one, and alike: all raise errors of one kind.
+
+  Where `is_damage` is true of every error, a process without one of its own raises ValueError. Otherwise the errors of
+  damage give way: a process raises its own other error, or OSError for another's.
+  """
   error: Exception | None = None
   made: Made | None = None
   try:
     made = make()
   except Exception as found:  # whatever it is, the others must not wait for this process
-    if jax.process_count() == 1:
-      raise
     error = found
+  own = 0 if error is None else 1 if is_damage(error) else 2
+  of_all = np.array([own])
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    failed = np.asarray(multihost_utils.process_allgather(np.array([error is not None]))).reshape(-1)
-    if error is not None:
-      raise error
-    if failed.any():
-      raise ValueError(f"process {int(failed.argmax())} could not read its part; its own output says why.")
-  assert made is not None
-  return made
+    of_all = np.asarray(multihost_utils.process_allgather(of_all)).reshape(-1)
+  worst = int(of_all.max())
+  if error is not None and own == worst:
+    raise error
+  if worst:
+    kind = ValueError if worst == 1 else OSError
+    raise kind(f"process {int(of_all.argmax())} could not do its part; its own output says why.") from error
+  return cast(Made, made)

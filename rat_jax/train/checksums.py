@@ -1,9 +1,13 @@
 """Checksums of arrays wherever they lie: the same for every way in which devices and processes share an array.
 
 A checksum is a sum over entries, modulo 2**32, of the entry's bits mixed with its place; so every device adds up its
-own entries, and nothing is gathered. There are two of them for every piece of an array, with other constants: a change
-of one entry always shows, and any other change but for one time in 2**64. A piece is as many entries as 64 MiB hold, in
-the order of indices, so that a reader can check the pieces that it has read.
+own entries, and nothing is gathered. There are two of them for every piece of an array, with other constants. A change
+of one entry of up to 32 bits always shows; any other change, such as of several entries or of one of 64 bits, whose
+halves count as two, but for one time in 2**64.
+
+A piece is as many whole rows as 64 MiB hold, in the order of indices, and at least one. A row is what is left of an
+array by an index into each of its first two axes, or into its first where there are two. An array of one axis is one
+row.
 """
 
 from __future__ import annotations
