@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def per_device(traced: Any, devices: int) -> float:
   """Operations of every device of a traced program (`jax.jit(f).trace(...)`).
 
   Of loops every turn counts, and of a choice the mean of its branches, as the updates of a training step take turns.
-  What stands in no `jax.shard_map` is taken to be cut evenly.
+  What stands in no `jax.shard_map` is taken to be cut evenly. What no result needs is left out, as the compiler does.
   """
-  return _count(traced.jaxpr.jaxpr, devices)
+  jaxpr = traced.jaxpr.jaxpr
+  needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(needed, devices)
 
 
 def _count(jaxpr: core.Jaxpr, pieces: int) -> float:
