@@ -15,7 +15,7 @@ test: $(VENV)/dev
 
 # What is slow and must pass nevertheless: a sample of every subject.
 test-ci: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts or tpu)" tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts or tpu)" tests --durations=30
 
 # The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults, test-slow-scripts. pyproject.toml says what
 # each is.

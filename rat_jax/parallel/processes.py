@@ -106,7 +106,7 @@ def check_agreement(values: Mapping[str, Any]) -> None:
   of_all = np.asarray(multihost_utils.process_allgather(digests))
   differ = [name for name, column in zip(values, of_all.T, strict=True) if (column != column[0]).any()]
   if differ:
-    own = ", ".join(f"{name}={values[name]!r}" for name in differ)
+    own = ", ".join(f"{name}={values[name]}" for name in differ)
     raise ValueError(f"process {jax.process_index()} of {jax.process_count()} has {own}, and another process has"
                      " something else; start all of them with the same flags, configuration and data.")
 

@@ -88,23 +88,39 @@ def data(tmp_path_factory):
   return folder / "prepared"
 
 
+MESH = "--mesh=data:2,fsdp:2,context:2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+  """Folders of four batches in one process, "one", and in two, "two"; and what the two printed."""
+  folder = tmp_path_factory.mktemp("trained")
+  steps = [MESH, "--steps=4", "--save_every=2"]
+  ended(start(folder / "one", data, *steps))
+  return folder, ended(*start_two(folder / "two", data, steps, steps))
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, data):
-  mesh = "--mesh=data:2,fsdp:2,context:2"
-  ended(start(tmp_path / "one", data, mesh, "--steps=4", "--save_every=2"))
-  first, second = ended(*start_two(tmp_path / "two", data, *[[mesh, "--steps=4", "--save_every=2"]] * 2))
-  np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
-  same_parameters(tmp_path / "two", tmp_path / "one")
+def test_two_processes_are_one(trained):
+  folder, (first, second) = trained
+  np.testing.assert_allclose(losses(folder / "two"), losses(folder / "one"), rtol=1e-5)
+  same_parameters(folder / "two", folder / "one")
   assert "parameters, 4 batches of 8 x 24 tokens" in first
-  assert "loss" not in second  # one of them writes
-  # What two processes saved goes on in one, of eight devices and of two.
-  shutil.copytree(tmp_path / "two", tmp_path / "again")
-  ended(start(tmp_path / "one", data, mesh, "--steps=6"))
-  ended(start(tmp_path / "two", data, "--mesh=fsdp:2", "--steps=6", devices=2))
-  ended(start(tmp_path / "again", data, "--mesh=fsdp:8", "--steps=6"))
-  for folder in (tmp_path / "two", tmp_path / "again"):
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=1e-5)
-    same_parameters(folder, tmp_path / "one")
+  assert "parameters" not in second  # the first alone prints
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+def test_what_two_processes_saved_goes_on_in_one_of_any_devices(trained, data, tmp_path):
+  folder, _ = trained
+  for name, source in (("one", "one"), ("of two", "two"), ("of eight", "two")):
+    shutil.copytree(folder / source, tmp_path / name)
+  ended(start(tmp_path / "one", data, MESH, "--steps=6"))
+  ended(start(tmp_path / "of two", data, "--mesh=fsdp:2", "--steps=6", "--resume=must", devices=2))
+  ended(start(tmp_path / "of eight", data, "--mesh=fsdp:8", "--steps=6"))
+  for name in ("of two", "of eight"):
+    np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=1e-5)
+    same_parameters(tmp_path / name, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -112,7 +128,7 @@ def test_two_processes_are_one(tmp_path, data):
 def test_processes_that_disagree_say_so_before_the_first_step(tmp_path, data):
   printed = ended(*start_two(tmp_path, data, ["--steps=2", "--seed=1"], ["--steps=2", "--seed=2"]), code=1)
   for rank, text in enumerate(printed):
-    message = rf"error: process {rank} of 2 has seed={rank + 1}, and another process has something else"
+    message = rf"error: process {rank} of 2 has --seed={rank + 1}, and another process has something else"
     assert re.search(message, text), text[-2000:]
   assert not (tmp_path / "checkpoints").exists()
 
