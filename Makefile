@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-ci test-examples test-torch test-gpu lint notebook needles address clean same-python
+.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-tpu lint notebook needles address clean same-python
 
 # FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
@@ -15,7 +15,7 @@ test: $(VENV)/dev
 
 # What is slow and must pass nevertheless: a sample of every subject.
 test-ci: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts)" tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and not (matrix or mesh or faults or scripts or tpu)" tests --durations=30
 
 # The rest by subject: test-slow-matrix, test-slow-mesh, test-slow-faults, test-slow-scripts. pyproject.toml says what
 # each is.
@@ -36,6 +36,11 @@ test-torch: $(VENV)/dev
 test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
+
+# Programs that are compiled for TPUs, of which none is needed. On Linux.
+test-tpu: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m tpu tests
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -30,10 +30,11 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
-  config, params, notes = training.load(settings.checkpoint, settings.dtype)
+  mesh = settings.made_mesh()
+  config, params, notes = training.load(settings.checkpoint, settings.dtype, mesh)
   data = training.train_data(settings)
   inputs.check_data(data, config, notes)
-  training.fit(settings, config, params, data, "adapt", start=settings.checkpoint)
+  training.fit(settings, config, params, data, "adapt", mesh, start=settings.checkpoint)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments.shared import command, device, inputs, output
-from rat_jax import RATPlusLM
+from experiments.shared import command, device, inputs, output, over_mesh
+from rat_jax import RATPlusLM, parallel
 from rat_jax.evaluate import loss_by_mode
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.plan import layer_modes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   checkpoint: pathlib.Path
   data: pathlib.Path | None
   mode: tuple[Mode, ...]
@@ -38,6 +39,7 @@ class Settings(command.Settings):
 def define_flags() -> None:
   command.define_common_flags("eval_lm")
   command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
+  over_mesh.define_flags()
   command.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
   command.define_modes(
       ["dense", "dilated:4", "dilated:8", "dilated:16", "dilated:32", "dilated:64",
@@ -51,13 +53,18 @@ def define_flags() -> None:
 
 
 def main(settings: Settings) -> None:
-  config, params, notes = inputs.load_model(settings.checkpoint)
+  mesh = settings.made_mesh()
+  config, params, notes = inputs.load_model(settings.checkpoint, mesh)
   check_prompt(settings, config.num_layers)
   folder, length, prompt_length = output.made(settings.workdir), settings.length, settings.prompt_length
   data = inputs.corpus(settings.data, folder / "data")["heldout"]
   inputs.check_data(data, config, notes)
   batches = data.epoch(batch_size=settings.batch_size, length=length, limit=settings.windows)
+  if mesh is not None:
+    batches = (parallel.shard(batch, mesh) for batch in batches)
   losses = loss_by_mode(RATPlusLM(config), params, batches, settings.mode, prompt_length)
+  if not processes.is_first():
+    return
   rows, result = [], {}
   for mode, nats in losses.items():
     keys = float(np.mean(rat_jax.tokens_read(config, mode, length, prompt_length)))

@@ -28,6 +28,7 @@ from experiments.needles.rows import Row
 from experiments.shared import command, device, output
 from rat_jax import RATPlusLM
 from rat_jax.evaluate.mini_niah import TASKS
+from rat_jax.parallel import check_agreement, processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,10 @@ Job = tuple[str, str, list[str]]  # checkpoint, row's label, tasks
 
 
 def main(settings: Settings) -> None:
+  if settings.mesh or settings.distributed:
+    settings.refuse(("workers",), "with --mesh a row runs on all devices, and one after another; leave it out.")
+    settings = dataclasses.replace(settings, workers=1)
+    settings.made_mesh()  # the processes find each other before any device is asked for
   seeds.share_device()
   opened.cache_clear()
   check(settings)
@@ -87,14 +92,18 @@ def main(settings: Settings) -> None:
   every = [(checkpoint, row.label, [name for name in names if keys[checkpoint, row.label, name] not in results])
            for checkpoint in settings.checkpoint for row in shown]
   jobs = [job for job in every if job[2]]
+  check_agreement({"cells to compute": jobs})  # processes may have found other finished ones
   output.made(folder)
   with tqdm(total=len(jobs), unit="row", disable=None) as bar:
     for (checkpoint, label, _), found in computed(settings, jobs):
       results |= {keys[checkpoint, label, name]: one for name, one in found.items()}
-      output.write_json(folder / "results.json", results)
+      if processes.is_first():
+        output.write_json(folder / "results.json", results)
       bar.update()
       if bar.disable:
-        print(f"{checkpoint}: {label}", flush=True)
+        output.say(f"{checkpoint}: {label}")
+  if not processes.is_first():
+    return
   table = {checkpoint: {row.label: {name: results[keys[checkpoint, row.label, name]] for name in names}
                         for row in shown} for checkpoint in settings.checkpoint}
   text = report.report(table, settings.match)
@@ -182,7 +191,7 @@ def opened(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
 
 def mini_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   """`opened` for mini-NIAH."""
-  config, params = seeds.load(checkpoint)
+  config, params = seeds.load(checkpoint, settings.made_mesh())
 
   def compute(row, names):
     free = [TASKS[name] for name in names if decoded(settings, row.label, name)]
@@ -193,7 +202,7 @@ def mini_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
 
 def text_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   """`opened` for tasks in words."""
-  model, params, notes = words.load_model(checkpoint, settings.tokenizer)
+  model, params, notes = words.load_model(checkpoint, settings.tokenizer, settings.made_mesh())
   examples = words.load(settings, settings.tasks, settings.count, settings.length, settings.asked.data_seed)
   words.check_unseen(settings.ruler, settings.tasks, checkpoint, notes)
   return f"{checkpoint} {seeds.fingerprint(params)}", lambda row, names: words.cells(

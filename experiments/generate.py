@@ -18,15 +18,16 @@ import numpy as np
 from absl import flags
 
 import rat_jax
-from experiments.shared import command, inputs
+from experiments.shared import command, inputs, output, over_mesh
 from rat_jax import RATPlusLM
 from rat_jax.data import Tokenizer
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.paths import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   checkpoint: pathlib.Path
   dtype: str | None
   tokenizer: Tokenizer
@@ -42,6 +43,7 @@ class Settings(command.Settings):
 def define_flags() -> None:
   command.define_common_flags("generate")
   command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained.", required=True)
+  over_mesh.define_flags()
   command.define_dtype()
   command.define_tokenizer()
   command.define_modes(["dense"], "The mode; repeat the flag for several.")
@@ -59,7 +61,7 @@ def main(settings: Settings) -> None:
                     " out.")
   if settings.temperature == 0 and settings.top_p != 1:
     settings.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
-  config, params, notes = inputs.load_model(settings.checkpoint)
+  config, params, notes = inputs.load_model(settings.checkpoint, settings.made_mesh())
   tokenizer = settings.tokenizer
   inputs.check_tokenizer(tokenizer, config, notes)
   config, end = dataclasses.replace(config, dtype=cast(Any, settings.dtype or config.dtype)), tokenizer.eod_id
@@ -73,9 +75,9 @@ def main(settings: Settings) -> None:
                            prefill_mode=settings.prefill_mode, max_new_tokens=settings.max_new_tokens,
                            temperature=settings.temperature, top_p=settings.top_p, eos_id=end,
                            key=jax.random.key(settings.seed))
-    ids = np.asarray(new)[0].tolist()
+    ids = processes.on_host(new)[0].tolist()
     continued = tokenizer.decode_after(prompt, ids[:ids.index(end)] if end in ids else ids)
-    print(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
+    output.say(f"--- {mode} ({time.perf_counter() - start:.1f} s with compilation)\n{text}|{continued}\n")
 
 
 if __name__ == "__main__":

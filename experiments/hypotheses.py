@@ -27,7 +27,7 @@ from experiments import pictures
 from experiments.needles import hypotheses_report, questions, report, seeds
 from experiments.needles.rows import Row
 from experiments.shared import command, output
-from pallas_kernels.scan.xla import linear_scan
+from pallas_kernels.scan.passes import linear_scan
 from rat_jax import Dense, Dilated, MoBA, PerLayer, Quest, RATPlusLM, Selection, SnapKV, batch as batches, transformer
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS, Rows, Task

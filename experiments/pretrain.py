@@ -50,8 +50,9 @@ def define_flags() -> None:
 
 def main(settings: Settings) -> None:
   configuration(settings, BYTES.vocab_size)  # wrong sizes are said before text is read, which decides the vocabulary
+  mesh = settings.made_mesh()
   data = training.train_data(settings)
-  training.fit(settings, configuration(settings, data.sidecar.vocab_size), None, data, "pretrain")
+  training.fit(settings, configuration(settings, data.sidecar.vocab_size), None, data, "pretrain", mesh)
 
 
 def configuration(settings: Settings, vocab_size: int) -> RATPlusConfig:

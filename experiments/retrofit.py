@@ -16,7 +16,7 @@ import fnmatch
 import pathlib
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 from absl import flags
 
 import rat_jax
@@ -69,7 +69,8 @@ def main(settings: Settings) -> None:
   settings.refuse(("utilisation",), "--cost alone reads it; give that too, or leave it out.")
   if settings.checkpoint is None:
     raise ValueError("--checkpoint is missing; give the folder of a trained attention model.")
-  config, params, notes = training.load(settings.checkpoint, settings.dtype)
+  mesh = settings.made_mesh()
+  config, params, notes = training.load(settings.checkpoint, settings.dtype, mesh)
   if "gate_bias" in settings.given and (config.memory or not settings.memory):
     raise ValueError(f"--gate_bias={settings.gate_bias:g} is where the gates of a memory that is added start, and none"
                      " is added; leave it out.")
@@ -92,13 +93,13 @@ def main(settings: Settings) -> None:
   rates = [(pattern, 0.0) for pattern in settings.freeze]
   if config.memory:
     rates.append(("layers/memory_gate*", settings.memory_rate))
-  training.fit(settings, config, params, data, "retrofit", accumulate_by="target",  # rows are micro-batches there
+  training.fit(settings, config, params, data, "retrofit", mesh, accumulate_by="target",  # rows are micro-batches there
                start=settings.checkpoint, rates=rates)
 
 
 def is_trained(params: Any) -> bool:
   """Whether a model's memory was trained: one that is added starts with weights of 0."""
-  return bool(np.any(np.asarray(params["layers"]["memory_gate"])))
+  return bool(jnp.any(params["layers"]["memory_gate"] != 0))
 
 
 def cost(settings: Settings, config: RATPlusConfig) -> str:

@@ -83,6 +83,7 @@ class Settings(words.Settings):
   log_every: int
   examples: int
   save_every: int
+  resume: str
 
   @property
   def batches(self) -> int:
@@ -126,6 +127,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of matrix products and attention.")
   flags.DEFINE_integer("log_every", 100, "Batches between evaluations.", lower_bound=1)
   flags.DEFINE_integer("examples", 210, "Examples of every task, for --text.", lower_bound=1)
+  command.define_resume()
   flags.DEFINE_integer("save_every", 2000, "Batches between checkpoints.", lower_bound=1)
 
 
@@ -136,6 +138,8 @@ def main(settings: Settings) -> None:
   check_start(settings)
   if not settings.text:
     check_tasks(settings.tasks)
+    settings.refuse(("mesh", "distributed"), "without --text the seeds are spread over all devices of this process;"
+                    " leave it out.")
     train(settings)
     return
   words.check(settings, settings.tasks)
@@ -146,7 +150,7 @@ def main(settings: Settings) -> None:
     raise ValueError(f"--stages={','.join(settings.stages)}; --text has a single one.")
   words.fine_tune(settings, settings.init, settings.tasks, settings.examples,
                   *curriculum.sizes(settings.stages, "4096x32")[0], modes=settings.mode or (Dense(),),
-                  learning_rate=settings.learning_rate or 1e-5)
+                  learning_rate=settings.learning_rate or 1e-5, resume=settings.resume)
 
 
 def check_start(settings: Settings) -> None:
@@ -313,7 +317,7 @@ def start(settings: Settings, model: RATPlusLM, optimizer: Optimizer, params: An
     params["embedding"] *= _EMBEDDING_SCALE
   params = jax.tree.map(lambda x: x[:len(seeds)], params)
   fresh = jax.jit(jax.vmap(lambda p: rat_jax.init_train_state(model, p, optimizer)))(params)
-  if run.steps():
+  if output.resumes(settings.resume, run):
     state, saved = run.restore(dataclasses.replace(fresh, step=fresh.step[0]), model.config)
     output.check_same_run(run.folder, saved, {k: v for k, v in notes.items() if k not in ("stage", "done")})
     print(f"resuming from step {int(state.step)}")

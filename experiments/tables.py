@@ -1,4 +1,4 @@
-"""Rewrites the tables of README.md, experiments/README.md and experiments/pages, and all figures, from their results.
+"""Rewrites the tables of README.md, docs/scaling.md and experiments, and all figures, from their results.
 
 Claim: a table on a page is what experiments/results says; nothing is measured here.
 Commands: python -m experiments.tables            writes whatever stands between <!-- table: NAME --> and <!-- end -->
@@ -17,6 +17,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import pictures
+from experiments.aot import paper
 from experiments.bench import page_tables as speed
 from experiments.needles import hypotheses_tables, page_tables as needles, report
 from experiments.shared import command, output, page_tables
@@ -57,7 +58,8 @@ def main(settings: Settings) -> None:
 
 def pages() -> list[pathlib.Path]:
   """The pages whose tables are made."""
-  return [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "experiments/pages").glob("*.md"))]
+  return [ROOT / "README.md", ROOT / "docs/scaling.md", ROOT / "experiments/README.md",
+          *sorted((ROOT / "experiments/pages").glob("*.md"))]
 
 
 def made(name: str) -> str:
@@ -225,7 +227,8 @@ FIGURES: dict[str, Draw] = {
     "gpu_pretrain": lambda read: pictures.losses(read("gpu_pretrain")["lines"], read("gpu_pretrain")["modes"]),
     **{part: _hypothesis(part) for part in ("heads", "random", "layers", "two_by_two", "future", "reach", "distance")}}
 
-TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES}
+TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES,
+                            "cost_model": lambda read: paper.table()}
 
 if __name__ == "__main__":
   command.run(main, Settings, define_flags)

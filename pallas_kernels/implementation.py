@@ -1,25 +1,45 @@
 """What an operation and its implementations are, and the one rule by which a call takes one of them.
 
 An implementation is written for one device. Over several devices the compiler can split plain JAX ("xla"), but no
-kernel: any other implementation is run by `split.run` on every device's share of the arguments.
+kernel: any other implementation is run by `split.run` on every device's share of the arguments. Where the mesh cuts
+sequences, pieces of a result need more than their pieces: `Implementation.over_context` fetches that.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import devices, split
 from pallas_kernels.crossovers import ASSUMED, FASTEST
 from pallas_kernels.table import IMPLEMENTATIONS, known_names
 
 Arguments = tuple[Any, ...]  # of an operation
+Run = Callable[..., Any]
 _OTHER = "Pass implementation=None to take the fastest one that serves."
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """Along what the mesh axis "context" cuts an operation's arguments.
+
+  Attributes:
+    letter: of the axis that is cut: T or R.
+    fills: what lengths are filled up with that do not divide, by argument; None: they are not cut then.
+    unit: of the arguments: what the length of a piece is a multiple of.
+  """
+
+  letter: str
+  fills: tuple[float, ...] | None = None
+  unit: Callable[..., int] = lambda *_: 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +56,14 @@ class Operation:
       K key/value heads, R cache rows, H head width, L layers, n chosen blocks, C the first of trailing channels.
     results: the letters of the results, likewise.
     size: of arguments and options, how large the work is: the measure of crossovers.py.
+    sequences: along what a mesh may cut sequences.
   """
 
   name: str
   axes: Callable[..., tuple[split.Letters, ...]]
   results: split.Letters
   size: Callable[..., int]
+  sequences: Sequences | None = None
 
 
 def _without_limits(*arguments: Any, **options: Any) -> str | None:
@@ -59,12 +81,15 @@ class Implementation:
     unsupported: of the same, or of anything else of their shapes and types: why `run` does not serve them, or None.
     runs_on: the devices that have it.
     independent: the letters of axes along which arguments may be cut: each piece of a result needs its piece alone.
+    over_context: as `run`, of pieces of sequences on the devices of the axis "context", inside `jax.shard_map`; None
+      where it has no such form.
   """
 
-  run: Callable[..., Any]
+  run: Run
   unsupported: Callable[..., str | None] = _without_limits
   runs_on: devices.Devices = devices.ANY
   independent: str = ""
+  over_context: Run | None = None
 
 
 _FORCED = jax.make_user_context(default_value=None)
@@ -98,12 +123,16 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
   """
   device = devices.device_of(*jax.tree.leaves(arguments))
   name = _FORCED.value or name
+  whole = arguments
+  arguments = _filled_up(operation, arguments)
   if name is None:
     implementation, cut = _fastest(operation, device, arguments, options)
   else:
     implementation, cut = _named(operation, name, device, arguments, options)
+  run = implementation.over_context if cut and cut.of_sequences else implementation.run
+  assert run is not None
   try:
-    return split.run(implementation.run, cut, arguments, operation.results, options)
+    return _as_long_as(operation, whole, split.run(run, cut, arguments, operation.results, options))
   except TypeError as error:
     if "custom_vjp" not in str(error):
       raise
@@ -122,7 +151,39 @@ Taken = tuple[Implementation, split.Cut | None]
 
 
 def _cut(operation: Operation, implementation: Implementation, arguments: Arguments) -> split.Cut | None:
-  return split.cut(arguments, operation.axes(*arguments), implementation.independent)
+  sequence = operation.sequences if implementation.over_context else None
+  letters, unit = (sequence.letter, sequence.unit(*arguments)) if sequence else ("", 1)
+  return split.cut(arguments, operation.axes(*arguments), implementation.independent + letters, unit)
+
+
+def _filled_up(operation: Operation, arguments: Arguments) -> Arguments:
+  """The arguments with sequences that the mesh's pieces divide; those of fewer tokens than pieces as they are."""
+  pieces, sequence = split.pieces(arguments), operation.sequences
+  if pieces == 1 or sequence is None or sequence.fills is None:
+    return arguments
+
+  def of_array(fill: float, x: jax.Array, letters: str) -> jax.Array:
+    widths = [(0, -n % pieces if letter == sequence.letter and n >= pieces else 0)
+              for n, letter in itertools.zip_longest(x.shape, letters)]
+    return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+
+  return tuple(jax.tree.map(functools.partial(of_array, fill), *of)
+               for *of, fill in zip(arguments, operation.axes(*arguments), sequence.fills, strict=True))
+
+
+def _as_long_as(operation: Operation, arguments: Arguments, results: Any) -> Any:
+  """The results without what was filled up."""
+  sequence, pieces = operation.sequences, split.pieces(arguments)
+  if pieces == 1 or sequence is None or sequence.fills is None:
+    return results
+  letters = operation.axes(*arguments)
+  length = next(n for x, of in zip(*map(jax.tree.leaves, (arguments, letters)), strict=True)
+                for n, letter in zip(x.shape, of, strict=False) if letter == sequence.letter)
+
+  def of_array(letters: str, x: jax.Array) -> jax.Array:
+    return x[(*(slice(length if letter == sequence.letter else None) for letter in letters),)]
+
+  return jax.tree.map(lambda of, part: jax.tree.map(lambda x: of_array(of, x), part), operation.results, results)
 
 
 def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> Taken:
@@ -136,7 +197,14 @@ def _fastest(operation: Operation, device: devices.Device, arguments: Arguments,
     share = cut.share(arguments) if cut else arguments
     if operation.size(*share, **options) >= least and not implementation.unsupported(*share, **options):
       return implementation, cut
-  return load(operation.name, "xla"), None
+  return _in_plain_jax(operation, arguments)
+
+
+def _in_plain_jax(operation: Operation, arguments: Arguments) -> Taken:
+  """The compiler splits plain JAX over all axes of a mesh but that of sequences."""
+  implementation = load(operation.name, "xla")
+  cut = _cut(operation, implementation, arguments) if split.pieces(arguments) > 1 else None
+  return implementation, cut if cut and cut.of_sequences else None
 
 
 def _named(operation: Operation, name: str, device: devices.Device, arguments: Arguments, options: dict[str, Any]
@@ -152,7 +220,7 @@ def _named(operation: Operation, name: str, device: devices.Device, arguments: A
   except ImportError as error:
     raise NotImplementedError(f"implementation={name!r} of {operation.name} is no part of this installation: {error}."
                               f" {_OTHER}") from error
-  cut = None if name == "xla" else _cut(operation, implementation, arguments)
+  cut = _cut(operation, implementation, arguments) if name != "xla" else _in_plain_jax(operation, arguments)[1]
   reasons = [implementation.runs_on.unsupported(device),
              implementation.unsupported(*(cut.share(arguments) if cut else arguments), **options)]
   if any(reasons):

@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels import devices
 from pallas_kernels.attention import softmax
 from rat_jax import batch as batches, checks, transformer
+from rat_jax.attention import over_context
 from rat_jax.attention.terms import Origin, Placement
 from rat_jax.axes import Array, ArrayLike, Lengths, Logits, Params, RowIds, State, Stream, Tokens
 from rat_jax.caches.cache import Cache, arrived, arriving, empty_cache
@@ -21,6 +22,7 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Mode
+from rat_jax.parallel import constrain
 from rat_jax.plan import check_modes
 from rat_jax.transformer import AtLayer
 
@@ -133,7 +135,7 @@ def _prefill(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, max_l
   else:
     last, cache = _in_pieces(params, tokens, arriving(cache, length), lengths, chunk)
     cache = arrived(cache)
-  return transformer.logits(config, params, last), cache
+  return transformer.logits(config, params, last), constrain.tree(cache, params)
 
 
 def _last(x: Stream, count: Lengths) -> Array:
@@ -165,7 +167,7 @@ def _extend(prompt: bool, params: Params, tokens: Tokens, cache: Cache, lengths:
   fits = lengths <= cache.room()
   x, cache = advance(params, tokens, cache, jnp.where(fits, lengths, 0), prompt=prompt)
   logits = transformer.logits(cache.config, params, x)
-  return jnp.where(fits[:, None, None], logits, jnp.nan), cache
+  return jnp.where(fits[:, None, None], logits, jnp.nan), constrain.tree(cache, params)
 
 
 def _start(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tuple[Stream, Cache]:
@@ -180,7 +182,7 @@ def _start(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tu
     origin, store = Origin(batch.row_ids, at.number), stores[at.run]
     x, state, heads = transformer.block(
         cache.config, at.params, x, batch, at.carried,
-        lambda heads: at.run.form.attend(heads, Placement.of(batch), origin))
+        lambda heads: over_context.attend(at.run.form, heads, Placement.of(batch), origin))
     return x, (state, store.of_prompt(heads.last_queries(lengths, store.window), lengths, origin))
 
   x, made = transformer.walk(params, cache.plan, transformer.embed(params, tokens), layer, cache.state)

@@ -20,12 +20,14 @@ from pallas_kernels import devices
 from pallas_kernels.products import einsum_float32
 from pallas_kernels.scan import api as gated_scan
 from rat_jax import rope
+from rat_jax.attention import over_context
 from rat_jax.attention.terms import Heads, Origin, Placement
 from rat_jax.axes import Array, Keys, Logits, Params, Queries, State, Stream, Tokens
 from rat_jax.batch import Batch
 from rat_jax.config import RATPlusConfig
 from rat_jax.decay import memory
 from rat_jax.modes import Mode
+from rat_jax.parallel import constrain, vocabulary
 from rat_jax.plan import Run, layer_runs
 
 # What a layer keeps for its gradient beside its input. "products": matrix products with parameters and the memory's
@@ -140,7 +142,7 @@ def _product(subscripts: str, x: Array, matrix: Array, product: Callable[..., Ar
 
 def embed(params: Params, tokens: Tokens) -> Stream:
   """The residual stream's start, float32 [B, T, E]."""
-  return jnp.asarray(params["embedding"])[tokens].astype(jnp.float32)
+  return constrain.stream(vocabulary.look_up(jnp.asarray(params["embedding"]), tokens))
 
 
 def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
@@ -253,7 +255,8 @@ def walk(params: Params, runs: Sequence[Run], x: Stream, layer: Callable[[Stream
   for run in runs:
 
     def body(x: Stream, of_layer: tuple[Array, Params, Any], run: Run = run) -> tuple[Stream, Any]:
-      return layer(x, AtLayer(run, *of_layer))
+      x, besides = layer(x, AtLayer(run, *of_layer))
+      return constrain.stream(x), besides
 
     # Of a few layers written out XLA may keep what it likes; of many it would keep everything.
     body = body if remat is None else jax.checkpoint(body, policy=_KEPT[remat], prevent_cse=unroll)
@@ -328,9 +331,9 @@ def attend(heads: Heads, run: Run, batch: Batch, origin: Origin) -> Array:
   Without prompts every query is a step. [B, T, N, H] in q's type.
   """
   if batch.prompts is None or run.form == run.mode:
-    return run.mode.attend(heads, Placement.of(batch), origin)
+    return over_context.attend(run.mode, heads, Placement.of(batch), origin)
   first = batch.first_step
-  prompt = run.form.attend(heads, Placement.of(batch), origin)
+  prompt = over_context.attend(run.form, heads, Placement.of(batch), origin)
   steps = run.mode.attend_after_prompt(heads, batch, origin)
   in_prompt = batch.positions[:, first:] < batch.prompts[:, None]
   steps = jnp.where(in_prompt[:, :, None, None], prompt[:, first:], steps.astype(heads.q.dtype))
@@ -340,7 +343,20 @@ def attend(heads: Heads, run: Run, batch: Batch, origin: Origin) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: RATPlusConfig, params: Params, x: Stream) -> Logits:
   """The logits of a stream [..., E]: final norm and head; float32 [..., V]."""
-  dtype = jnp.dtype(config.dtype)
-  x = rms_norm(x, params["final_norm"], config.norm_eps).astype(dtype)
-  head = params["embedding" if config.tie_embeddings else "head"].astype(dtype)
+  return words(final(config, params["final_norm"], x), head(config, params))
+
+
+def head(config: RATPlusConfig, params: Params) -> Array:
+  """The matrix [V, E] from the stream to logits, in `config.dtype`."""
+  matrix: Array = params["embedding" if config.tie_embeddings else "head"].astype(jnp.dtype(config.dtype))
+  return matrix
+
+
+def final(config: RATPlusConfig, norm: Array, x: Stream) -> Stream:
+  """The stream after the final norm, in `config.dtype`."""
+  return rms_norm(x, norm, config.norm_eps).astype(jnp.dtype(config.dtype))
+
+
+def words(x: Stream, head: Array) -> Logits:
+  """The logits float32 [..., V] of a stream after the final norm."""
   return einsum_float32("...e,ve->...v", x, head)

@@ -19,7 +19,7 @@ from absl import flags
 import pallas_kernels
 import rat_jax
 from experiments.bench import times
-from rat_jax import RATPlusConfig, RATPlusLM
+from rat_jax import RATPlusConfig, RATPlusLM, parallel
 from rat_jax.axes import Params
 from rat_jax.caches.cache import Cache, empty_cache
 from rat_jax.modes import Mode
@@ -42,6 +42,11 @@ class Settings(times.Settings):
   unroll: bool
   steps: int
   rounds: int
+  mesh: str | None
+
+  def placed(self, tree: Any) -> Any:
+    """Parameters, a batch, a cache or a train state where --mesh says."""
+    return tree if self.mesh is None else parallel.shard(tree, parallel.make_mesh(self.mesh))
 
 
 def define_flags() -> None:
@@ -51,6 +56,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("unroll", False, "Compile layers one by one for training.")
   flags.DEFINE_integer("steps", 16, "Timed decode steps of a round.", lower_bound=1)
   flags.DEFINE_integer("rounds", 5, "Rounds; the median counts.", lower_bound=1)
+  flags.DEFINE_string("mesh", None, "How devices share the work, such as fsdp:2. Default: one device, without a mesh.")
 
 
 class Measured(NamedTuple):
@@ -85,6 +91,7 @@ def decode(settings: Settings, model: RATPlusLM, params: Params, mode: Mode, bat
   room = (1 + settings.rounds + settings.profile) * steps + 1
   cache = random_cache(model.config, mode, batch_size, context, room, settings.seed)
   tokens = jax.random.randint(jax.random.key(settings.seed), (batch_size,), 0, model.config.vocab_size)
+  params, cache = settings.placed(params), settings.placed(cache)
   step = functools.partial(rat_jax.decode_step, model)
   with pallas_kernels.force("xla"):
     expected = jax.jit(step)(params, tokens[:CHECKED], first_rows(cache))[0]
@@ -137,6 +144,7 @@ def prefill(settings: Settings, model: RATPlusLM, params: Params, mode: Mode, ba
             ) -> Measured:
   """A prompt of `context` tokens in every row."""
   tokens = jax.random.randint(jax.random.key(settings.seed), (batch_size, context), 0, model.config.vocab_size)
+  params, tokens = settings.placed(params), settings.placed({"tokens": tokens})["tokens"]
   run = lambda params, tokens: rat_jax.prefill(model, params, tokens, mode=mode, max_length=context,
                                                chunk=settings.chunk)
   with pallas_kernels.force("xla"):
@@ -153,8 +161,8 @@ def train(settings: Settings, model: RATPlusLM, params: Params, mode: Mode, batc
   optimizer = rat_jax.make_optimizer(1e-5, total_steps=1000)
   draw = np.random.default_rng(settings.seed)
   tokens = draw.integers(0, model.config.vocab_size, (batch_size, context), np.int32)
-  batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
-  carried = [rat_jax.init_train_state(model, jax.tree.map(jnp.array, params), optimizer)]
+  batch = settings.placed({"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens)})
+  carried = [settings.placed(rat_jax.init_train_state(model, jax.tree.map(jnp.array, params), optimizer))]
 
   def loss(params, tokens):
     def of_row(row):

@@ -22,6 +22,7 @@ from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.evaluate import mini_niah
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.evaluate.needles import answered
+from rat_jax.parallel import processes
 from rat_jax.paths import lacking, local_path
 from rat_jax.train import Checkpoints
 
@@ -53,8 +54,10 @@ def over_seeds() -> NamedSharding:
   return NamedSharding(mesh(), PartitionSpec("seeds"))
 
 
-def load(folders: str) -> tuple[RATPlusConfig, Any]:
+def load(folders: str, mesh: Mesh | None = None) -> tuple[RATPlusConfig, Any]:
   """(config, the parameters of all seeds, stacked) of a folder of seed-*, or of several, with commas between.
+
+  `mesh`: on which each seed's parameters lie.
 
   Raises ValueError and FileNotFoundError for a URL, folders without seeds, and models that do not belong together.
   """
@@ -67,7 +70,7 @@ def load(folders: str) -> tuple[RATPlusConfig, Any]:
       state = "holds no seed-* checkpoints" if around.is_dir() else lacking(around, "folder")
       raise FileNotFoundError(f"{around} {state}; give the folder around seed-*, which experiments.sft_niah makes.")
     for path in paths:
-      config, of_seed, notes = Checkpoints(path).load_params()
+      config, of_seed, notes = Checkpoints(path).load_params(mesh)
       if notes.get("seeds", len(paths)) != len(paths):
         raise ValueError(f"{folder} holds {len(paths)} seeds of a run of {notes['seeds']}; run experiments.sft_niah to"
                          " its end, or move what is not of that run away.")
@@ -195,7 +198,7 @@ def fingerprint(params: Any) -> str:
   """Eight digits that tell parameters apart."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
-    digest.update(np.asarray(leaf).tobytes())
+    digest.update(processes.on_host(leaf).tobytes())
   return digest.hexdigest()[:8]
 
 

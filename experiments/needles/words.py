@@ -23,11 +23,12 @@ from absl import flags
 import rat_jax
 from experiments.needles.rows import Row, blank
 from experiments.needles.seeds import check_seeds
-from experiments.shared import command, device, inputs, output
-from rat_jax import RATPlusLM, evaluate
+from experiments.shared import command, device, inputs, output, over_mesh, training
+from rat_jax import RATPlusLM, evaluate, parallel
 from rat_jax.data import Tokenizer, load_tokenizer
 from rat_jax.evaluate import Example, text_niah
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.paths import local_path, read_text
 from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, train
@@ -40,7 +41,7 @@ Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]  # of answers 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   """Of the commands that may ask in words."""
 
   text: bool
@@ -59,6 +60,7 @@ class Settings(command.Settings):
 
 def define_flags() -> None:
   """All of `Settings`."""
+  over_mesh.define_flags()
   flags.DEFINE_bool("text", False, "Tasks in words, for a language model (experiments.pretrain), not mini-NIAH.")
   command.define_tokenizer()
   flags.DEFINE_string("ruler", None, "Folder of RULER's files, such as niah_single_1/validation.jsonl or"
@@ -182,22 +184,24 @@ def check_unseen(ruler: str | None, names: Sequence[str], folder: str, notes: di
                      " examples, made with another seed.")
 
 
-def load_model(folder: str, tokenizer: Tokenizer) -> tuple[RATPlusLM, Any, dict[str, Any]]:
+def load_model(folder: str, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None
+               ) -> tuple[RATPlusLM, Any, dict[str, Any]]:
   """(model, parameters, notes of its training). Raises ValueError for a model that --tokenizer does not fit."""
-  config, params, notes = inputs.load_model(folder)
+  config, params, notes = inputs.load_model(folder, mesh)
   inputs.check_tokenizer(tokenizer, config, notes)
   return RATPlusLM(config), params, notes
 
 
 def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count: int, length: int, rows: int,
-              modes: Sequence[Mode], learning_rate: float) -> None:
+              modes: Sequence[Mode], learning_rate: float, resume: str = "auto") -> None:
   """Fine-tunes the checkpoint `start` on `count` examples of every task; resumes from the newest in --workdir."""
   if start is None:
     raise ValueError("--text fine-tunes a language model; give its folder of checkpoints as --init.")
   command.check_trained(modes)
   seed, tokenizer = settings.seed, settings.tokenizer
   check_seeds(seed, range(seed, seed + 1))
-  model, params, before = load_model(start, tokenizer)
+  mesh = settings.made_mesh()
+  model, params, before = load_model(start, tokenizer, mesh)
   for mode in modes:
     check_modes(mode, None, model.config)
   loaded = load(settings, names, count, length, seed)
@@ -205,32 +209,37 @@ def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count
   steps = max(1, round(settings.epochs * len(examples) / rows))
   draw = np.random.default_rng(seed)
   order = np.concatenate([draw.permutation(len(examples)) for _ in range(-(-steps * rows // len(examples)))])
-  batch_at = lambda step: answer_batch(tokenizer, [examples[i] for i in order[step * rows:(step + 1) * rows]], length)
+
+  def batch_at(step):
+    batch = answer_batch(tokenizer, [examples[i] for i in order[step * rows:(step + 1) * rows]], length)
+    return batch if mesh is None else parallel.shard(batch, mesh)
+
   folder = output.made(settings.workdir)
   checkpoints, optimizer = Checkpoints(folder), rat_jax.make_optimizer(learning_rate, total_steps=steps)
-  state = rat_jax.init_train_state(model, params, optimizer)
+  state = training.first_state(model, optimizer, params, seed, mesh)
   notes = {"init": str(pathlib.Path(start).absolute()), "tasks": list(names), "examples": len(examples),
            "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
            "epochs": settings.epochs, "seed": seed, "answer_room": settings.answer_room, "source": source(settings),
            "files": [*before.get("files", []), *digests(settings.ruler, names).values()], "tokenizer": tokenizer.name}
-  if checkpoints.steps():
+  parallel.check_agreement(notes | {"mesh": settings.mesh})
+  if output.resumes(resume, checkpoints):
     state, saved = checkpoints.restore(state, model.config)
     output.check_same_run(checkpoints.folder, saved, notes)
-  print(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source(settings)}), under"
-        f" {', then '.join(map(str, modes))}, on {device.name()}", flush=True)
+  output.say(f"{steps} batches of {rows} x {length} tokens from {len(examples)} examples ({source(settings)}), under"
+             f" {', then '.join(map(str, modes))}, on {device.name()}")
   train(model, optimizer, state, batch_at, steps=steps, modes=tuple(modes), notes=notes, checkpoints=checkpoints,
         save_every=200, metrics_path=folder / "metrics.jsonl", label="needles in words")
-  print(f"checkpoint: {folder}")
+  output.say(f"checkpoint: {folder}")
 
 
-def answer_batch(tokenizer: Tokenizer, examples: Sequence[Example], length: int) -> dict[str, jax.Array]:
+def answer_batch(tokenizer: Tokenizer, examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
   """Prompts, answers and padding, int32 [B, T]; only an answer's tokens, its end with them, are targets."""
   tokens, targets = np.zeros((len(examples), length), np.int32), np.full((len(examples), length), IGNORED, np.int32)
   for i, example in enumerate(examples):
     prompt, answer = _encoded(tokenizer, example)
     tokens[i, :len(prompt) + len(answer)] = prompt + answer
     targets[i, len(prompt) - 1:len(prompt) + len(answer) - 1] = answer
-  return {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(targets)}
+  return {"tokens": tokens, "targets": targets}
 
 
 def cells(settings: Settings, model: RATPlusLM, params: Any, row: Row, examples: Mapping[str, Sequence[Example]],
@@ -277,7 +286,7 @@ def _answers(tokenizer: Tokenizer, model: RATPlusLM, params: Any, examples: Sequ
     tokens[i, :len(prompt)] = prompt
   new = rat_jax.generate(model, params, tokens, np.array([len(prompt) for prompt in prompts]), eos_id=end,
                          row_ids=jnp.arange(first, first + len(prompts)), **how)
-  ids = [row[:row.index(end)] if end in row else row for row in np.asarray(new).tolist()]
+  ids = [row[:row.index(end)] if end in row else row for row in processes.on_host(new).tolist()]
   return [_said(tokenizer, example, prompt, row) for example, prompt, row in zip(examples, prompts, ids, strict=True)]
 
 

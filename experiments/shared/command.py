@@ -125,6 +125,12 @@ def define_dtype(name: str = "dtype", help_text: str = "Type of matrix products 
   flags.DEFINE_enum(name, None, ["bfloat16", "float32"], help_text)
 
 
+def define_resume() -> None:
+  """A flag --resume, for `output.resumes`."""
+  flags.DEFINE_enum("resume", "auto", ["auto", "never", "must"], "A checkpoint in --workdir: auto goes on from it where"
+                    " there is one, must fails where there is none, never where there is one.")
+
+
 def define_tokenizer() -> None:
   """A flag --tokenizer that holds a tokenizer, bytes by default."""
   flags.DEFINE(_TokenizerParser(), "tokenizer", BYTES, "Text to tokens.", serializer=flags.ArgumentSerializer())

@@ -9,17 +9,22 @@ import os
 import pathlib
 from typing import Any
 
-from rat_jax import RATPlusConfig, load_pretrained
+import jax
+
+from rat_jax import RATPlusConfig, load_pretrained, parallel
 from rat_jax.axes import Params
 from rat_jax.convert.tensors import read_json as read_object
 from rat_jax.data import BYTES, TokenFile, Tokenizer, prepare, prepare_standard_library
 from rat_jax.data.token_file import Sidecar
+from rat_jax.parallel import processes
 from rat_jax.paths import local_path
+from rat_jax.pretrained import on_device
 from rat_jax.train import Checkpoints
 
 
-def load_model(folder: str | os.PathLike[str]) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
-  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote.
+def load_model(folder: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None
+               ) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+  """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote; onto a mesh.
 
   The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
   Raises ValueError and FileNotFoundError for a URL, for what is not there and for what is no model of ours.
@@ -28,12 +33,13 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[RATPlusConfig, Params, d
   if not (path / "config.json").is_file():
     if any(path.glob("*.safetensors")):
       raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
-    return Checkpoints(path).load_params()
+    return Checkpoints(path).load_params(mesh)
   theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
   if theirs is not None:
     raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
                      f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
-  return *load_pretrained(path), _kept_notes(path)
+  place = on_device if mesh is None else parallel.on_mesh(mesh)
+  return *load_pretrained(path, place=place), _kept_notes(path)
 
 
 def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:
@@ -69,14 +75,16 @@ def corpus(data: str | os.PathLike[str] | None, folder: pathlib.Path) -> dict[st
   """{"train", "heldout"} token files.
 
   `data` is a folder that `experiments.prepare_data` wrote, or a text file or folder, which is prepared in `folder`;
-  None is the text of the Python standard library. Raises ValueError for a URL.
+  None is the text of the Python standard library. Of several processes the first prepares it. Raises ValueError for a
+  URL.
   """
-  if data is None:
-    return prepare_standard_library(folder)
-  path = local_path(data, "--data")
-  if (path / "train.bin").exists():
-    return {name: TokenFile(path / f"{name}.bin") for name in ("train", "heldout")}
-  return prepare(path, folder)
+  path = None if data is None else local_path(data, "--data")
+  if path is not None and (path / "train.bin").exists():
+    folder = path
+  else:
+    processes.together(lambda: processes.is_first() and bool(
+        prepare_standard_library(folder) if path is None else prepare(path, folder)))
+  return {name: TokenFile(folder / f"{name}.bin") for name in ("train", "heldout")}
 
 
 def bits_per_byte(nats: float, sidecar: Sidecar) -> float | None:

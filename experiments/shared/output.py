@@ -8,12 +8,20 @@ import pathlib
 from typing import Any
 
 from rat_jax.convert.tensors import read_json as read_object
+from rat_jax.parallel import processes
+from rat_jax.train import Checkpoints
 
 
 def made(folder: pathlib.Path) -> pathlib.Path:
   """The folder, made if it is not there."""
   folder.mkdir(parents=True, exist_ok=True)
   return folder
+
+
+def say(text: str) -> None:
+  """Prints it, in the first of several processes."""
+  if processes.is_first():
+    print(text, flush=True)
 
 
 def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
@@ -26,6 +34,18 @@ def write_json(path: pathlib.Path, result: Any, indent: int | None = 2) -> None:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object that `write_json` wrote; {} where there is nothing yet. Raises ValueError that names any other file."""
   return read_object(path, "move it away to start anew") if path.exists() else {}
+
+
+def resumes(resume: str, checkpoints: Checkpoints) -> bool:
+  """Whether a run goes on from its newest checkpoint, under --resume. Raises ValueError where that is not to be."""
+  steps = checkpoints.steps()
+  if resume == "must" and not steps:
+    raise ValueError(f"--resume=must: {checkpoints.folder} holds no checkpoint; give the --workdir of the run that is"
+                     " to go on, or --resume=auto.")
+  if resume == "never" and steps:
+    raise ValueError(f"--resume=never: {checkpoints.folder} holds a checkpoint of step {steps[-1]}; give another"
+                     " --workdir, or --resume=auto to go on from it.")
+  return bool(steps)
 
 
 _DATA_PATHS = ("source", "lm_data")  # in notes: where the data of "data_sha256" lie

@@ -10,23 +10,25 @@ from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 import rat_jax
 from experiments import pictures
-from experiments.shared import command, device, inputs, output
-from rat_jax import RATPlusConfig, RATPlusLM
+from experiments.shared import command, device, inputs, output, over_mesh
+from rat_jax import RATPlusConfig, RATPlusLM, parallel
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.plan import check_modes
-from rat_jax.train import Checkpoints, Optimizer, train
+from rat_jax.train import Checkpoints, Optimizer, TrainState, train
 from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(command.Settings):
+class Settings(over_mesh.Settings):
   """Of every command that trains on text."""
 
   mode: tuple[Mode, ...]
@@ -43,6 +45,7 @@ class Settings(command.Settings):
   combine: Combine
   documents_apart: bool
   save_every: int
+  resume: str
   log_every: int
 
   def optimizer(self, steps: int, rates: Sequence[tuple[str, float]] = ()) -> Optimizer:
@@ -54,6 +57,7 @@ class Settings(command.Settings):
 def define_flags(*, steps: int = 1000, batch_size: int = 16, length: int = 1024, learning_rate: float = 1e-3,
                  warmup: float = 0.05) -> None:
   """All of `Settings` but --mode, with a command's own defaults."""
+  over_mesh.define_flags()
   command.define_path("data", "Prepared folder, text file or folder. Default: the standard library's text.")
   flags.DEFINE_integer("steps", steps, "Batches in all; a resumed run goes on to this number.", lower_bound=1)
   flags.DEFINE_integer("batch_size", batch_size, "Sequences in a batch.", lower_bound=1)
@@ -67,6 +71,7 @@ def define_flags(*, steps: int = 1000, batch_size: int = 16, length: int = 1024,
   flags.DEFINE_enum("combine", "sequential", get_args(Combine), "One update per mode, or one in all.")
   flags.DEFINE_bool("documents_apart", False, "Attention and memory stop at document boundaries.")
   flags.DEFINE_integer("save_every", 500, "Batches between checkpoints; the last state is saved too.", lower_bound=0)
+  command.define_resume()
   flags.DEFINE_integer("log_every", 20, "Batches between lines on the terminal.", lower_bound=1)
 
 
@@ -86,17 +91,38 @@ def train_data(settings: Settings) -> TokenFile:
   return inputs.corpus(settings.data, settings.workdir / "data")["train"]
 
 
-def load(checkpoint: pathlib.Path, dtype: str | None) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
+def load(checkpoint: pathlib.Path, dtype: str | None, mesh: jax.sharding.Mesh | None
+         ) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
   """(config, parameters, notes) of a trained model to train on, in float32: bfloat16 rounds steps of 2e-5 away.
 
   Args:
     dtype: of matrix products and attention, instead of the model's own.
+    mesh: on which they come to lie.
 
   Raises as `inputs.load_model`.
   """
-  config, params, notes = inputs.load_model(checkpoint)
+  config, params, notes = inputs.load_model(checkpoint, mesh)
   config = dataclasses.replace(config, dtype=cast(Any, dtype or config.dtype), param_dtype="float32")
   return config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), notes
+
+
+def first_state(model: RATPlusLM, optimizer: Optimizer, params: Params | None, seed: int,
+                mesh: jax.sharding.Mesh | None) -> TrainState:
+  """The state before the first batch, of `params` or fresh ones; on a mesh every device makes its own part."""
+  def made(params: Params) -> TrainState:
+    return rat_jax.init_train_state(model, params, optimizer)
+
+  def drawn(key: jax.Array) -> Params:
+    params: Params = model.init(key, np.zeros((1, 8), np.int32))["params"]
+    return params
+
+  if mesh is None:
+    return made(jax.jit(drawn)(jax.random.key(seed)) if params is None else params)
+  if params is None:
+    params = parallel.sharded(drawn, mesh)(jax.random.key(seed))
+  params = parallel.shard(params, mesh)  # what was added to them too
+  opt_state, step = parallel.sharded(lambda params: (made(params).opt_state, made(params).step), mesh)(params)
+  return TrainState(params, opt_state, step)
 
 
 def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
@@ -107,8 +133,8 @@ def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
 
 
 def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: TokenFile, label: str,
-        start: pathlib.Path | None = None, rates: Sequence[tuple[str, float]] = (),
-        accumulate_by: AccumulateBy = "batch") -> None:
+        mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None,
+        rates: Sequence[tuple[str, float]] = (), accumulate_by: AccumulateBy = "batch") -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Says so and trains nothing where the run has come that far already.
@@ -116,6 +142,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   Args:
     params: where to start; None is a fresh draw from --seed.
     label: what the bar of progress is called.
+    mesh: on which `params` lie, and the training runs; None: one device.
     start: the checkpoint that `params` come from.
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
     accumulate_by: how --accumulation weighs micro-batches (`rat_jax.train_step`).
@@ -132,31 +159,33 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   model, checkpoints = RATPlusLM(config), Checkpoints(folder / "checkpoints")
   optimizer = settings.optimizer(steps, rates)
 
-  def batch_at(step):
-    return data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
-                      documents_apart=settings.documents_apart)
+  rows = None if mesh is None else parallel.rows_of_process(mesh, settings.batch_size)
 
-  first = batch_at(0)  # asked now: the data may be too short for it
-  if params is None:
-    params = jax.jit(model.init)(jax.random.key(settings.seed), first["tokens"])["params"]
-  state = rat_jax.init_train_state(model, params, optimizer)
+  def batch_at(step):
+    batch = data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
+                       documents_apart=settings.documents_apart, rows=rows)
+    return batch if mesh is None else parallel.from_rows(batch, mesh, settings.batch_size)
+
   notes = {"modes": [str(mode) for mode in modes], "combine": settings.combine, "seed": settings.seed,
            "batch_size": settings.batch_size, "length": settings.length, "documents_apart": settings.documents_apart,
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "data_sha256": data.sidecar.sha256,
            "tokenizer": data.sidecar.tokenizer, "start": start and str(start.absolute()),
            "rates": [list(one) for one in rates],
            "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay}
-  if checkpoints.steps():
+  parallel.check_agreement(notes | {f"config.{name}": value for name, value in dataclasses.asdict(config).items()})
+  processes.together(lambda: batch_at(0))  # asked now: the data may be too short for it
+  state = first_state(model, optimizer, params, settings.seed, mesh)
+  if output.resumes(settings.resume, checkpoints):
     state, saved = checkpoints.restore(state, config)
     output.check_same_run(checkpoints.folder, saved, notes)
     if int(state.step) < steps:
-      print(f"resuming from step {int(state.step)} in {checkpoints.folder}")
+      output.say(f"resuming from step {int(state.step)} in {checkpoints.folder}")
       if "steps" in saved and saved["steps"] != steps:
-        print(rate_change(settings, int(state.step), saved["steps"], steps))
+        output.say(rate_change(settings, int(state.step), saved["steps"], steps))
   if int(state.step) < steps:
-    size = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
-          f" {', then '.join(map(str, modes))}, on {device.name()}")
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    output.say(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
+               f" {', then '.join(map(str, modes))}, on {device.name()}")
     train(model, optimizer, state, batch_at, steps=steps, modes=modes,
           notes=notes | {"steps": steps},  # which a resumed run may move
           combine=settings.combine, accumulation=settings.accumulation, accumulate_by=accumulate_by,
@@ -164,8 +193,10 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
           metrics_path=output.made(folder) / "metrics.jsonl", checkpoints=checkpoints, save_every=settings.save_every,
           label=label)
   else:
-    print(f"nothing to train: the run in {folder} is at step {int(state.step)}")
+    output.say(f"nothing to train: the run in {folder} is at step {int(state.step)}")
   metrics = folder / "metrics.jsonl"
+  if not processes.is_first():
+    return
   if metrics.exists():
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     pictures.save(pictures.losses(lines, [str(mode) for mode in modes]), folder / "training.png")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import arguments
-from pallas_kernels.implementation import Operation, call
+from pallas_kernels.implementation import Operation, Sequences, call
 from pallas_kernels.split import Letters
 
 Array = jax.Array
@@ -29,7 +30,11 @@ def _size(q: Array, keys: Array, values: Array, visible: Array, layer: Array | i
   return math.prod(keys.shape[-4:]) if blocks is None else visible.size * q.shape[2]
 
 
-OPERATION = Operation("decode_attention", _axes, ("BNH", "BN"), _size)
+def _unit(q: Array, keys: Array, values: Array, visible: Array, *_: Any) -> int:
+  return visible.shape[3] if visible.ndim == 4 else 1
+
+
+OPERATION = Operation("decode_attention", _axes, ("BNH", "BN"), _size, Sequences("R", unit=_unit))
 
 
 def decode_attention(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.softmax import Part
 from pallas_kernels.decode import mosaic_gpu_kernel, xla
+from pallas_kernels.decode.context import implementation
 from pallas_kernels.decode.mosaic_gpu_shapes import WIDTHS, Cut, Tuning
 from pallas_kernels.devices import HOPPER
-from pallas_kernels.implementation import Implementation
 
 Array = jax.Array
 
@@ -53,4 +53,4 @@ def unsupported(q: Array, keys: Array, values: Array, visible: Array, layer: Arr
   return None
 
 
-IMPLEMENTATION = Implementation(run, unsupported, HOPPER, independent="BNK")
+IMPLEMENTATION = implementation(run, unsupported=unsupported, runs_on=HOPPER)

@@ -15,7 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from pallas_kernels import devices
 from pallas_kernels.attention.gather import take_rows
 from pallas_kernels.attention.softmax import masked_softmax, merge_parts, own_scores
-from pallas_kernels.implementation import Implementation
+from pallas_kernels.decode.context import implementation
 from pallas_kernels.products import einsum_float32
 
 Array = jax.Array
@@ -68,4 +68,4 @@ def _weighted_sum(weights: Array, values: Array) -> Array:
   return jnp.sum(weights[:, :, 0, :, None] * values.astype(jnp.float32), axis=2, keepdims=True)
 
 
-IMPLEMENTATION = Implementation(decode_attention, independent="BNK")
+IMPLEMENTATION = implementation(decode_attention)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.implementation import Operation, call
+from pallas_kernels.implementation import Operation, Sequences, call
 from pallas_kernels.pattern import Pattern
 
 Array = jax.Array
@@ -19,7 +19,9 @@ def _axes(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[str 
   return "BTNH", "BTKH", "BTKH", None if segment_ids is None else "BT"
 
 
-OPERATION = Operation("dilated_attention", _axes, "BTNH", lambda q, *_, pattern: q.shape[1])
+# Filled-up tokens come after all others, so that no other sees them.
+OPERATION = Operation("dilated_attention", _axes, "BTNH", lambda q, *_, pattern: q.shape[1],
+                      Sequences("T", fills=(0, 0, 0, 0)))
 
 
 def dilated_attention(

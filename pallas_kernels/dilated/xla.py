@@ -11,13 +11,17 @@ Packed rows, whose positions restart, and patterns that leave hardly a key out g
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import softmax
+from pallas_kernels.attention import context, softmax
+from pallas_kernels.attention.context import KeysAt
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packing import number_documents
 from pallas_kernels.pattern import Pattern, seen
+from pallas_kernels.split import CONTEXT
 
 Array = jax.Array
 _SCORES = 1 << 19  # scores of a head that are in flight at a time, with queries enough to fill a device
@@ -32,60 +36,112 @@ def run(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pat
   return _attend_all_keys(q, k, v, segment_ids, pattern)
 
 
-IMPLEMENTATION = Implementation(run, independent="BNK")
+def run_over_context(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pattern) -> Array:
+  """`run` of a device's piece of a sequence, inside `jax.shard_map` over the axis "context".
+
+  Of other pieces it fetches the last token of every block of D, the window before its own, and the sinks. Packed rows,
+  and patterns that leave hardly a key out, fetch all keys and values.
+  """
+  length = jax.lax.axis_size(CONTEXT) * q.shape[1]
+  strided = length // pattern.dilation if pattern.dilation else 0
+  if segment_ids is not None or strided + 2 * pattern.window + pattern.sinks >= length:
+    ids = None if segment_ids is None else context.gathered(segment_ids)
+    return context.attend_by_heads(
+        lambda q, k, v: _attend_all_keys(q, k, v, ids, pattern, context.start(q)), q, k, v)
+  last_ones = context.strided(k, v, pattern.dilation) if pattern.dilation and strided else None
+  around = Around(context.start(q), last_ones,
+                  context.first(k, v, pattern.sinks), context.before(k, v, pattern.window))
+  return attend_piece(q, k, v, around, pattern.window, pattern.sinks)
 
 
-def _attend_all_keys(q: Array, k: Array, v: Array, segment_ids: Array | None, pattern: Pattern) -> Array:
-  positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+IMPLEMENTATION = Implementation(run, independent="BNK", over_context=run_over_context)
+
+
+def _attend_all_keys(q: Array, k: Array, v: Array, segment_ids: Array | None, pattern: Pattern,
+                     start: Array | int = 0) -> Array:
+  """Attention under a mask; the queries are those from number `start` on."""
+  positions = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
   documents = jnp.zeros_like(positions)
   if segment_ids is not None:
     documents, positions = number_documents(segment_ids)
+  of_queries = {"position": positions, "document": documents}
+  if q.shape[1] < k.shape[1]:
+    of_queries = {name: jax.lax.dynamic_slice_in_dim(x, start, q.shape[1], axis=1) for name, x in of_queries.items()}
 
   def mask(query: dict[str, Array]) -> Array:
     same = query["document"][:, :, None] == documents[:, None, :]
     return (seen(pattern, query["position"], positions) & same)[:, None]
 
-  out, _ = softmax.attend_masked(q, k, v, {"position": positions, "document": documents}, mask,
-                                 isolated=segment_ids is not None)
+  out, _ = softmax.attend_masked(q, k, v, of_queries, mask, isolated=segment_ids is not None)
   return out.astype(q.dtype)
 
 
 def dilated_attention(q: Array, k: Array, v: Array, dilation: int | None, window: int, sinks: int) -> Array:
   """As `api.dilated_attention`, for one document per row whose positions are 0..T-1."""
   length = q.shape[1]
-  window, sinks = min(window, length - 1), min(sinks, length)
+  strided = None
+  if dilation is not None and length >= dilation:
+    at = jnp.arange(dilation - 1, length, dilation, dtype=jnp.int32)
+    strided = KeysAt(k[:, dilation - 1::dilation], v[:, dilation - 1::dilation], at)
+  first = KeysAt(k[:, :sinks], v[:, :sinks], jnp.arange(min(sinks, length), dtype=jnp.int32)) if sinks else None
+  return attend_piece(q, k, v, Around(jnp.int32(0), strided, first, None), min(window, length - 1), min(sinks, length))
+
+
+class Around(NamedTuple):
+  """What queries of a piece of a sequence read that need not lie in the piece.
+
+  Attributes:
+    start: int32 [], the position of the piece's first token.
+    strided, sinks: the last tokens of all blocks of D, and the first tokens, of the whole sequence.
+    before: keys and values [B, W, K, H] of the W tokens before the piece; None where there are none.
+  """
+
+  start: Array
+  strided: KeysAt | None
+  sinks: KeysAt | None
+  before: tuple[Array, Array] | None
+
+
+def attend_piece(q: Array, k: Array, v: Array, around: Around, window: int, sinks: int) -> Array:
+  """Dilated attention of a piece of a sequence, which stands at `around.start` and after; [B, T, N, H] in q's type."""
+  length = q.shape[1]
   block = max(1, min(window, softmax.CHUNK))
   back = -(-window // block)  # blocks before a query's own that its window reaches into
-  keys = sinks + (length // dilation if dilation else 0) + (back + 1) * block
+  keys = sum(x.k.shape[1] for x in (around.sinks, around.strided) if x is not None) + (back + 1) * block
   # A chunk's window reaches into the chunk before it and no further.
   target = max(softmax.CHUNK, _SCORES // keys, back * block)
   chunk = max(softmax.chunk_size(length, target, block), back * block)
-  positions = jnp.arange(length, dtype=jnp.int32)[None]
   local = {name: softmax.split(a, chunk) for name, a in (("q", q), ("k", k), ("v", v))}
-  local |= {"before_" + name: _tails(local[name], back * block) for name in ("k", "v")}
-  local["start"] = jnp.arange(local["q"].shape[0], dtype=jnp.int32) * chunk
+  first = around.before or (None, None)
+  local |= {"before_" + name: _tails(local[name], back * block, x) for name, x in zip("kv", first, strict=True)}
+  local["start"] = around.start + jnp.arange(local["q"].shape[0], dtype=jnp.int32) * chunk
 
   def attend_chunk(c: dict[str, Array]) -> Array:
     queries = c["start"] + jnp.arange(chunk, dtype=jnp.int32)
     parts = [_window_part(c, queries, block, back, window, sinks)]
-    if sinks:
-      at = positions[0, :sinks]
-      parts.append(softmax.attend_part(
-          c["q"], k[:, :sinks], v[:, :sinks], (at <= queries[:, None])[None, None]))
-    if dilation is not None and length // dilation:
-      at = positions[0, dilation - 1::dilation]
+    if around.sinks is not None:
+      at = around.sinks.at
+      seen_sinks = (at >= 0) & (at <= queries[:, None])
+      parts.append(softmax.attend_part(c["q"], around.sinks.k, around.sinks.v, seen_sinks[None, None]))
+    if around.strided is not None:
+      at = around.strided.at
       older = (at < queries[:, None] - window) & (at >= sinks)
-      parts.append(softmax.attend_part(
-          c["q"], k[:, dilation - 1::dilation], v[:, dilation - 1::dilation], older[None, None]))
+      parts.append(softmax.attend_part(c["q"], around.strided.k, around.strided.v, older[None, None]))
     return softmax.merge(parts).astype(q.dtype)
 
   return softmax.join(softmax.map_chunks(attend_chunk, local), length)
 
 
-def _tails(chunks: Array, width: int) -> Array:
-  """For every chunk [chunks, B, chunk, ...], the last `width` entries of the one before it (zeros for the first)."""
+def _tails(chunks: Array, width: int, first: Array | None) -> Array:
+  """For every chunk [chunks, B, chunk, ...], the last `width` entries of the one before it.
+
+  For the first chunk these are `first` [B, up to width, ...], after zeros; None is zeros alone.
+  """
   tails = chunks[:, :, chunks.shape[2] - width:]
-  return jnp.concatenate([jnp.zeros_like(tails[:1]), tails[:-1]])
+  before = jnp.zeros_like(tails[:1])
+  if first is not None and first.shape[1]:
+    before = before.at[0, :, width - first.shape[1]:].set(first)
+  return jnp.concatenate([before, tails[:-1]])
 
 
 def _window_part(c: dict[str, Array], queries: Array, block: int, back: int, window: int, sinks: int) -> softmax.Part:
@@ -102,7 +158,7 @@ def _window_part(c: dict[str, Array], queries: Array, block: int, back: int, win
   q_at = queries.reshape(blocks, block)
   k_at = q_at[:, :1] + jnp.arange(-back * block, block, dtype=jnp.int32)
   distance = q_at[:, :, None] - k_at[:, None, :]
-  mask = (distance >= 0) & (distance <= window) & (k_at >= sinks)[:, None, :]
+  mask = (distance >= 0) & (distance <= window) & (k_at >= sinks)[:, None, :]  # none stands before the sequence
   out, lse = jax.vmap(softmax.attend_part, in_axes=(1, 1, 1, 0), out_axes=1)(
       c["q"].reshape(b, blocks, block, *c["q"].shape[2:]),
       neighbourhoods(c["before_k"], c["k"]), neighbourhoods(c["before_v"], c["v"]), mask[:, None, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.implementation import Operation, call
-from pallas_kernels.scan.xla import STATES, Arrays
+from pallas_kernels.implementation import Operation, Sequences, call
+from pallas_kernels.scan.passes import STATES, Arrays
 from pallas_kernels.split import Letters
 
 __all__ = ["OPERATION", "STATES", "gated_scan"]
@@ -27,7 +28,8 @@ def _size(gate_logits: Array, *_: Any) -> int:
   return gate_logits.size if gate_logits.shape[1] >= _FEW_TOKENS else 0
 
 
-OPERATION = Operation("gated_scan", _axes, ("BTC", "BC"), _size)
+# Filled-up tokens leave the state as it is.
+OPERATION = Operation("gated_scan", _axes, ("BTC", "BC"), _size, Sequences("T", fills=(math.inf, 0, 0, 0)))
 
 
 def gated_scan(

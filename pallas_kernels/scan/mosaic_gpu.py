@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import HOPPER, MULTIPROCESSORS
-from pallas_kernels.implementation import Implementation
+from pallas_kernels.scan.context import implementation
 from pallas_kernels.scan.mosaic_gpu_shapes import SHARED_MEMORY, Operand, Tuning, shared_bytes
 from pallas_kernels.scan.mosaic_gpu_tiles import Finish, Frame, Local, Store, Tile, gates, passed
-from pallas_kernels.scan.xla import Arrays, differentiable, linear_scan
+from pallas_kernels.scan.passes import Arrays, between
 
 Array = jax.Array
 
@@ -70,6 +70,18 @@ class MosaicGPU:
     cotangents: tuple[Array, Arrays, Arrays] = _backward(gate_logits, inputs, state, reset, states, d_outputs, d_last,
                                                          tuning, self.interpret)
     return cotangents
+
+  def ends(self, gate_logits: Array, inputs: Arrays, reset: Array | None) -> Arrays:
+    """As `Passes.ends`."""
+    tuning = self.tuning or default_tuning(gate_logits, (gate_logits, *inputs), (), len(inputs))
+    found: Arrays = _ends(gate_logits, inputs, reset, tuning, self.interpret)
+    return found
+
+  def messages(self, gate_logits: Array, reset: Array | None, d_outputs: Arrays) -> Arrays:
+    """As `Passes.messages`."""
+    tuning = self.backward_tuning or default_tuning(gate_logits, (gate_logits, *d_outputs), (), len(d_outputs))
+    found: Arrays = _messages(gate_logits, reset, d_outputs, tuning, self.interpret)
+    return found
 
 
 def unsupported(gate_logits: Array, inputs: Arrays, *_: Any) -> str | None:
@@ -130,6 +142,30 @@ def _forward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | N
   outputs = {f"y{i}": layout.like(x) for i, x in enumerate(inputs)}
   drives = range(len(inputs))
 
+  def finish(tile: Tile, part: Local, starts: Sequence[Array], store: Store) -> None:
+    del tile
+    for step, (product, states) in enumerate(zip(part.products, part.states, strict=True)):
+      for i in drives:
+        store(f"y{i}", step, states[i] + passed(product, starts[i]))
+
+  results, last = _over_segments("gated_scan", layout, operands, state, outputs, _forwards(drives), finish,
+                                 (*operands,), reverse=False, interpret=interpret)
+  return tuple(layout.back(y) for y in results.values()), last
+
+
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def _ends(gate_logits: Array, inputs: Arrays, reset: Array | None, tuning: Tuning, interpret: Any) -> Arrays:
+  layout = _Layout.of(gate_logits, tuning)
+  operands = {"logits": layout.tokens(gate_logits, jnp.inf), **layout.flags(reset),
+              **{f"x{i}": layout.tokens(x) for i, x in enumerate(inputs)}}
+  found = _of_segments("gated_scan", layout, operands, len(inputs), _forwards(range(len(inputs))), reverse=False,
+                       interpret=interpret)
+  return _of_all_segments(layout, found, reverse=False)
+
+
+def _forwards(drives: range) -> Callable[[Tile], Local]:
+  """The forward recurrence inside a tile."""
+
   def local(tile: Tile) -> Local:
     products: list[Array] = []
     states: list[list[Array]] = []
@@ -144,15 +180,7 @@ def _forward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | N
         states.append(written)
     return Local(products[-1], states[-1], products, states)
 
-  def finish(tile: Tile, part: Local, starts: Sequence[Array], store: Store) -> None:
-    del tile
-    for step, (product, states) in enumerate(zip(part.products, part.states, strict=True)):
-      for i in drives:
-        store(f"y{i}", step, states[i] + passed(product, starts[i]))
-
-  results, last = _over_segments("gated_scan", layout, operands, state, outputs, local, finish, (*operands,),
-                                 reverse=False, interpret=interpret)
-  return tuple(layout.back(y) for y in results.values()), last
+  return local
 
 
 @functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
@@ -168,16 +196,6 @@ def _backward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | 
                  f"before{i}": layout.befores(h, first)}
   results = {"d_logits": layout.like(gate_logits), **{f"d_x{i}": layout.like(x) for i, x in enumerate(inputs)}}
 
-  def local(tile: Tile) -> Local:
-    products, states = [tile.full(1.0)], [[tile.token(f"d{i}", tile.steps - 1) for i in drives]]
-    for step in reversed(range(tile.steps)):
-      decay, _, _ = _coefficients(tile, step)
-      message = [passed(decay, d_h) for d_h in states[-1]]
-      products.append(passed(decay, products[-1]))
-      if step:
-        states.append([tile.token(f"d{i}", step - 1) + m for i, m in zip(drives, message, strict=True)])
-    return Local(products[-1], message, products[-2::-1], states[::-1])
-
   def finish(tile: Tile, part: Local, starts: Sequence[Array], store: Store) -> None:
     for step in range(tile.steps):
       decay, write, slope = _coefficients(tile, step)
@@ -191,10 +209,36 @@ def _backward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | 
       store("d_logits", step, sum(terms[1:], terms[0]))
 
   summarised = [name for name in operands if name in ("logits", "reset") or name in {f"d{i}" for i in drives}]
-  cotangents, d_state = _over_segments("gated_scan_backward", layout, operands, d_last, results, local, finish,
-                                       summarised, reverse=True, interpret=interpret)
+  cotangents, d_state = _over_segments("gated_scan_backward", layout, operands, d_last, results, _backwards(drives),
+                                       finish, summarised, reverse=True, interpret=interpret)
   d_logits, *d_inputs = (layout.back(x) for x in cotangents.values())
   return d_logits, tuple(d_inputs), d_state
+
+
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def _messages(gate_logits: Array, reset: Array | None, d_outputs: Arrays, tuning: Tuning, interpret: Any) -> Arrays:
+  layout = _Layout.of(gate_logits, tuning)
+  operands = {"logits": layout.tokens(gate_logits, jnp.inf), **layout.flags(reset),
+              **{f"d{i}": layout.tokens(d) for i, d in enumerate(d_outputs)}}
+  found = _of_segments("gated_scan_backward", layout, operands, len(d_outputs), _backwards(range(len(d_outputs))),
+                       reverse=True, interpret=interpret)
+  return _of_all_segments(layout, found, reverse=True)
+
+
+def _backwards(drives: range) -> Callable[[Tile], Local]:
+  """The backward recurrence inside a tile, of messages."""
+
+  def local(tile: Tile) -> Local:
+    products, states = [tile.full(1.0)], [[tile.token(f"d{i}", tile.steps - 1) for i in drives]]
+    for step in reversed(range(tile.steps)):
+      decay, _, _ = _coefficients(tile, step)
+      message = [passed(decay, d_h) for d_h in states[-1]]
+      products.append(passed(decay, products[-1]))
+      if step:
+        states.append([tile.token(f"d{i}", step - 1) + m for i, m in zip(drives, message, strict=True)])
+    return Local(products[-1], message, products[-2::-1], states[::-1])
+
+  return local
 
 
 def _coefficients(tile: Tile, step: int) -> tuple[Array, Array, Array]:
@@ -296,10 +340,9 @@ def _over_segments(
   first = layout.state(state)
   batch, segments = layout.shape[0], layout.tuning.segments
   if segments > 1:
-    zeros = jnp.zeros((len(state), layout.rows, layout.channels), jnp.float32)
-    _, ends = Frame(name + "_segments", {x: operands[x] for x in summarised}, zeros, {}, layout.tuning, local, None,
-                    reverse=reverse, interpret=interpret).run()
-    first = _starts(ends.reshape(-1, batch, segments, layout.channels), first, reverse=reverse)
+    ends = _of_segments(name, layout, {x: operands[x] for x in summarised}, len(state), local, reverse=reverse,
+                        interpret=interpret)
+    first = jnp.stack(between(ends, tuple(first), reverse=reverse)[0])
   frame = Frame(name, operands, first.reshape(len(state), layout.rows, layout.channels), outputs, layout.tuning,
                 local, finish, reverse=reverse, interpret=interpret)
   results, last = frame.run()
@@ -307,20 +350,20 @@ def _over_segments(
   return results, layout.state_back(last[:, :, 0 if reverse else -1])
 
 
-def _starts(ends: Array, first: Array, *, reverse: bool) -> Array:
-  """The state before every segment, [drives, B, segments, C].
-
-  Args:
-    ends: [drives + 1, B, segments, C], what a segment makes of a state of zero, then its product of decays.
-    first: [drives, B, C].
-  """
-  *drives, product = ends
-  at = -1 if reverse else 0
-  drives = [end.at[:, at].add(passed(product[:, at], x)) for end, x in zip(drives, first, strict=True)]
-  states = linear_scan(product, tuple(drives), reverse=reverse)
-  if reverse:
-    return jnp.stack([jnp.concatenate([h[:, 1:], x[:, None]], axis=1) for h, x in zip(states, first, strict=True)])
-  return jnp.stack([jnp.concatenate([x[:, None], h[:, :-1]], axis=1) for h, x in zip(states, first, strict=True)])
+def _of_segments(name: str, layout: _Layout, operands: Mapping[str, Operand], drives: int,
+                 local: Callable[[Tile], Local], *, reverse: bool, interpret: Any) -> Array:
+  """[drives + 1, B, segments, C]: what every segment makes of a state of zero, then its product of decays."""
+  zeros = jnp.zeros((drives, layout.rows, layout.channels), jnp.float32)
+  _, ends = Frame(name + "_segments", operands, zeros, {}, layout.tuning, local, None, reverse=reverse,
+                  interpret=interpret).run()
+  return ends.reshape(-1, layout.shape[0], layout.tuning.segments, layout.channels)
 
 
-IMPLEMENTATION = Implementation(functools.partial(differentiable, MosaicGPU()), unsupported, HOPPER, independent="BC")
+def _of_all_segments(layout: _Layout, ends: Array, *, reverse: bool) -> Arrays:
+  """What all segments of `_of_segments` make of a state of zero, and the product of all decays: [B, ...] each."""
+  zeros = tuple(jnp.zeros_like(ends[0, :, 0]) for _ in range(ends.shape[0] - 1))
+  _, last = between(ends, zeros, reverse=reverse)
+  return layout.state_back(jnp.stack([*last, jnp.prod(ends[-1], axis=1)]))
+
+
+IMPLEMENTATION = implementation(MosaicGPU(), unsupported=unsupported, runs_on=HOPPER)

@@ -52,8 +52,11 @@ class TokenFile:
     checks.check_count("length", length)
     return (self.sidecar.tokens - 1) // int(length)
 
-  def batch(self, step: int, *, batch_size: int, length: int, seed: int = 0, documents_apart: bool = False) -> Batch:
+  def batch(self, step: int, *, batch_size: int, length: int, seed: int = 0, documents_apart: bool = False,
+            rows: np.ndarray | None = None) -> Batch:
     """The training batch of a step: every window once per epoch, in an order that `seed` and the epoch decide.
+
+    `rows`, integers: only these rows of the batch are read, in this order (`rat_jax.parallel.rows_of_process`).
 
     Raises ValueError for counts out of range: `step` and `seed` from 0 on, `batch_size` and `length` from 1 on.
     """
@@ -66,7 +69,7 @@ class TokenFile:
     chosen = np.empty_like(order)
     for epoch in np.unique(epochs):
       chosen[epochs == epoch] = permute(order[epochs == epoch], windows, seed * 1_000_003 + int(epoch))
-    return self._read(chosen, length, documents_apart)
+    return self._read(chosen if rows is None else chosen[rows], length, documents_apart)
 
   def epoch(self, *, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
     """All windows in order, or `limit` of them evenly spread over the file, for evaluation.

@@ -24,7 +24,7 @@ import numpy as np
 
 from pallas_kernels.arguments import as_int32
 from pallas_kernels.pattern import Pattern, seen
-from rat_jax.attention import by_rule
+from rat_jax.attention import by_rule, over_context
 from rat_jax.attention.terms import Heads, Held, Origin, Placement
 from rat_jax.axes import Array, ArrayLike, Lengths, Positions
 from rat_jax.batch import Batch
@@ -66,6 +66,11 @@ class Mode:
     return None
 
   @property
+  def heads_differ(self) -> bool:
+    """Whether a head's attention depends on which head it is, so that heads cannot be computed apart."""
+    return self.draws
+
+  @property
   def draws(self) -> bool:
     """Whether the mode chooses at random, so that results depend on the numbers of the rows."""
     return False
@@ -105,7 +110,8 @@ class Mode:
 
     [B, T - first_step, N, H]; what stands at rows of the prompt is arbitrary.
     """
-    return self.attend(heads.queries_from(batch.first_step), Placement.of(batch, batch.first_step), origin)
+    return over_context.attend(self, heads.queries_from(batch.first_step), Placement.of(batch, batch.first_step),
+                               origin)
 
   def attend_cached(self, heads: Heads, held: Held, positions: Positions, origin: Origin) -> Array:
     """Attention of new tokens, at `positions` [B, T], to a cache and to themselves: float32 [B, T, N, H]."""

@@ -29,6 +29,10 @@ class PerHead(Mode):
       if not isinstance(mode, Mode) or isinstance(mode, (SelectingMode, PerLayer, PerHead)):
         raise ValueError(f"PerHead: modes[{i}]={mode!r}; give a position-only mode such as Dilated(16).")
 
+  @property
+  def heads_differ(self) -> bool:
+    return True
+
   def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
     """bool [..., K, T, S]: one rule per head, before the axes of queries and keys."""
     shape = jnp.broadcast_shapes(t.shape, s.shape)

@@ -19,6 +19,7 @@ from rat_jax.compilation import compiler_options
 from rat_jax.costs import PEAK_FLOPS, training_flops
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Mode
+from rat_jax.parallel import processes
 from rat_jax.paths import local_path
 from rat_jax.train.checkpoint import Checkpoints, check_notes
 from rat_jax.train.loss import as_batch
@@ -72,15 +73,16 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
   if checkpoints is not None and later:
     raise ValueError(f"{checkpoints.folder} has checkpoints of steps {later}, and this state is at step {first}: they"
                      " would be overwritten. Restore the newest, or use another folder.")
-  if metrics_path is not None:
-    metrics_path = local_path(metrics_path, "metrics_path")
+  metrics_path = None if metrics_path is None else local_path(metrics_path, "metrics_path")
+  writes = processes.is_first()
+  if metrics_path is not None and writes:
     drop_metrics(metrics_path, first)
   if not donate:
     state = jax.tree.map(jax.numpy.array, state)
   pending: list[Metrics] = []
   from tqdm import tqdm  # here, so that who imports the library does not wait for it
 
-  with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None) as bar:
+  with tqdm(total=steps, initial=first, desc=label, unit="batch", disable=None if writes else True) as bar:
     clock = printed = time.perf_counter()
     for step in range(first, steps):
       batch = as_batch(batch_at(step), model.config.vocab_size)  # values can be seen here, not in what is compiled
@@ -93,12 +95,12 @@ def train(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch_at: C
       if (step + 1) % log_every == 0 or step + 1 == steps or saves:
         lines = list(_fetch(pending, step + 1 - len(pending), clock, flops))
         pending = []
-        _write(lines, metrics_path)
+        _write(lines, metrics_path if writes else None)
         _check(lines, modes, checkpoints)
         loss, rate = "/".join(f"{x:.3f}" for x in lines[-1]["loss"]), f"{lines[-1]['tokens_per_second']:.0f}"
         bar.update(step + 1 - bar.n)
         bar.set_postfix(loss=loss, tok_s=rate)
-        if bar.disable and (step + 1 == steps or time.perf_counter() - printed > _PRINT_EVERY):
+        if bar.disable and writes and (step + 1 == steps or time.perf_counter() - printed > _PRINT_EVERY):
           print(f"{label}: {step + 1}/{steps} batches, loss {loss}, {rate} tokens/s", flush=True)
           printed = time.perf_counter()
         if saves and checkpoints is not None:
@@ -145,7 +147,8 @@ def _fetch(pending: list[Metrics], first: int, clock: float, flops: float) -> It
   seconds = time.perf_counter() - clock
   rate = sum(int(metrics["tokens"]) for metrics in fetched) / seconds
   peak = len(chips) * PEAK_FLOPS.get(next(iter(chips)).device_kind, float("nan"))
-  held = max((chip.memory_stats() or {}).get("peak_bytes_in_use", float("nan")) for chip in chips)
+  own = [chip for chip in chips if chip.process_index == jax.process_index()]
+  held = max((chip.memory_stats() or {}).get("peak_bytes_in_use", float("nan")) for chip in own)
   for i, metrics in enumerate(fetched):
     yield {"step": first + i, "loss": metrics["loss"].tolist(), "grad_norm": metrics["grad_norm"].tolist(),
            "learning_rate": float(metrics["learning_rate"]), "tokens": int(metrics["tokens"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,7 +12,9 @@ import numpy as np
 
 from rat_jax import checks, transformer
 from rat_jax.axes import Array, HostOrDevice, Logits, Params, Stream
+from rat_jax.config import RATPlusConfig
 from rat_jax.model import RATPlusLM
+from rat_jax.parallel import vocabulary
 
 IGNORED = -100  # a target that does not count
 # What other libraries call parts of a batch, and what stands for them here.
@@ -81,9 +84,15 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
   batch = as_batch(batch, model.config.vocab_size)
   stream = cast(Stream, model.apply({"params": params}, batch["tokens"], method="stream",
                                     segment_ids=batch.get("segment_ids"), **arguments))
-  weights = weights_of(batch)
-  tokens = batch["targets"].size
-  chunks = -(-tokens * model.config.vocab_size // _LOGITS)
+  return vocabulary.over_tokens(functools.partial(_sums, model.config), transformer.head(model.config, params),
+                                params["final_norm"], stream, batch["targets"], weights_of(batch))
+
+
+def _sums(config: RATPlusConfig, head: Array, norm: Array, x: Stream, targets: Array, weights: Array,
+          words: Array | int, axis: str | None) -> tuple[Array, Array]:
+  """A `vocabulary.Loss`."""
+  tokens = targets.size
+  chunks = -(-tokens * head.shape[0] // _LOGITS)
   size = -(-tokens // chunks)
 
   def split(x: Array, fill: int) -> Array:
@@ -91,17 +100,29 @@ def sequence_loss(model: RATPlusLM, params: Params, batch: Mapping[str, Any], **
     x = jnp.pad(x, ((0, chunks * size - tokens),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
     return x.reshape(chunks, size, *x.shape[1:])
 
-  def of_chunk(sums: tuple[Array | float, Array | float], chunk: tuple[Array, Array, Array]
-               ) -> tuple[tuple[Array, Array], None]:
+  def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     x, targets, weights = chunk
-    total, count = cross_entropy(transformer.logits(model.config, params, x), targets, weights)
-    return (sums[0] + total, sums[1] + count), None
+    logits = transformer.words(transformer.final(config, norm, x), head)
+    return cross_entropy(logits, targets, weights) if axis is None else _of_parts(logits, targets, weights, words, axis)
 
-  parts = (split(stream, 0), split(batch["targets"], IGNORED), split(weights, 0))
+  parts = (split(x, 0), split(targets, IGNORED), split(weights, 0))
   if chunks == 1:
-    return of_chunk((0.0, 0.0), jax.tree.map(lambda x: x[0], parts))[0]
-  sums: tuple[Array, Array] = jax.lax.scan(jax.checkpoint(of_chunk), (jnp.float32(0), jnp.float32(0)), parts)[0]
+    return of_chunk(jax.tree.map(lambda x: x[0], parts))
+  # A loop whose results are summed afterwards, as sums that are carried would have to say over which devices they vary.
+  sums: tuple[Array, Array] = jax.tree.map(jnp.sum, jax.lax.map(jax.checkpoint(of_chunk), parts))
   return sums
+
+
+def _of_parts(logits: Logits, targets: Array, weights: Array, words: Array | int, axis: str) -> tuple[Array, Array]:
+  """`cross_entropy` of a device's part of the logits [..., V], of which only the first `words` are of words."""
+  logits = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32) < words, logits, -jnp.inf)
+  top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
+  total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
+  own = targets - jax.lax.axis_index(axis) * logits.shape[-1]
+  here = (own >= 0) & (own < logits.shape[-1])
+  found = jnp.take_along_axis(logits, jnp.where(here, own, 0)[..., None], axis=-1)[..., 0]
+  log_p = jax.lax.psum(jnp.where(here, found, 0.0), axis) - top - jnp.log(total)
+  return _mean_parts(log_p, targets, weights)
 
 
 def weights_of(batch: Mapping[str, Array]) -> Array:
@@ -115,8 +136,13 @@ def cross_entropy(logits: Logits, targets: Array, weights: Array | None = None) 
 
   With weights [...], both are weighted: their quotient is the weighted mean.
   """
-  counted = targets != IGNORED
-  safe = jnp.where(counted, targets, 0)
+  safe = jnp.where(targets != IGNORED, targets, 0)
   log_p = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+  return _mean_parts(log_p, targets, weights)
+
+
+def _mean_parts(log_p: Array, targets: Array, weights: Array | None) -> tuple[Array, Array]:
+  """What a mean loss is a quotient of: the weighted sum of -log_p over targets that count, and that of weights."""
+  counted = targets != IGNORED
   weighted = counted if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
   return -jnp.sum(jnp.where(counted, log_p, 0.0) * weighted), jnp.sum(weighted, dtype=jnp.float32)

@@ -21,6 +21,7 @@ from rat_jax.axes import Array, Params
 from rat_jax.leaves import check_params, named_leaves
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Dilated, Mode
+from rat_jax.parallel import constrain
 from rat_jax.train import optimizer as optimizers
 from rat_jax.train.loss import IGNORED, as_batch, sequence_loss, weights_of
 from rat_jax.train.optimizer import Optimizer
@@ -94,8 +95,9 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
 
   Raises:
     ValueError: no modes, an unknown `combine`, `accumulate_by` or `remat`, a batch that `accumulation` does not divide,
-      misshapen targets, another model's parameters, an optimizer that is none of `make_optimizer`; outside of
-      compilation, tokens or targets that are not in the vocabulary.
+      rows of a micro-batch that the axes data and fsdp of the mesh do not divide, misshapen targets, another model's
+      parameters, an optimizer that is none of `make_optimizer`; outside of compilation, tokens or targets that are not
+      in the vocabulary.
   """
   _check_optimizer(optimizer)
   if isinstance(modes, str) or not isinstance(modes, Iterable):
@@ -111,6 +113,7 @@ def train_step(model: RATPlusLM, optimizer: Optimizer, state: TrainState, batch:
   size = checked["tokens"].shape[0]
   if size % accumulation:
     raise ValueError(f"accumulation={accumulation} does not divide the batch of {size} rows.")
+  constrain.check_rows(size // accumulation, state.params)
   state, metrics = _train_step(model, optimizer, modes, combine, accumulation, accumulate_by, remat, unroll, state,
                                checked)
   return state, metrics
@@ -130,8 +133,9 @@ def _train_step(model: RATPlusLM, optimizer: Optimizer, modes: tuple[Mode, ...],
              ) -> tuple[_Carried, tuple[Array, Array]]:
     params, opt_state = carried
     losses, grads = gradient(params, batch)
+    grads = constrain.tree(grads, params)
     params, opt_state, norm = optimizers.update(optimizer, params, opt_state, grads, learning_rate)
-    return (params, opt_state), (losses, norm)
+    return constrain.tree((params, opt_state), carried), (losses, norm)
 
   carried, found = (state.params, state.opt_state), []
   if transformer.unrolled(state.params, model.config.num_layers, unroll):
@@ -168,7 +172,9 @@ def _loss_and_gradient(model: RATPlusLM, modes: tuple[Mode, ...], accumulation: 
   if accumulation == 1:
     grads, losses = gradient(params, batch)
     return losses, grads
-  parts = jax.tree.map(lambda a: a.reshape(accumulation, -1, *a.shape[1:]), batch)
+  # Rows move, so that every device has its share of each micro-batch.
+  parts = jax.tree.map(lambda a: constrain.by_axes(a.reshape(accumulation, -1, *a.shape[1:]), ("", "batch", "tokens")),
+                       batch)
 
   def body(total: tuple[Params, Array], part: Batch) -> tuple[tuple[Params, Array], None]:
     return jax.tree.map(jnp.add, total, gradient(params, part)), None

@@ -31,7 +31,7 @@ SETTINGS = sft_niah.Settings(
     arm="ratplus", seeds=3, steps=None, tasks=tuple(TASKS), stages=(), shares=None, leave_at=0.9, stragglers=0,
     stop_at=None, init=None, mode=(), learning_rate=None, warmup=300, lm_weight=0.1, lm_data=None, lm_rows=0,
     gate_bias=-12.0, memory_rate=1.0, dilation=16, layers=4, width=256, heads=4, dtype="bfloat16", log_every=100,
-    examples=210, save_every=2000)
+    examples=210, save_every=2000, resume="auto")
 
 
 def settings(**changes):

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from absl import flags
 
+import rat_jax
 from conftest import ROOT
 from experiments import costs, retrofit
 from experiments.shared import command, device, inputs, output, training
+from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.data.token_file import Sidecar
+from rat_jax.train import Checkpoints
 from tests.experiments.command_line import flags_of, settings
 
 
@@ -67,7 +70,7 @@ MISSING = {"adapt": ("checkpoint",), "bench_model": ("torch_reference",), "bench
            "generate": ("checkpoint",), "hypotheses": ("checkpoint",), "prepare_data": ("source",),
            "pretrain": ("data",), "quickstart": ("data",), "retrofit": ("checkpoint",), "sft_niah": ("lm_data",)}
 BESIDE = {"bench_model": {"dtype": "bfloat16"}, "sft_niah": {"lm_rows": "2"}}  # what lets the file be looked for
-WITHOUT_FILES = {"bench_convert", "costs", "runs", "tables"}
+WITHOUT_FILES = {"aot_compile", "bench_convert", "costs", "runs", "tables"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -102,6 +105,22 @@ def test_a_missing_file_is_one_line_before_anything_runs(name, ended, tmp_path):
 
 def test_every_command_that_reads_files_is_asked_for_one_that_is_not_there():
   assert set(MISSING) | WITHOUT_FILES == set(COMMANDS)
+
+
+def test_a_run_goes_on_as_it_is_told(tmp_path):
+  model = RATPlusLM(RATPlusConfig(61, 1, 16, 2))
+  params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  state = rat_jax.init_train_state(model, params, rat_jax.make_optimizer(1e-3, total_steps=2))
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  assert not output.resumes("auto", checkpoints)
+  assert not output.resumes("never", checkpoints)
+  with pytest.raises(ValueError, match=r"^--resume=must: .*checkpoints holds no checkpoint; give"):
+    output.resumes("must", checkpoints)
+  checkpoints.save(state, model.config, {})
+  assert output.resumes("auto", checkpoints)
+  assert output.resumes("must", checkpoints)
+  with pytest.raises(ValueError, match=r"^--resume=never: .*checkpoints holds a checkpoint of step 0; give"):
+    output.resumes("never", checkpoints)
 
 
 def test_help_shows_the_flags_of_a_command_and_of_what_it_shares():

@@ -172,13 +172,13 @@ def as_the_arrays_are_cut(call):
 
 
 def what_does_not_divide_or_is_not_known(call):
-  """Heads that an axis does not divide stay whole; so does everything under a name that means nothing, where None takes
-  plain JAX, which the compiler may split."""
+  """Key/value heads that an axis does not divide are shared; all stays whole under a name that means nothing, where
+  None takes plain JAX, which the compiler may split."""
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   placed = call.place(mesh, {"B": "data"})
   with taken() as shapes:
     call.check(jax.jit(call.both("copied"))(*placed))
-  assert shapes[-1] == local_shapes(call, {"B": 2})
+  assert shapes[-1] == local_shapes(call, {"B": 2, "N": 4, "K": 2})
   mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
   placed = call.place(mesh, {})
   with taken() as shapes:

@@ -15,7 +15,8 @@ from pallas_kernels import gated_scan
 from pallas_kernels.scan.arg_specs import ARG_SPECS
 from pallas_kernels.scan.mosaic_gpu import MosaicGPU, default_tuning, unsupported
 from pallas_kernels.scan.mosaic_gpu_shapes import Tuning
-from pallas_kernels.scan.xla import XLA, differentiable
+from pallas_kernels.scan.passes import differentiable
+from pallas_kernels.scan.xla import XLA
 
 INTERPRET = InterpretParams(detect_races=True)
 SMALL = Tuning(channels=32, steps=4, stages=2, workers=2)  # tiles of 32 tokens

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
+import shutil
 
 import chex
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import rat_jax
+from conftest import run_python
 from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.convert import mapping
 from rat_jax.leaves import shapes_of
@@ -54,21 +57,76 @@ def test_notes_that_are_no_json_harm_nothing(notes, message, tmp_path):
   assert kept(checkpoints) == ([5], 1, {"ok": 1})
 
 
-def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["orbax.checkpoint.PyTreeCheckpointHandler.save",
+                                   "orbax.checkpoint.PyTreeCheckpointHandler.finalize", "pathlib.Path.rename"])
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(fails, tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path, keep=1)
   checkpoints.save(state_of(value=1), CONFIG, {"ok": 1})
 
-  def full(*_, **__):
-    assert (tmp_path / "replaced-5").is_dir()
+  def full(where, *paths, rename=pathlib.Path.rename, **_):
+    if paths and isinstance(where, pathlib.Path) and where.name != "unfinished":  # what makes room is moved, and back
+      return rename(where, *paths)
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
-    patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    patch.setattr(fails, full)
     with pytest.raises(OSError, match="No space left"):
       checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
   assert kept(checkpoints) == ([5], 1, {"ok": 1})
   checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
   assert kept(checkpoints) == ([5], 2, {"ok": 2})
+
+
+def test_a_checkpoint_that_a_killed_run_had_moved_goes_back(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(state_of(value=1), CONFIG, {"ok": 1})
+  (tmp_path / "5").rename(tmp_path / "replaced-5")
+  assert checkpoints.steps() == [5]
+  assert checkpoints.load_params()[2] == {"ok": 1}
+  assert (tmp_path / "replaced-5").is_dir()  # what only reads moves nothing
+  checkpoints.restore(state_of(), CONFIG)
+  assert kept(checkpoints) == ([5], 1, {"ok": 1})
+  (tmp_path / "5").rename(tmp_path / "replaced-5")
+  checkpoints.save(state_of(value=2), CONFIG, {"ok": 2})
+  assert kept(checkpoints) == ([5], 2, {"ok": 2})
+
+
+def test_what_verify_tells(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(FileNotFoundError, match="holds no checkpoint; "):
+    checkpoints.verify()
+  for step in (4, 5):
+    checkpoints.save(state_of(step), CONFIG, {})
+  assert (checkpoints.verify(), checkpoints.verify(4)) == (5, 4)
+  with pytest.raises(FileNotFoundError, match=r"holds no checkpoint of step 3; it holds those of \[4, 5\]"):
+    checkpoints.verify(3)
+  about = tmp_path / "5" / "about" / "metadata"
+  about.write_text(re.sub(r'"sums": \["[0-9a-f]{2}', '"sums": ["..', about.read_text(), count=1))
+  with pytest.raises(ValueError, match=r"CHECKPOINT 5 .* IS DAMAGED: 5/state: .* is not what was written"):
+    checkpoints.verify()
+  shutil.rmtree(tmp_path / "4" / "state")
+  with pytest.raises(ValueError, match=r"CHECKPOINT 4 .* IS DAMAGED: 4/state: "):
+    checkpoints.verify(4)
+  assert checkpoints.steps() == [4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.mesh
+def test_a_file_that_is_gone_is_passed_over_on_a_mesh(tmp_path):
+  run_python("-W", "ignore", "-c", """
+import dataclasses, pathlib, sys
+from parallel.checkpoints import CONFIG, fresh_state
+from rat_jax.parallel import make_mesh
+from rat_jax.train import Checkpoints
+folder, mesh = pathlib.Path(sys.argv[1]), make_mesh("fsdp:4,data:2")
+state, checkpoints = fresh_state(mesh), Checkpoints(folder)
+for step in (0, 1):
+  checkpoints.save(dataclasses.replace(state, step=state.step + step), CONFIG, {"step": step})
+max((folder / "1" / "state").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
+assert checkpoints.load_params(mesh)[2] == {"step": 0}
+assert checkpoints.restore(state, CONFIG)[1] == {"step": 0}
+""", str(tmp_path), devices=8)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "damaged-1"]
 
 
 @pytest.mark.parametrize("keep", [0, -1, True, 2.5, None])

@@ -1,0 +1,73 @@
+"""TPUs by the names that their compiler knows them by, with the public figures of a chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+GiB, GB, TFLOPS = 2**30, 1e9, 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a maker's page says of a chip (Google Cloud's pages of v5e, v6e and TPU7x, November 2026).
+
+  Attributes:
+    products: operations per second of matrix products in bfloat16.
+    memory, bandwidth: bytes, and bytes per second of reads and writes.
+    link: bytes per second of one link in one direction; a chip has two links in each dimension of the torus.
+    devices: devices that a program sees of one chip; they share the figures above.
+  """
+
+  products: float
+  memory: float
+  bandwidth: float
+  link: float
+  devices: int = 1
+
+
+CHIPS = {"v5e": Chip(197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB),
+         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB),
+         "v6e": Chip(918 * TFLOPS, 32 * GiB, 1638 * GB, 100 * GB),
+         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, devices=2)}
+_EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
+
+
+def chip_of(topology: str) -> Chip:
+  """The chip of a topology. Raises ValueError for a name that is none."""
+  found = re.fullmatch(r"(\w+):\d+(x\d+){1,2}", topology)
+  if not found or found[1] not in CHIPS:
+    raise ValueError(f"--topology={topology} is unknown; use {', '.join(CHIPS)} with the chips of every dimension,"
+                     f" {_EXAMPLE}.")
+  return CHIPS[found[1]]
+
+
+def devices_of(topology: str) -> Sequence[Any]:
+  """The devices of a topology, which need not be here; to be called before any other device is asked for.
+
+  Raises:
+    ValueError: a topology that there is none of; ImportError: no compiler for TPUs.
+  """
+  from jax.experimental import topologies
+
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU is looked for, and so none has to be kept for one process
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+  try:
+    import libtpu  # noqa: F401  the compiler
+  except ImportError as error:
+    raise ImportError("compiling for a TPU needs libtpu, on any machine with Linux; run pip install -e '.[tpu]'."
+                      ) from error
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("INVALID_ARGUMENT"):
+      raise
+    raise ValueError(f"--topology={topology}: {str(error).removeprefix('INVALID_ARGUMENT: ')}; use one {_EXAMPLE}."
+                     ) from error
