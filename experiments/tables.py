@@ -220,7 +220,7 @@ _RULES = (Dense(), Dilated(16), Dilated(16, window=32, sinks=4), StreamingLLM(32
 
 FIGURES: dict[str, Draw] = {
     "masks": lambda read: pictures.masks(_RULES), "caches": lambda read: pictures.caches(_RULES, length=96),
-    "readme": lambda read: pictures.against_budget(needles.budgets(read)),
+    "meshes": lambda read: pictures.meshes(), "readme": lambda read: pictures.against_budget(needles.budgets(read)),
     "budgets": _budgets,
     "gpu_prefill": lambda read: pictures.against_length(read("gpu_lengths")["lines"], "prefill"),
     "gpu_decode": _throughput("gpu_decode"), "gpu_decode_context": _throughput("gpu_decode_context"),

@@ -18,6 +18,7 @@ from rat_jax.convert import mapping
 from rat_jax.convert.mapping import Place
 from rat_jax.convert.tensors import SafetensorsFolder, new_folder, read_json, write_safetensors
 from rat_jax.leaves import check_leaves, check_params, is_finite, named_leaves, shapes_of
+from rat_jax.parallel import processes
 from rat_jax.paths import local_path, read_text
 from rat_jax.version import __version__
 
@@ -26,7 +27,8 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
                     about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes a model: config.json, model.safetensors (or several files and an index), README.md.
 
-  Leaves are fetched one at a time. Nothing is left of a write that fails.
+  Leaves are fetched one at a time. Nothing is left of a write that fails. Of several processes all must call it, and
+  the first one writes.
 
   Args:
     about: what the card is to say, such as {"source": "...", "sha256": "...", "steps": 1000}.
@@ -38,7 +40,11 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
   """
   folder = local_path(folder, "folder")
   check_params(params, config)
-  leaves = ((name, np.asarray(leaf)) for name, leaf in named_leaves(params).items())
+  leaves = ((name, processes.on_host(leaf)) for name, leaf in named_leaves(params).items())
+  if not processes.is_first():
+    for _ in leaves:  # which all processes fetch together
+      pass
+    return
   write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
 
 

@@ -41,6 +41,9 @@ def _of_size(preset: str, v5e: Remat) -> tuple[Case, ...]:
 
 CASES = (
     *_of_size("ratplus-1b", "products"), *_of_size("ratplus-3b", "nothing"), *_of_size("ratplus-7b", "nothing"),
+    Case("ratplus-7b", "v5p:2x2x2", "fsdp:8", accumulation=32),
+    Case("ratplus-7b", "v5p:4x4x4", "fsdp:64", accumulation=4),
+    Case("ratplus-7b", "v5p:16x16x16", "data:4,fsdp:64,tensor:4,context:4"),
     *(Case("ratplus-7b", topology, mesh, batch_size=16, length=2**18, remat="nothing") for topology, mesh in (
         ("v5e:16x16", "fsdp:4,tensor:4,context:16"), ("v5p:4x8x8", "fsdp:16,context:16"),
         ("v6e:16x16", "fsdp:16,context:16"), ("tpu7x:4x8x8", "fsdp:16,tensor:2,context:16"))),

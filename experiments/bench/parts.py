@@ -42,7 +42,7 @@ class Settings(times.Settings):
   unroll: bool
   steps: int
   rounds: int
-  mesh: str | None
+  mesh: str | None = None
 
   def placed(self, tree: Any) -> Any:
     """Parameters, a batch, a cache or a train state where --mesh says."""

@@ -1,14 +1,15 @@
-"""Pictures of masks, caches, choices, quality, times and training: functions from numbers to a matplotlib Figure.
+"""Pictures of masks, caches, choices, quality, times, training, meshes: functions from numbers to a Figure.
 
 `save` writes a figure. Colours are for the models, in their order, and can be told apart without red and green.
 """
 
 from experiments.pictures import hypotheses
 from experiments.pictures.canvas import save
+from experiments.pictures.meshes import meshes
 from experiments.pictures.quality import against_budget, against_keys
 from experiments.pictures.reads import caches, choices, masks, one_query
 from experiments.pictures.times import against_length, throughput
 from experiments.pictures.training import losses
 
 __all__ = ["against_budget", "against_keys", "against_length", "caches", "choices", "hypotheses", "losses", "masks",
-           "one_query", "save", "throughput"]
+           "meshes", "one_query", "save", "throughput"]

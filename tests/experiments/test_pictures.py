@@ -115,3 +115,17 @@ def test_chosen_keys_are_those_of_every_query():
           read = {int(key) for key in told.positions[0, head]} | set(range(prompt, 14))
         assert set(np.flatnonzero(found[layer, head, query])) == {key for key in read if 0 <= key <= query}
   assert len(chosen_keys(model, params, tokens, Dilated(4), prompt)) == 0
+
+
+def test_a_mesh_cuts_what_its_rules_say():
+  axes = pictures.meshes().axes
+  assert [axis.get_title() for axis in axes] == ["data:4", "fsdp:4", "tensor:4", "context:4"]
+  owner = np.repeat(np.arange(4), 2)
+  down, across, whole = np.tile(owner[:, None], 8), np.tile(owner, (8, 1)), np.full((8, 8), -1)
+  of_axes = ((down, whole, whole, whole), (down, down, across, whole), (whole, across, down, down),
+             (across, whole, whole, across))  # a batch, query, mlp_out, a cache
+  for axis, wanted in zip(axes, of_axes, strict=True):
+    shown = axis.images[0].get_array()
+    assert len(axis.texts) == sum(square is whole for square in wanted)
+    for i, square in enumerate(wanted):
+      np.testing.assert_array_equal(shown[10 * i:10 * i + 8], square, err_msg=f"{axis.get_title()}, {i}")
