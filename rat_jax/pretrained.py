@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,8 +28,8 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
                     about: Mapping[str, Any] = {}, max_file_bytes: int = 5 * 10**9) -> None:
   """Writes a model: config.json, model.safetensors (or several files and an index), README.md.
 
-  Leaves are fetched one at a time. Nothing is left of a write that fails. Of several processes all must call it, and
-  the first one writes.
+  Leaves are fetched one at a time. Nothing is left of a write that fails. Of several processes all must call it;
+  the first one writes, and what fails there fails in all.
 
   Args:
     about: what the card is to say, such as {"source": "...", "sha256": "...", "steps": 1000}.
@@ -41,11 +42,15 @@ def save_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, param
   folder = local_path(folder, "folder")
   check_params(params, config)
   leaves = ((name, processes.on_host(leaf)) for name, leaf in named_leaves(params).items())
-  if not processes.is_first():
-    for _ in leaves:  # which all processes fetch together
-      pass
-    return
-  write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
+
+  def write() -> None:
+    try:
+      if processes.is_first():
+        write_pretrained(folder, config, leaves, about=about, max_file_bytes=max_file_bytes)
+    finally:
+      collections.deque(leaves, maxlen=0)  # all processes fetch each leaf together, also when the first one has failed
+
+  processes.together(write)
 
 
 def write_pretrained(folder: str | os.PathLike[str], config: RATPlusConfig, leaves: Iterable[tuple[str, np.ndarray]], *,

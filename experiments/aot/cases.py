@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.aot import chips, predict, programs
 from experiments.shared import output
-from rat_jax import Dilated, RATPlusConfig
+from rat_jax import Dense, Dilated, RATPlusConfig
 from rat_jax.costs import training_flops
 from rat_jax.modes import Mode
 from rat_jax.parallel import make_mesh
@@ -60,7 +60,8 @@ def compiled(case: Case, kinds: tuple[str, ...], show: Callable[[str], None]) ->
   chip = chips.chip_of(case.topology)
   mesh = make_mesh(case.mesh, chips.devices_of(case.topology))
   served = case.rows or mesh.shape["data"] * mesh.shape["fsdp"]
-  work = programs.Work(config, case.batch_size, case.length, case.accumulation, case.remat, served, case.mode)
+  work = programs.Work(config, case.batch_size, case.length, case.accumulation, case.remat, served,
+                       modes=tuple(dict.fromkeys((case.mode, Dense()))))
   useful = case.batch_size * case.length * sum(training_flops(config, mode, case.length) for mode in work.modes)
   found: dict[str, Any] = {}
   for kind in kinds:
@@ -93,11 +94,11 @@ def table(cells: list[dict[str, Any]]) -> str:
         max(train["seconds"], key=train["seconds"].get), f"{train['utilisation']:.0%}"] if train else 4 * [""]
     rows.append([f"{cell['preset']}, {cell['length']}", cell["topology"], f"`{cell['mesh']}`",
                  f"{cell['batch_size']} in {cell['accumulation']}", cell["remat"], *trained,
-                 _step(prefill, 1e-3), _step(decode, 1e-3)])
+                 _milliseconds(prefill), _milliseconds(decode)])
   return output.markdown_table(
       ["model, T", "chips", "mesh", "rows in micro-batches", "kept", "GiB a device", "step, s", "longest",
        "of the peak", "prompt, ms", "decode, ms"], rows)
 
 
-def _step(found: dict[str, Any], unit: float) -> str:
-  return "does not fit" if "too_large" in found else f"{found['step'] / unit:,.1f}" if found else ""
+def _milliseconds(found: dict[str, Any]) -> str:
+  return "does not fit" if "too_large" in found else f"{1e3 * found['step']:,.1f}" if found else ""

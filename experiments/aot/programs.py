@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rat_jax
-from rat_jax import Dense, RATPlusConfig, RATPlusLM
+from rat_jax import RATPlusConfig, RATPlusLM
 from rat_jax.modes import Mode
 from rat_jax.parallel import shardings
 from rat_jax.transformer import Remat
@@ -27,7 +27,7 @@ class Work:
   Attributes:
     rows, length: of a training batch of tokens; accumulation: its micro-batches; remat: as `rat_jax.train_step`.
     served: rows of a prompt of `length` tokens, and of a cache of so many rows.
-    mode: of the prompt and of decoding; training has an update under it and a dense one.
+    modes: of the updates of a training batch; the first is that of the prompt and of decoding too.
   """
 
   config: RATPlusConfig
@@ -36,12 +36,7 @@ class Work:
   accumulation: int
   remat: Remat
   served: int
-  mode: Mode
-
-  @property
-  def modes(self) -> tuple[Mode, ...]:
-    """Of the updates of a batch."""
-    return tuple(dict.fromkeys((self.mode, Dense())))
+  modes: tuple[Mode, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +87,7 @@ def _prefill(work: Work, mesh: jax.sharding.Mesh) -> Traced:
   params, batch = _placed(_parameters(model), mesh), _placed({"tokens": _tokens(work.served, work.length)}, mesh)
 
   def run(params: Any, tokens: Any) -> Any:
-    return rat_jax.prefill(model, params, tokens, mode=work.mode, max_length=work.length + 1)
+    return rat_jax.prefill(model, params, tokens, mode=work.modes[0], max_length=work.length + 1)
 
   return Traced(jax.jit(run).trace(params, batch["tokens"]), {"parameters": _bytes(params)})
 
@@ -100,7 +95,7 @@ def _prefill(work: Work, mesh: jax.sharding.Mesh) -> Traced:
 def _decode(work: Work, mesh: jax.sharding.Mesh) -> Traced:
   model = _served(work)
   params = _parameters(model)
-  cache = jax.eval_shape(lambda params, tokens: rat_jax.prefill(model, params, tokens, mode=work.mode,
+  cache = jax.eval_shape(lambda params, tokens: rat_jax.prefill(model, params, tokens, mode=work.modes[0],
                                                                 max_length=work.length)[1],
                          params, _tokens(work.served, 1))
   params, cache = _placed(params, mesh), _placed(cache, mesh)

@@ -221,7 +221,7 @@ def fine_tune(settings: Settings, start: str | None, names: Sequence[str], count
            "length": length, "rows": rows, "modes": [str(mode) for mode in modes], "learning_rate": learning_rate,
            "epochs": settings.epochs, "seed": seed, "answer_room": settings.answer_room, "source": source(settings),
            "files": [*before.get("files", []), *digests(settings.ruler, names).values()], "tokenizer": tokenizer.name}
-  parallel.check_agreement(notes | {"mesh": settings.mesh})
+  parallel.check_agreement(notes)
   if output.resumes(resume, checkpoints):
     state, saved = checkpoints.restore(state, model.config)
     output.check_same_run(checkpoints.folder, saved, notes)

@@ -82,8 +82,7 @@ def corpus(data: str | os.PathLike[str] | None, folder: pathlib.Path) -> dict[st
   if path is not None and (path / "train.bin").exists():
     folder = path
   else:
-    processes.together(lambda: processes.is_first() and bool(
-        prepare_standard_library(folder) if path is None else prepare(path, folder)))
+    processes.by_first(lambda: prepare_standard_library(folder) if path is None else prepare(path, folder))
   return {name: TokenFile(folder / f"{name}.bin") for name in ("train", "heldout")}
 
 

@@ -121,8 +121,12 @@ def first_state(model: RATPlusLM, optimizer: Optimizer, params: Params | None, s
   if params is None:
     params = parallel.sharded(drawn, mesh)(jax.random.key(seed))
   params = parallel.shard(params, mesh)  # what was added to them too
-  opt_state, step = parallel.sharded(lambda params: (made(params).opt_state, made(params).step), mesh)(params)
-  return TrainState(params, opt_state, step)
+
+  def rest(params: Params) -> tuple[Any, Any]:
+    state = made(params)
+    return state.opt_state, state.step
+
+  return TrainState(params, *parallel.sharded(rest, mesh)(params))  # the parameters are not copied
 
 
 def rate_change(settings: Settings, step: int, before: int, after: int) -> str:

@@ -50,14 +50,6 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def wait_for_all(where: str) -> None:
-  """Returns when every process has come here; `where` is the same for all."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(where)
-
-
 def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
   """The rows of a batch that this process reads, ascending: those that its devices have.
 
@@ -136,3 +128,8 @@ def together(make: Callable[[], Made], is_damage: Callable[[Exception], bool] = 
     kind = ValueError if worst == 1 else OSError
     raise kind(f"process {int(of_all.argmax())} could not do its part; its own output says why.") from error
   return cast(Made, made)
+
+
+def by_first(act: Callable[[], object]) -> None:
+  """What the first process does for all; it is done when any of them returns, and fails in all if it fails."""
+  together(lambda: act() if is_first() else None)

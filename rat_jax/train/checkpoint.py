@@ -83,10 +83,10 @@ class Checkpoints:
                 for name, array in arrays.items()}
     about = {"config": config.to_json(), "notes": notes, "manifest": manifest}
     made = self.folder / "unfinished"
-    _by_first(lambda: _anew(made))
+    processes.by_first(lambda: _anew(made))
     try:
       processes.together(lambda: array_files.write(made / "state", arrays))
-      _by_first(lambda: self._finish(int(state.step), about, made))
+      processes.by_first(lambda: self._finish(int(state.step), about, made))
     finally:
       if processes.is_first():
         shutil.rmtree(made, ignore_errors=True)
@@ -191,7 +191,7 @@ class Checkpoints:
     """
     steps, damaged = self._some_steps(), []
     if moves:
-      _by_first(self._put_back)
+      processes.by_first(self._put_back)
     for step in reversed(steps):
       try:
         found, about = self._attempt(step, read, unfit)
@@ -200,7 +200,7 @@ class Checkpoints:
         damaged.append(step)
         continue
       if moves:
-        _by_first(lambda: self._set_aside(damaged))
+        processes.by_first(lambda: self._set_aside(damaged))
       return found, about
     raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
 
@@ -366,11 +366,6 @@ def _check(whole: Mapping[str, bool]) -> None:
   for name, is_whole in whole.items():
     if not is_whole:
       raise ValueError(f"{name} is not what was written")
-
-
-def _by_first(act: Callable[[], None]) -> None:
-  """What the first process does for all; it is done when any returns, and fails in all if it fails."""
-  processes.together(lambda: act() if processes.is_first() else None)
 
 
 def _anew(folder: pathlib.Path) -> None:

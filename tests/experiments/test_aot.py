@@ -121,7 +121,7 @@ def test_products_of_a_training_step_are_those_of_its_sizes():
   """As `training_flops` counts, but plain JAX forms scores of all keys; and again those that layers do not keep."""
   config = RATPlusConfig(256, 6, 128, 2, mlp_dim=512)
   mesh = make_mesh(devices=jax.devices()[:1])
-  traced, again = (programs.traced("train", programs.Work(config, 4, 64, 1, remat, 4, Dense()), mesh)
+  traced, again = (programs.traced("train", programs.Work(config, 4, 64, 1, remat, 4, (Dense(),)), mesh)
                    for remat in ("everything", "products"))
   matrices, of_keys = 6 * (6 * 128 * 128 + 2 * 128 * 512) + 256 * 128, 6 * 128 * 64
   assert products.per_device(traced.program, 1) == 4 * 64 * (6 * matrices + 12 * of_keys)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax import RATPlusConfig, RATPlusLM, init_train_state, make_optimizer
+from rat_jax import RATPlusConfig, RATPlusLM, init_train_state, load_pretrained, make_optimizer, save_pretrained
 from rat_jax.parallel import make_mesh, processes, sharded, start_processes
 from rat_jax.train import Checkpoints, array_files
 
@@ -38,7 +38,7 @@ def tried(act):
       found = act()
     except Exception as error:
       found = [type(error).__name__, str(error)]
-  processes.wait_for_all("tried")
+  processes.together(lambda: None)  # all have tried
   return [found, [str(one.message) for one in warned if "DAMAGED" in str(one.message)]]
 
 
@@ -78,7 +78,7 @@ def main(folder, of_version_0_1):
   if processes.is_first():
     for data in (checkpoints.folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
       data.unlink()
-  processes.wait_for_all("damaged")
+  processes.together(lambda: None)
   case("damaged", checkpoints.verify)
   case("walk back", restored)
   case("save again", lambda: saved(2))
@@ -89,6 +89,10 @@ def main(folder, of_version_0_1):
   whole = jax.tree.map(processes.on_host, on_mesh)
   found["version 0.1"] = [all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, params))),
                           int(old.restore(fresh_state(mesh, config), config)[0].step)]
+  model = [tried(lambda: save_pretrained(folder / "model", CONFIG, state.params))[0] for _ in range(2)]
+  kept = load_pretrained(folder / "model")[1]
+  same = jax.tree.map(np.array_equal, jax.tree.map(processes.on_host, state.params), kept)
+  found["a folder of the model"] = [model[0], all(jax.tree.leaves(same)), model[1]]
   print("FOUND" + json.dumps(found), flush=True)
 
 

@@ -6,18 +6,13 @@ Run by `test_collectives.py`, with the name of a case. Needs the compiler for TP
 from __future__ import annotations
 
 import collections
-import functools
 import math
 import sys
 
-import jax
-import jax.numpy as jnp
-
-import rat_jax
-from experiments.aot import chips
+from experiments.aot import chips, programs
 from experiments.aot.hlo import Program
-from rat_jax import Dense, Dilated, RATPlusConfig, RATPlusLM
-from rat_jax.parallel import make_mesh, shardings
+from rat_jax import Dense, Dilated, RATPlusConfig
+from rat_jax.parallel import make_mesh
 
 LAYERS, ROWS, LENGTH, E, F, N, H = 5, 8, 1024, 1024, 2048, 8, 128  # of so many layers a loop is compiled
 CONFIG = RATPlusConfig(2048, LAYERS, E, N, mlp_dim=F, dtype="bfloat16")
@@ -32,15 +27,8 @@ def sent(text, mode):
   Left out are those of less than 16 KiB: norms, and numbers that are summed.
   """
   mesh = make_mesh(text, chips.devices_of("v5e:2x4"))
-  model, optimizer = RATPlusLM(CONFIG), rat_jax.make_optimizer(1e-3, total_steps=2)
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-  state = jax.eval_shape(lambda params: rat_jax.init_train_state(model, params, optimizer), params)
-  tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-  arguments = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                           (state, {"tokens": tokens, "targets": tokens}),
-                           (shardings(state, mesh), shardings({"tokens": tokens, "targets": tokens}, mesh)))
-  step = functools.partial(rat_jax.train_step, model, optimizer, modes=(mode,))
-  compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile(OPTIONS)
+  work = programs.Work(CONFIG, ROWS, LENGTH, accumulation=1, remat="products", served=ROWS, modes=(mode,))
+  compiled = programs.traced("train", work, mesh).program.lower().compile(OPTIONS)
   found = collections.Counter()
   for one in Program(compiled.as_text()).sent():
     if one.size >= 2**14:

@@ -161,6 +161,10 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
       assert all(re.search(*both) for both in zip(warned, warnings, strict=True)), (case, rank, warnings)
       assert names == there.split(), (case, rank)
   assert [each["version 0.1"] for each in found] == [[True, 2]] * 2
+  for each, said in zip(found, ["model exists and is not empty", other.format(0)], strict=True):
+    first, same, again = each["a folder of the model"]
+    assert (first, same) == (None, True)
+    assert said in again[1]
 
 
 @pytest.mark.slow
