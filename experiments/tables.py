@@ -17,7 +17,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import pictures
-from experiments.aot import paper
+from experiments.aot import cases, paper
 from experiments.bench import page_tables as speed
 from experiments.needles import hypotheses_tables, page_tables as needles, report
 from experiments.shared import command, output, page_tables
@@ -74,7 +74,10 @@ read_result = page_tables.reader(RESULTS)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A line of the index: a run, its main number, what it took where the table of runs does not say, its page."""
+  """A line of the index: a run, its main number, what it took where the table of runs does not say, its page.
+
+  A page is a path without its suffix, from the folder of the index.
+  """
 
   run: str
   number: Table
@@ -166,28 +169,35 @@ def _authors(read: Read) -> str:
   return f"32 rows, D=64: {1e3 * line['seconds']:.2f} ms, theirs {1e3 * line['authors']:.2f}"
 
 
+def _fits(read: Read) -> str:
+  cell = next(cell for cell in read("scaling")["cells"]
+              if (cell["preset"], cell["topology"], cell["length"]) == ("ratplus-7b", "v5e:16x16", 4096))
+  return f"7B, 768 rows of 4096 on 256 v5e: {cases.of_memory(cell)} GiB a device"
+
+
 INDEX = (
-    Entry("needles", _pair("niah_main", "Quest 16, 1/16"), "2106 s", "needles"),
-    Entry("needles-three", _pair("niah_three_seeds", "Quest 16, 1/16"), "", "needles"),
-    Entry("topk", _pair("niah_topk", "TopK, 1/32"), "200 s", "needles"),
-    Entry("answer", _pair("niah_answer", "Quest 16, 1/16"), "557 s", "needles"),
-    Entry("spaced", _spaced, "308 s", "needles"),
-    Entry("adapted", _adapted, "798 s", "needles"),
-    Entry("near", _pair("niah_near", "Quest 16, 1/16", "multikey_3"), "265 s", "needles"),
-    Entry("controls", _controls, "1129 s, two of three arms", "needles"),
-    Entry("long", _long, "1290 s", "needles"),
-    Entry("hypotheses", _heads, "1309 s", "hypotheses"),
-    Entry("retrofit", _retrofit, "1234 s", "retrofit"),
-    Entry("ops", _ops("gpu_ops", "prefill T=262144, D=16"), "", "kernels"),
-    Entry("gradients", _ops("gpu_gradients", "prefill T=32768, D=64"), "", "kernels"),
-    Entry("authors-ops", _beside_the_authors, "", "kernels"),
-    Entry("lengths", _ops("gpu_lengths", "prefill T=524288, D=64"), "", "kernels"),
-    Entry("short", _ops("gpu_short", "prefill T=512, B=32, D=16"), "", "kernels"),
-    Entry("decode", _model("gpu_decode", 1024, 16384, "dilated:64"), "", "kernels"),
-    Entry("prompt", _model("gpu_prompt", 4, 65536, "dilated:64"), "", "kernels"),
-    Entry("modes", _modes, "", "kernels"),
-    Entry("authors", _authors, "", "kernels"),
-    Entry("train", _model("gpu_train", 8, 4096, "dilated:64"), "", "language"),
+    Entry("needles", _pair("niah_main", "Quest 16, 1/16"), "2106 s", "pages/needles"),
+    Entry("needles-three", _pair("niah_three_seeds", "Quest 16, 1/16"), "", "pages/needles"),
+    Entry("topk", _pair("niah_topk", "TopK, 1/32"), "200 s", "pages/needles"),
+    Entry("answer", _pair("niah_answer", "Quest 16, 1/16"), "557 s", "pages/needles"),
+    Entry("spaced", _spaced, "308 s", "pages/needles"),
+    Entry("adapted", _adapted, "798 s", "pages/needles"),
+    Entry("near", _pair("niah_near", "Quest 16, 1/16", "multikey_3"), "265 s", "pages/needles"),
+    Entry("controls", _controls, "1129 s, two of three arms", "pages/needles"),
+    Entry("long", _long, "1290 s", "pages/needles"),
+    Entry("hypotheses", _heads, "1309 s", "pages/hypotheses"),
+    Entry("retrofit", _retrofit, "1234 s", "pages/retrofit"),
+    Entry("ops", _ops("gpu_ops", "prefill T=262144, D=16"), "", "pages/kernels"),
+    Entry("gradients", _ops("gpu_gradients", "prefill T=32768, D=64"), "", "pages/kernels"),
+    Entry("authors-ops", _beside_the_authors, "", "pages/kernels"),
+    Entry("lengths", _ops("gpu_lengths", "prefill T=524288, D=64"), "", "pages/kernels"),
+    Entry("short", _ops("gpu_short", "prefill T=512, B=32, D=16"), "", "pages/kernels"),
+    Entry("decode", _model("gpu_decode", 1024, 16384, "dilated:64"), "", "pages/kernels"),
+    Entry("prompt", _model("gpu_prompt", 4, 65536, "dilated:64"), "", "pages/kernels"),
+    Entry("modes", _modes, "", "pages/kernels"),
+    Entry("authors", _authors, "", "pages/kernels"),
+    Entry("train", _model("gpu_train", 8, 4096, "dilated:64"), "", "pages/language"),
+    Entry("scaling", _fits, "12 minutes on 16 processor cores, in two parts", "../docs/scaling"),
 )
 
 
@@ -196,7 +206,7 @@ def index(read: Read) -> str:
   for entry in INDEX:
     run = RUNS[entry.run]
     cost = f"{run.seconds} s" if run.seconds else entry.cost or "not timed"
-    rows.append([run.claim, entry.number(read), cost, f"`{run.name}`", f"[{entry.page}](pages/{entry.page}.md)"])
+    rows.append([run.claim, entry.number(read), cost, f"`{run.name}`", f"[{pathlib.PurePath(entry.page).name}]({entry.page}.md)"])
   return output.markdown_table(["claim", "main number", "cost", "--run", "page"], rows)
 
 
@@ -228,7 +238,8 @@ FIGURES: dict[str, Draw] = {
     **{part: _hypothesis(part) for part in ("heads", "random", "layers", "two_by_two", "future", "reach", "distance")}}
 
 TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES,
-                            "cost_model": lambda read: paper.table()}
+                            "cost_model": lambda read: paper.table(),
+                            "scaling": lambda read: cases.table(read("scaling")["cells"])}
 
 if __name__ == "__main__":
   command.run(main, Settings, define_flags)

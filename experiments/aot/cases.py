@@ -44,9 +44,10 @@ CASES = (
     Case("ratplus-7b", "v5p:2x2x2", "fsdp:8", accumulation=32),
     Case("ratplus-7b", "v5p:4x4x4", "fsdp:64", accumulation=4),
     Case("ratplus-7b", "v5p:16x16x16", "data:4,fsdp:64,tensor:4,context:4"),
-    *(Case("ratplus-7b", topology, mesh, batch_size=16, length=2**18, remat="nothing") for topology, mesh in (
-        ("v5e:16x16", "fsdp:4,tensor:4,context:16"), ("v5p:4x8x8", "fsdp:16,context:16"),
-        ("v6e:16x16", "fsdp:16,context:16"), ("tpu7x:4x8x8", "fsdp:16,tensor:2,context:16"))),
+    *(Case("ratplus-7b", topology, mesh, batch_size=16, length=2**18, accumulation=accumulation, remat="nothing")
+      for topology, mesh, accumulation in (
+          ("v5e:16x16", "fsdp:4,tensor:4,context:16", 4), ("v5p:4x8x8", "fsdp:16,context:16", 1),
+          ("v6e:16x16", "fsdp:8,tensor:2,context:16", 2), ("tpu7x:4x8x8", "fsdp:16,tensor:2,context:16", 1))),
 )
 
 
@@ -90,7 +91,7 @@ def table(cells: list[dict[str, Any]]) -> str:
   for cell in cells:
     train, prefill, decode = (cell["programs"].get(kind, {}) for kind in programs.KINDS)
     trained = ["does not fit", "", "", ""] if "too_large" in train else [
-        f"{train['total'] / 2**30:.1f} of {cell['memory'] / 2**30:.0f}", f"{train['step']:.2f}",
+        of_memory(cell), f"{train['step']:.2f}",
         max(train["seconds"], key=train["seconds"].get), f"{train['utilisation']:.0%}"] if train else 4 * [""]
     rows.append([f"{cell['preset']}, {cell['length']}", cell["topology"], f"`{cell['mesh']}`",
                  f"{cell['batch_size']} in {cell['accumulation']}", cell["remat"], *trained,
@@ -98,6 +99,11 @@ def table(cells: list[dict[str, Any]]) -> str:
   return output.markdown_table(
       ["model, T", "chips", "mesh", "rows in micro-batches", "kept", "GiB a device", "step, s", "longest",
        "of the peak", "prompt, ms", "decode, ms"], rows)
+
+
+def of_memory(cell: dict[str, Any]) -> str:
+  """What training holds on a device, of what that has, in GiB."""
+  return f"{cell['programs']['train']['total'] / 2**30:.1f} of {cell['memory'] / 2**30:.0f}"
 
 
 def _milliseconds(found: dict[str, Any]) -> str:

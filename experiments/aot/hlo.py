@@ -19,9 +19,10 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _ELSEWHERE = re.compile(r"S\([1-9]")  # of a layout: an array in a memory on the chip
 # What moves nothing by itself, or whose parts are counted.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-         "partition-id", "replica-id", "iota", "opt-barrier", "copy-done", "slice-done", "async-done", "async-update",
-         "all-gather-done", "all-reduce-done", "collective-permute-done", "custom-call-done"}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "call-start",
+         "call-done", "async-start", "async-update", "async-done", "after-all", "partition-id", "replica-id", "iota",
+         "opt-barrier", "copy-done", "slice-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
+         "custom-call-done"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,13 @@ Computation = dict[str, Instruction]
 class Sent:
   """A collective: its kind, the bytes of its largest side, the groups of devices, how often it runs.
 
-  `name` is where it comes from in the program's source; `arrays` the shapes of its results.
+  `moved` are bytes that it reads from a device's memory and writes to it; `name` is where it comes from in the
+  program's source; `arrays` the shapes of its results.
   """
 
   kind: str
   size: float
+  moved: float
   groups: np.ndarray  # [groups, devices of one]; of a permutation [pairs, 2]
   times: float
   name: str
@@ -85,7 +88,7 @@ class Program:
           branches = one.called("branch_computations") or one.called("(?:true|false)_computation")
           for branch in branches:
             visit(branch, weight / len(branches))
-        elif one.kind in ("call", "async-start"):
+        elif one.kind in ("call", "call-start", "async-start"):
           for called in one.called("to_apply") + one.called("calls"):
             visit(called, weight)
 
@@ -118,21 +121,25 @@ class Program:
         kind = inner.kind.removesuffix("-start")
         if kind not in COLLECTIVES:
           continue
-        sides = [_sizes(inner.result) / (2 if inner.kind.endswith("-start") else 1),
-                 sum(_sizes(around[name].result) for name in inner.operands if name in around)]
+        given, result = [around[name].result for name in inner.operands if name in around], inner.result
+        sides = [_sizes(result) / (2 if inner.kind.endswith("-start") else 1), sum(map(_sizes, given))]
         if one.kind == "fusion" and kind == "all-reduce" and _sizes(one.result) < sides[0]:
-          kind = "reduce-scatter"
+          kind, result = "reduce-scatter", one.result
+        started = inner.kind.endswith("-start")  # its result holds what it is given too
+        moved = _in_memory(result) + (0.0 if started else sum(map(_in_memory, given)))
         source = re.search(r'op_name="([^"]*)"', inner.rest) or re.search(r'op_name="([^"]*)"', one.rest)
         chain = re.search(r'(?:chain_id|async_collective_name)="[^"]+"', inner.rest)
         key = chain[0] if chain else inner.name
-        made = Sent(kind, max(sides), _groups(inner.rest), times, source[1] if source else "",
+        made = Sent(kind, max(sides), moved, _groups(inner.rest), times, source[1] if source else "",
                     tuple(shape for _, shape, _ in _arrays(inner.result)))
         found[key] = min(found.get(key, made), made, key=lambda one: one.times)
     return list(found.values())
 
   def moved(self) -> float:
     """Bytes that all instructions read from the device's memory and write to it."""
-    return sum(times * self._bytes(inside, one) for times, inside, one in self._running() if one.kind not in _FREE)
+    computed = sum(times * self._bytes(inside, one) for times, inside, one in self._running()
+                   if one.kind not in _FREE and not _is_collective(one))
+    return computed + sum(one.times * one.moved for one in self.sent())
 
   def _bytes(self, inside: Computation, one: Instruction) -> float:
     operands = [_in_memory(inside[name].result) if name in inside else 0.0 for name in one.operands]
@@ -141,37 +148,53 @@ class Program:
       return 2 * result if operands[0] else result
     if one.kind in ("dynamic-update-slice", "scatter"):
       return 2 * operands[-1 if one.kind == "scatter" else 1]
-    if one.kind.endswith("-start"):  # the result holds the operand too
+    if one.kind.endswith("-start"):  # of a copy: the result holds the operand too
       return max(operands, default=0.0)
     if one.kind != "fusion":
       return sum(operands) + result
     fused = self._computations[one.called("calls")[0]]
-    parameters = {inner.operands[0]: inner for inner in fused.values() if inner.kind == "parameter"}
-    total = 0.0
-    for number, size in enumerate(operands):
-      parameter = parameters.get(str(number))
-      total += min(size, self._read(fused, parameter.name)) if parameter else size
+    total = sum(min(size, self._read(fused, _parameter(fused, number).name)) for number, size in enumerate(operands))
     root = next(inner for inner in fused.values() if inner.is_root)
     roots = [fused[name] for name in root.operands] if root.kind == "tuple" else [root]
     written = sum(_written(fused, inner) for inner in roots)
     return total + min(result, written)
 
   def _read(self, fused: Computation, name: str) -> float:
-    """Bytes that a fusion reads of an operand: of a stack that it only takes slices of, the slices."""
+    """Bytes that a fusion reads of an operand: of a stack that it only takes slices of, the slices.
+
+    What it only hands on, or gives to a collective, it does not read itself.
+    """
     total = 0.0
     for user in (one for one in fused.values() if name in one.operands):
       if user.kind == "bitcast":
         total += self._read(fused, user.name)
+      elif user.kind == "fusion":
+        inner = self._computations[user.called("calls")[0]]
+        total += sum(self._read(inner, _parameter(inner, number).name)
+                     for number, operand in enumerate(user.operands) if operand == name)
       elif user.kind == "dynamic-slice" and user.operands[0] == name:
         total += _sizes(user.result)
-      elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
+      elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name or user.kind == "tuple"
+                or _is_collective(user)):
         return np.inf
     return total
 
 
+def _parameter(fused: Computation, number: int) -> Instruction:
+  return next(one for one in fused.values() if one.kind == "parameter" and one.operands[0] == str(number))
+
+
+def _is_collective(one: Instruction) -> bool:
+  return one.kind.removesuffix("-start") in COLLECTIVES
+
+
 def _written(fused: Computation, one: Instruction) -> float:
-  if one.kind == "bitcast":
-    return _written(fused, fused[one.operands[0]])
+  """Bytes that a fusion writes of a result. What is handed on, or is a collective's, is not written by the fusion."""
+  if one.kind == "parameter" or _is_collective(one):
+    return 0.0
+  source = fused.get(one.operands[0]) if one.operands else None
+  if source and (one.kind == "bitcast" or one.kind == "dynamic-slice" and _is_collective(source)):
+    return _written(fused, source)
   if one.kind == "dynamic-update-slice" and one.operands[1] in fused:
     return _sizes(fused[one.operands[1]].result)
   return _sizes(one.result)

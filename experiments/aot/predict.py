@@ -54,15 +54,18 @@ def predicted(traced: Traced, chip: Chip, mesh: jax.sharding.Mesh) -> Predicted:
   kept = min(traced.kept, stats.temp_size_in_bytes)
   temporary = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes - kept
   held = {**traced.held, "kept": kept, "temporary": temporary, "other": given - sum(traced.held.values())}
+  memory = chip.memory / chip.devices
+  if (total := math.fsum(held.values())) > memory:  # the compiler leaves arguments out when it refuses
+    raise DoesNotFit(f"Arguments and temporary arrays take {total / 2**30:.1f} GiB.")
   products, moved, sent = per_device(traced.program, mesh.size), program.moved(), program.sent()
   seconds = {"products": products * chip.devices / chip.products, "memory": moved * chip.devices / chip.bandwidth,
              "links": sum(one.times * _seconds(one, chip, mesh) for one in sent)}
   by_kind = {kind: sum(one.times * one.size for one in sent if one.kind == kind) for kind in COLLECTIVES}
-  return Predicted(held, chip.memory / chip.devices, products, moved, by_kind, seconds)
+  return Predicted(held, memory, products, moved, by_kind, seconds)
 
 
 class DoesNotFit(ValueError):
-  """A program needs more memory than a device has; the message is the compiler's."""
+  """A program needs more memory than a device has; the message says how much."""
 
 
 def _seconds(sent: Sent, chip: Chip, mesh: jax.sharding.Mesh) -> float:

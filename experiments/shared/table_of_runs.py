@@ -178,4 +178,9 @@ SPEED = (
                                  " --unroll"))),
 )
 
-RUNS = {run.name: run for run in (*NEEDLES, *SPEED)}
+WITHOUT_DEVICES = (
+    Run("scaling", "Training of 7 billion parameters with the paper's batch fits 256 chips, of 16 GiB too.",
+        ("experiments.aot_compile --table --workdir=runs/scaling",)),
+)
+
+RUNS = {run.name: run for run in (*NEEDLES, *SPEED, *WITHOUT_DEVICES)}

@@ -110,4 +110,5 @@ def between(ends: Array, entering: Arrays, *, reverse: bool = False) -> tuple[Ar
 
 def passed(decay: Array, x: Array) -> Array:
   """decay * x; a decay of exactly 0 drops also an x that is not finite, a state or the cotangent of one."""
-  return jnp.where(decay == 0, 0.0, decay * x)
+  # The zero is the decay's own. Constants of this size would be kept for the gradient, as they depend on no argument.
+  return jnp.where(decay == 0, decay, decay * x)

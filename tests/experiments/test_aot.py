@@ -38,9 +38,17 @@ TEXT = """HloModule step
   ROOT %flat = f32[100]{0} bitcast(%one)
 }
 
-%chain.1 (c: bf16[8]) -> bf16[16] {
+%doubled (w: f32[6,100], v: s32[]) -> f32[100] {
+  %w = f32[6,100]{1,0} parameter(0)
+  %v = s32[] parameter(1)
+  %inner = f32[100]{0} fusion(%w, %v), kind=kLoop, calls=%taken
+  ROOT %twice = f32[100]{0} add(%inner, %inner)
+}
+
+%chain.1 (c: bf16[8]) -> (bf16[16], bf16[8]) {
   %c = bf16[8]{0} parameter(0)
-  ROOT %all-gather.1 = bf16[16]{0} all-gather(%c), replica_groups={{0,8},{1,9}}, frontend_attributes={chain_id="0"}
+  %all-gather.1 = bf16[16]{0} all-gather(%c), replica_groups={{0,8},{1,9}}, frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[16]{0}, bf16[8]{0}) tuple(%all-gather.1, %c)
 }
 
 %condition (t: (s32[], f32[6,100])) -> pred[] {
@@ -54,9 +62,11 @@ TEXT = """HloModule step
   %s = (s32[], /*index=1*/f32[6,100]{1,0}) parameter(0)
   %n = s32[] get-tuple-element(%s), index=0
   %stack = f32[6,100]{1,0} get-tuple-element(%s), index=1
-  %layer = f32[100]{0} fusion(%stack, %n), kind=kLoop, calls=%taken
-  %first = bf16[16]{0} fusion(%n), kind=kCustom, calls=%chain.1
-  %last = bf16[16]{0} fusion(%n), kind=kCustom, calls=%chain.1
+  %layer = f32[100]{0} fusion(%stack, %n), kind=kLoop, calls=%doubled
+  %part = bf16[8]{0} bitcast(%n)
+  %first = (bf16[16]{0}, bf16[8]{0}) fusion(%part), kind=kCustom, calls=%chain.1
+  %again = bf16[8]{0} get-tuple-element(%first), index=1
+  %last = (bf16[16]{0}, bf16[8]{0}) fusion(%again), kind=kCustom, calls=%chain.1
   ROOT %made = (s32[], f32[6,100]{1,0}) tuple(%n, %stack)
 }
 
@@ -87,7 +97,7 @@ def test_collectives_of_a_text_with_how_often_they_run():
 
 def test_bytes_of_a_text():
   copied, scattered, permuted = 2400, 1024 + 128, 2 * 128  # the copy's result is not in the device's memory
-  of_a_turn = 400 + 4 + 400 + 2 * (4 + 32)  # one layer of the stack, and its number; the chain
+  of_a_turn = 400 + 4 + 400 + 16 + 32  # one layer of the stack, and its number; the chain, once
   assert Program(TEXT).moved() == copied + scattered + permuted + 6 * of_a_turn
 
 
@@ -146,7 +156,7 @@ class _Mesh:
     ("all-gather", [0, 4, 8, 12], 2)])
 def test_links_that_a_group_goes_over(kind, group, links):
   chip = chips.Chip(1.0, 1.0, 1.0, link=10.0)
-  seconds = predict._seconds(Sent(kind, 100.0, np.array([group]), 1.0, "", ()), chip, _Mesh())
+  seconds = predict._seconds(Sent(kind, 100.0, 0.0, np.array([group]), 1.0, "", ()), chip, _Mesh())
   assert seconds == pytest.approx(100 * (len(group) - 1) / len(group) / (10 * links))
 
 
