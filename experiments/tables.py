@@ -206,7 +206,8 @@ def index(read: Read) -> str:
   for entry in INDEX:
     run = RUNS[entry.run]
     cost = f"{run.seconds} s" if run.seconds else entry.cost or "not timed"
-    rows.append([run.claim, entry.number(read), cost, f"`{run.name}`", f"[{pathlib.PurePath(entry.page).name}]({entry.page}.md)"])
+    link = f"[{pathlib.PurePath(entry.page).name}]({entry.page}.md)"
+    rows.append([run.claim, entry.number(read), cost, f"`{run.name}`", link])
   return output.markdown_table(["claim", "main number", "cost", "--run", "page"], rows)
 
 

@@ -174,7 +174,7 @@ class Program:
                      for number, operand in enumerate(user.operands) if operand == name)
       elif user.kind == "dynamic-slice" and user.operands[0] == name:
         total += _sizes(user.result)
-      elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name or user.kind == "tuple"
+      elif not ((user.kind == "dynamic-update-slice" and user.operands[0] == name) or user.kind == "tuple"
                 or _is_collective(user)):
         return np.inf
     return total
@@ -193,7 +193,7 @@ def _written(fused: Computation, one: Instruction) -> float:
   if one.kind == "parameter" or _is_collective(one):
     return 0.0
   source = fused.get(one.operands[0]) if one.operands else None
-  if source and (one.kind == "bitcast" or one.kind == "dynamic-slice" and _is_collective(source)):
+  if source and (one.kind == "bitcast" or (one.kind == "dynamic-slice" and _is_collective(source))):
     return _written(fused, source)
   if one.kind == "dynamic-update-slice" and one.operands[1] in fused:
     return _sizes(fused[one.operands[1]].result)

@@ -64,6 +64,7 @@ def test_every_operation_is_checked_and_timed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_gradients_are_checked_and_timed(tmp_path, monkeypatch, capsys):
   """Of grouped heads, beside dense attention; a gradient that is a fifth too large is refused."""
   grouped = dataclasses.replace(OPS, workdir=tmp_path, gradient=True, window=3, kv_heads=2)
@@ -216,6 +217,7 @@ def test_work_is_that_of_the_arrays_and_products():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_whole_models_are_timed_at_every_batch_and_context(tmp_path):
   run_python("-m", "experiments.bench_model", "--layers=1", "--width=16", "--heads=2", "--context=32", "--context=64",
              "--batch_size=1", "--batch_size=2", "--mode=dilated:4", "--part=prefill", "--part=decode", "--part=train",

@@ -64,6 +64,7 @@ def test_a_hit_is_a_whole_answer_among_what_was_chosen():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_random_choice_and_the_plain_rows_are_those_of_the_table():
   model, params = trained()
   tasks = [TASKS["single_2"], TASKS["multiquery"]]
@@ -77,6 +78,7 @@ def test_random_choice_and_the_plain_rows_are_those_of_the_table():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_a_layer_alone_is_the_mode_with_the_others_dense():
   model, params = trained()
   settings = dataclasses.replace(SETTINGS, length=320)
@@ -93,6 +95,7 @@ def test_a_layer_alone_is_the_mode_with_the_others_dense():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_the_two_by_two_holds_the_model_as_it_is():
   model, params = trained()
   found = of_all("two_by_two", model, params)
@@ -106,6 +109,7 @@ def test_the_two_by_two_holds_the_model_as_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_a_later_question_is_asked_of_a_cache_made_for_an_earlier_one():
   model, params = trained()
   found = of_all("future", model, params)

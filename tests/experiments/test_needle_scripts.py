@@ -95,6 +95,7 @@ def test_cells_alone_and_together_and_free_running_are_one(row):
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_in_bfloat16_a_cell_alone_is_within_a_point_of_one_in_a_batch():
   model, params = trained()
   model = RATPlusLM(dataclasses.replace(model.config, dtype="bfloat16"))

@@ -65,6 +65,7 @@ TOY = ["--layers=1", "--width=16", "--heads=2", "--batch_size=2", "--length=32",
 
 
 @pytest.mark.slow
+@pytest.mark.scripts
 def test_a_run_goes_on_with_its_own_text_alone(texts):
   """Known by what is in it, wherever it lies. A line of metrics that a kill broke is named, and ends nothing."""
   for folder in ("one", "other"):
