@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-tpu lint notebook needles address clean same-python
+.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-slow-tpu lint notebook needles address clean same-python
 
 # FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
@@ -38,9 +38,9 @@ test-gpu: $(VENV)/dev
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
 
 # Programs that are compiled for TPUs, of which none is needed. On Linux.
-test-tpu: $(VENV)/dev
+test-slow-tpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m tpu tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and tpu" tests
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

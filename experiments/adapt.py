@@ -26,7 +26,7 @@ def define_flags() -> None:
   training.define_flags(learning_rate=1e-4, warmup=0.0)
   command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained, to start from.", required=True)
   command.define_dtype()
-  command.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; several make one update each.")
+  command.define_modes(["dilated:16,window=32,sinks=4"], "The mode to adapt to; repeat it for one update each.")
 
 
 def main(settings: Settings) -> None:

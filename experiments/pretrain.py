@@ -36,7 +36,7 @@ class Settings(training.Settings):
 def define_flags() -> None:
   command.define_common_flags("pretrain")
   training.define_flags()
-  command.define_modes(["dilated:64", "dense"], "One update of every batch for each, in order.")
+  command.define_modes(["dilated:64", "dense"], "One update of every batch, repeat it for several in order.")
   flags.DEFINE_string("preset", None, "A ready-made size (RATPlusConfig.preset) instead of the sizes below.")
   flags.DEFINE_integer("layers", 12, "Layers.")
   flags.DEFINE_integer("width", 768, "Model width E.")

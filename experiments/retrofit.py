@@ -49,7 +49,7 @@ def define_flags() -> None:
   command.define_path("checkpoint", "Folder of checkpoints, or of save_pretrained: an attention model, or one with a"
                       " memory that has not been trained yet.")
   command.define_dtype()
-  command.define_modes([str(mode) for mode in ARL], "One update of every batch for each, in order.")
+  command.define_modes([str(mode) for mode in ARL], "One update of every batch, repeat it for several in order.")
   flags.DEFINE_bool("memory", True, "False trains the attention model on without one.")
   flags.DEFINE_float("gate_bias", GATE_BIAS, "Where the gates of a memory that is added start.")
   flags.DEFINE_float("memory_rate", 10.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)

@@ -45,7 +45,10 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """The devices on which an implementation runs: of one platform (None: of any), GPUs by their compute capability."""
+  """The devices on which an implementation runs: of one platform (None: of any).
+
+  `least` and `most` are compute capabilities of GPUs, and generations of TPUs.
+  """
 
   described: str
   platform: str | None = None
@@ -55,14 +58,17 @@ class Devices:
   def unsupported(self, device: Device) -> str | None:
     """Why an implementation for these devices does not run on this one, or None."""
     serves = self.platform in (None, device.platform)
-    if serves and self.platform == "gpu":
-      serves = device.capability is not None and self.least <= device.capability <= self.most
+    if serves and self.platform in ("gpu", "tpu"):
+      version = device.capability if self.platform == "gpu" else device.generation
+      serves = version is not None and self.least <= version <= self.most
     return None if serves else f"runs on {self.described}, not on {device.kind!r}"
 
 
 ANY = Devices("any device")
 HOPPER = Devices("Hopper GPUs (compute capability 9.0)", "gpu", 9.0, 9.0)  # later GPUs lack some of its instructions
 AMPERE = Devices("Ampere GPUs (compute capability 8.0) and newer", "gpu", 8.0)
+
+TPU = Devices("TPUs from v5e and v5p on", "tpu", 5)
 
 
 def device_of(*arrays: Any) -> Device:

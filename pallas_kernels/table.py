@@ -7,19 +7,21 @@ from __future__ import annotations
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gated_scan": {
         "xla": "pallas_kernels.scan.xla",
-        "mosaic_gpu": "pallas_kernels.scan.mosaic_gpu"},
+        "mosaic_gpu": "pallas_kernels.scan.mosaic_gpu",
+        "pallas_tpu": "pallas_kernels.scan.pallas_tpu"},
     "dilated_attention": {
         "xla": "pallas_kernels.dilated.xla",
         "cudnn": "pallas_kernels.dilated.cudnn",
         "cudnn_masked": "pallas_kernels.dilated.cudnn_masked",
-        "mosaic_gpu": "pallas_kernels.dilated.mosaic_gpu"},
+        "mosaic_gpu": "pallas_kernels.dilated.mosaic_gpu",
+        "pallas_tpu": "pallas_kernels.dilated.pallas_tpu"},
     "decode_attention": {
         "xla": "pallas_kernels.decode.xla",
         "mosaic_gpu": "pallas_kernels.decode.mosaic_gpu"},
     "sparse_attention": {
         "xla": "pallas_kernels.sparse.xla"},
 }
-# What may be named for any operation; one that does not have it says so. "pallas_tpu" is for kernels to come.
+# What may be named for any operation; one that does not have it says so.
 NAMES = ("xla", "mosaic_gpu", "cudnn", "cudnn_masked", "pallas_tpu")
 
 

@@ -21,6 +21,7 @@ class Chip:
     products: operations per second of matrix products in bfloat16.
     memory, bandwidth: bytes, and bytes per second of reads and writes.
     link: bytes per second of one link in one direction; a chip has two links in each dimension of the torus.
+    dimensions: of the torus, the most.
     devices: devices that a program sees of one chip; they share the figures above.
   """
 
@@ -28,22 +29,28 @@ class Chip:
   memory: float
   bandwidth: float
   link: float
+  dimensions: int = 2
   devices: int = 1
 
 
 CHIPS = {"v5e": Chip(197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB),
-         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB),
+         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB, 3),
          "v6e": Chip(918 * TFLOPS, 32 * GiB, 1638 * GB, 100 * GB),
-         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, devices=2)}
+         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, 3, devices=2)}
 _EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
 
 
 def chip_of(topology: str) -> Chip:
   """The chip of a topology. Raises ValueError for a name that is none."""
-  found = re.fullmatch(r"(\w+):\d+(x\d+){1,2}", topology)
+  found = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*))?", topology)
   if not found or found[1] not in CHIPS:
     raise ValueError(f"--topology={topology} is unknown; use {', '.join(CHIPS)} with the chips of every dimension,"
                      f" {_EXAMPLE}.")
+  sizes = [int(size) for size in (found[2] or "").split("x") if size]
+  most = CHIPS[found[1]].dimensions
+  if not 2 <= len(sizes) <= most or 0 in sizes:
+    raise ValueError(f"--topology={topology} has the sizes {sizes}; give {'2 or 3' if most > 2 else '2'} of 1 or more"
+                     f" for {found[1]}, {_EXAMPLE}.")
   return CHIPS[found[1]]
 
 

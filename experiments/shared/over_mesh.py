@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 from absl import flags
@@ -24,6 +25,10 @@ class Settings(command.Settings):
     With --distributed the processes find each other here, so that it must come before any device is asked for. Raises
     ValueError in each of them where their flags differ.
     """
+    others = next((f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+                   if os.environ.get(name, "1") != "1"), None)
+    if others and not self.distributed:
+      print(f"{others} in the environment, but no --distributed: this process does all of the work", flush=True)
     if self.distributed:
       parallel.start_processes()
       parallel.check_agreement({f"--{field.name}": str(getattr(self, field.name)) for field in dataclasses.fields(self)
@@ -31,6 +36,12 @@ class Settings(command.Settings):
     elif self.mesh is None:
       return None
     return parallel.make_mesh(self.mesh)
+
+
+def described(mesh: jax.sharding.Mesh | None) -> str:
+  """", mesh fsdp:4,tensor:2" of a mesh, nothing of one device."""
+  axes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items() if size > 1) if mesh else ""
+  return axes and f", mesh {axes}"
 
 
 def define_flags() -> None:

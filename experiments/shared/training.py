@@ -189,7 +189,7 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
   if int(state.step) < steps:
     size = sum(x.size for x in jax.tree.leaves(state.params))
     output.say(f"{size:,} parameters, {steps} batches of {settings.batch_size} x {settings.length} tokens under"
-               f" {', then '.join(map(str, modes))}, on {device.name()}")
+               f" {', then '.join(map(str, modes))}, on {device.name()}{over_mesh.described(mesh)}")
     train(model, optimizer, state, batch_at, steps=steps, modes=modes,
           notes=notes | {"steps": steps},  # which a resumed run may move
           combine=settings.combine, accumulation=settings.accumulation, accumulate_by=accumulate_by,

@@ -42,7 +42,11 @@ def sizes_of(text: str | None, count: int) -> tuple[int, ...]:
     raise ValueError(f"mesh={text!r}; give a text {_EXAMPLE}.")
   sizes: dict[str, int] = {}
   for part in text.split(","):
-    name, _, size = (piece.strip() for piece in part.partition(":"))
+    name, colon, size = (piece.strip() for piece in part.partition(":"))
+    if not part.strip():
+      raise ValueError(f"mesh={text!r} has an empty part; give an axis and its size between commas, {_EXAMPLE}.")
+    if not colon or ":" in size:
+      raise ValueError(f"mesh={text!r}: {part.strip()!r} is no axis, colon and size; write {_EXAMPLE}.")
     if name not in AXES:
       raise ValueError(f"mesh={text!r}: the axis {name!r} is unknown; use {', '.join(AXES)}, {_EXAMPLE}.")
     if name in sizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -25,7 +26,7 @@ def start() -> None:
   after that one, which is in use; of several processes of one machine each then takes the GPU of its LOCAL_RANK.
   Elsewhere jax finds out by itself (Cloud TPU, SLURM, Open MPI, Kubernetes).
 
-  Raises ValueError where nothing says what processes there are.
+  Waits five minutes for the others. Raises ValueError where nothing says what processes there are.
   """
   if jax.distributed.is_initialized():
     return
@@ -33,9 +34,15 @@ def start() -> None:
   names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
   if all(name in os.environ for name in names):
     address, port, count, rank = (os.environ[name] for name in names)
+    for name, value in (("MASTER_PORT", port), ("WORLD_SIZE", count), ("RANK", rank)):
+      if not value.isdigit():
+        raise ValueError(f"{name}={value!r} in the environment; give an integer, as launchers like torchrun do.")
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
     own = None if alone else [int(os.environ["LOCAL_RANK"])]
-    jax.distributed.initialize(f"{address}:{int(port) + 1}", int(count), int(rank), own)
+    meeting = f"{address}:{int(port) + 1}"
+    logging.getLogger(__name__).warning("process %s of %s waits at %s for the others, up to five minutes", rank, count,
+                                        meeting)
+    jax.distributed.initialize(meeting, int(count), int(rank), own)
   else:
     try:
       jax.distributed.initialize()

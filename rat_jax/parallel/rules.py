@@ -38,6 +38,9 @@ MESH_AXES: Mapping[str, tuple[str, ...]] = {
 # What an axis of the mesh leaves whole where it does not divide it: fewer key/value heads than devices, an odd
 # vocabulary, and lengths.
 _WHOLE_IF_NEED_BE = ("kv_heads", "vocab", "tokens", "rows")
+# Axes that must be divided, in an error; of a configuration by the name of its field.
+_DESCRIBED = {"batch": "rows", "embed": "channels (embed_dim)", "heads": "query heads (num_heads)",
+              "kv_heads": "key/value heads (num_kv_heads)", "mlp": "channels (mlp_dim)"}
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -70,8 +73,8 @@ def axes_that_cut(name: str, axis: str, size: int, mesh: AnyMesh, strict: bool =
     return cuts or None
   if strict and (axis not in _WHOLE_IF_NEED_BE or (axis == "kv_heads" and pieces % size)):
     fits = [n for n in range(1, size + 1) if size % n == 0]
-    more = f", or that {size} divides" if axis == "kv_heads" else f", or give a multiple of {pieces}"
-    raise ValueError(f"{name} has {size} of the axis {axis}, and the mesh cuts it into"
+    more = f", or that {size} divides" if axis == "kv_heads" else f", or a multiple of {pieces} for {size}"
+    raise ValueError(f"{name} has {size} {_DESCRIBED[axis]}, and the mesh cuts them into"
                      f" {'*'.join(f'{one}:{mesh.shape[one]}' for one in cuts)} pieces; use a size of"
                      f" {' * '.join(cuts)} that divides {size}: {fits}{more}.")
   return None

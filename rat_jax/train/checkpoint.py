@@ -202,7 +202,8 @@ class Checkpoints:
       if moves:
         processes.by_first(lambda: self._set_aside(damaged))
       return found, about
-    raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact.")
+    raise ValueError(f"none of the checkpoints {steps} in {self.folder} is intact; start in another"
+                     " folder, or put copies back.")
 
   def _attempt(self, step: int, read: Callable[[int, dict[str, Any]], _Found],
                unfit: Callable[[dict[str, Any]], str | None] = lambda about: None) -> tuple[_Found, dict[str, Any]]:

@@ -162,7 +162,9 @@ def test_links_that_a_group_goes_over(kind, group, links):
 
 def test_what_is_asked_amiss_is_said_before_a_compiler_is_looked_for():
   for flags, said in ((["--topology=v9:4x4"], "--topology=v9:4x4 is unknown; use v5e, v5p, v6e, tpu7x"),
-                      (["--topology=v5e"], "--topology=v5e is unknown"),
+                      (["--topology=v5e"], r"--topology=v5e has the sizes \[\]; give 2 of 1 or more for v5e"),
+                      (["--topology=v5e:2x3x4"], r"has the sizes \[2, 3, 4\]; give 2 of"),
+                      (["--topology=v5p:0x4x4"], "give 2 or 3 of 1 or more for v5p"),
                       (["--preset=big"], "preset 'big' is unknown"),
                       (["--batch_size=10", "--accumulation=3"], "--accumulation=3 does not divide --batch_size=10"),
                       (["--mode=snapkv:0.5"], "has no prompt"), (["--mode=dense", "--mode=dilated:4"], "give one"),

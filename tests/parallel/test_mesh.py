@@ -32,10 +32,11 @@ def test_texts(text, sizes):
 @pytest.mark.parametrize(("text", "message"), [
     ("model:8", "the axis 'model' is unknown; use data, fsdp, tensor, context, such as data:2,fsdp:4"),
     ("data:2,data:4", "the axis data is repeated; give every axis once"),
-    ("data", "data has the size ''; give a count of 1 or more"),
+    ("data", "'data' is no axis, colon and size"), ("data:", "data has the size ''; give a count of 1 or more"),
+    ("data:2 fsdp:4", "'data:2 fsdp:4' is no axis"), ("fsdp=8", "'fsdp=8' is no axis"),
     ("data:0", "data has the size '0'; give a count of 1 or more"),
     ("data:-1", "data has the size '-1'"), ("data:two", "data has the size 'two'"), ("data:²", "data has the size '²'"),
-    ("", "the axis '' is unknown"), (8, "8; give a text such as data:2,fsdp:4"),
+    ("", "has an empty part"), ("fsdp:8,", "has an empty part"), (8, "8; give a text such as data:2,fsdp:4"),
     ("data:2,fsdp:2", "is of 4 devices, and there are 8; give sizes whose product is 8, such as data:4 or fsdp:4"),
     ("data:3", "is of 3 devices, and there are 8; give sizes whose product is 8, such as data:8 instead")])
 def test_texts_that_say_no_mesh(text, message):
@@ -101,11 +102,12 @@ def test_caches(mode):
 
 
 @pytest.mark.parametrize(("name", "shape", "sizes", "message"), [
-    ("query", (2, 32, 6, 4), {"tensor": 4}, r"query has 6 of the axis heads.*tensor:4 pieces.*divides 6: .1, 2, 3, 6"),
-    ("key", (2, 32, 3, 4), {"tensor": 4}, "key has 3 of the axis kv_heads"),
-    ("tokens", (6, 8), {"data": 2, "fsdp": 2}, r"tokens has 6 of the axis batch.*data:2\*fsdp:2 pieces"),
-    ("embedding", (64, 30), {"fsdp": 4}, "embedding has 30 of the axis embed"),
-    ("mlp_in", (2, 32, 50), {"tensor": 4}, "mlp_in has 50 of the axis mlp"),
+    ("query", (2, 32, 6, 4), {"tensor": 4},
+     r"query has 6 query heads \(num_heads\).*tensor:4 pieces.*divides 6: .1, 2, 3, 6"),
+    ("key", (2, 32, 3, 4), {"tensor": 4}, r"key has 3 key/value heads \(num_kv_heads\)"),
+    ("tokens", (6, 8), {"data": 2, "fsdp": 2}, r"tokens has 6 rows.*data:2\*fsdp:2 pieces"),
+    ("embedding", (64, 30), {"fsdp": 4}, r"embedding has 30 channels \(embed_dim\)"),
+    ("mlp_in", (2, 32, 50), {"tensor": 4}, r"mlp_in has 50 channels \(mlp_dim\)"),
     ("dropout", (2, 2), {}, "dropout: no such array is known; the table has embedding, head"),
     ("tokens", (2, 2, 2), {}, "tokens has shape")])
 def test_what_does_not_fit_is_named(name, shape, sizes, message):

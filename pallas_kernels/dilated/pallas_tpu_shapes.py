@@ -1,0 +1,141 @@
+"""The TPU kernels of `dilated_attention`: one forward, and two backward for the queries and for the keys.
+
+The keys lie in two arrays. The compact one has the sinks and the last key of every block of D; the whole one serves
+the window. Who sees whom follows from positions alone:
+
+  compact   a key older than the window: pos < t - W; a strided key that is a sink too counts as the sink
+  window    a key of the W tokens before the query, and its own: t - W <= pos <= t
+
+Without a window the query's own key is a score by itself, no product. A program of the grid has a block of queries, of
+all query heads of a key/value head, and runs over the keys in chunks, of which it skips those that none of its queries
+sees. Scores are in base 2.
+
+Arrays: q, out [B, K, G, T, H]; k, v [B, K, T, H]; compact keys and values [B, K, M, H]; lse, delta [B, K, G, 1, T]
+float32. T is a multiple of the block of queries, M of the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.pattern import Pattern
+
+Array = jax.Array
+LANES = 128
+VMEM_LIMIT = 56 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
+LOG2E = math.log2(math.e)
+_NEVER = 2**30  # a position that no query has before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How the kernels cut their work, in queries and keys; all are powers of two.
+
+  Attributes:
+    queries: of a block, of every query head; rows of a product are as many for each head of a group.
+    keys: of a block of compact keys.
+    chunk: keys whose scores are in flight at a time.
+    local: keys of a block of the window.
+  """
+
+  queries: int
+  keys: int
+  chunk: int
+  local: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The sizes of a call. `pattern` is such that a window of 0 means that only its own token is seen besides the
+  compact keys."""
+
+  pattern: Pattern
+  length: int
+  groups: int
+  width: int
+  tuning: Tuning
+
+  @property
+  def rows(self) -> int:
+    """Of a block of queries, all heads of a group."""
+    return self.groups * self.tuning.queries
+
+  @property
+  def blocks(self) -> int:
+    """Of queries."""
+    return self.length // self.tuning.queries
+
+  @property
+  def compact(self) -> int:
+    """Compact keys, without what fills up the last block."""
+    return self.pattern.sinks + (self.length // self.pattern.dilation if self.pattern.dilation else 0)
+
+  @property
+  def compact_blocks(self) -> int:
+    return -(-self.compact // self.tuning.keys)
+
+  @property
+  def back(self) -> int:
+    """Blocks of the window before those of the queries themselves."""
+    return -(-self.pattern.window // self.tuning.local)
+
+  @property
+  def local_blocks(self) -> int:
+    """Blocks of the window that a block of queries may see; 0 without a window."""
+    return self.back + self.tuning.queries // self.tuning.local if self.pattern.window else 0
+
+  @property
+  def scale(self) -> float:
+    """Of scores, in base 2."""
+    return LOG2E / math.sqrt(self.width)
+
+  def seen(self, block: Array) -> Array:
+    """Compact keys before and at the last one that the last query of a block sees; 0 where it sees none."""
+    last = (block + 1) * self.tuning.queries - 1 - self.pattern.window  # keys before it are seen
+    sinks = jnp.clip(last, 0, self.pattern.sinks)
+    if not self.pattern.dilation:
+      return sinks
+    strided = divided(last, self.pattern.dilation)
+    return jnp.maximum(sinks, jnp.where(strided > 0, strided + self.pattern.sinks, 0))
+
+  def at(self, first: Array, count: int, axis: int) -> Array:
+    """Positions of compact keys from number `first` on, int32 along `axis` of two; `_NEVER` for a second sink."""
+    number = first + jax.lax.broadcasted_iota(jnp.int32, (1, count) if axis else (count, 1), axis)
+    strided = jnp.full_like(number, _NEVER)
+    if self.pattern.dilation:
+      strided = (number - self.pattern.sinks) * self.pattern.dilation + self.pattern.dilation - 1
+      strided = jnp.where(strided < self.pattern.sinks, _NEVER, strided)
+    return jnp.where(number < self.pattern.sinks, number, strided)
+
+  def queries_at(self, block: Array, axis: int) -> Array:
+    """Positions of the rows of a block of queries, int32 along `axis` of two."""
+    number = jax.lax.broadcasted_iota(jnp.int32, (1, self.rows) if axis else (self.rows, 1), axis)
+    return block * self.tuning.queries + (number & (self.tuning.queries - 1))
+
+  def sees_compact(self, t: Array, at: Array) -> Array:
+    return at < t - self.pattern.window
+
+  def sees_local(self, t: Array, at: Array) -> Array:
+    return (at <= t) & (at >= t - self.pattern.window)
+
+
+# Results are summed up along the last axis of a grid.
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+                              vmem_limit_bytes=VMEM_LIMIT)
+
+
+def product(a: Array, b: Array, transposed: bool = False) -> Array:
+  """a @ b, or a @ b.T: float32, and exact where the arguments are."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), precision=precision,
+                             preferred_element_type=jnp.float32)
+
+
+def divided(x: Array, by: int) -> Array:
+  """x / by, rounded towards zero: `//` asks for the device, which need not be here."""
+  return jax.lax.div(jnp.asarray(x, jnp.int32), jnp.int32(by))

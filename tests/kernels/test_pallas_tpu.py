@@ -1,0 +1,164 @@
+"""The kernels for TPUs without a TPU: their numbers in Pallas' interpreter, and whether the TPUs' compiler takes them.
+
+The interpreter fills what is not written with NaN, and says where two programs of a grid touch the same memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+
+import jax
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import suite
+from pallas_kernels import devices, implementation
+from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
+from pallas_kernels.pattern import Pattern
+from pallas_kernels.scan.arg_specs import ARG_SPECS as SCAN_SPECS, SMALL as SMALL_SCAN, ArgSpec as Scan
+from pallas_kernels.table import IMPLEMENTATIONS
+
+NAME = "pallas_tpu"
+OPERATIONS = [operation for operation in IMPLEMENTATIONS if NAME in IMPLEMENTATIONS[operation]]
+SCANS = SMALL_SCAN | {"two tiles": Scan(1, 700, 1, 128, "float32", "float32", reset=True),
+                      "nine groups": Scan(1, 150, 9, 128)}
+
+
+def dilated(length, pattern, heads=1, groups=1, dtype="float32", width=128):
+  return Dilated(1, length, heads * groups, heads, width, dtype, Pattern(*pattern))
+
+
+DILATEDS = {
+    "one token": dilated(1, (4, 0, 0)), "no window": dilated(300, (16, 0, 4), groups=2),
+    "window and sinks": dilated(300, (8, 40, 9), heads=2), "no dilation": dilated(300, (None, 70, 0)),
+    "sinks alone": dilated(140, (None, 0, 3)), "the own token alone": dilated(140, (None, 0, 0)),
+    "dense": dilated(260, (1, 0, 0)), "a window beyond the row": dilated(140, (4, 300, 2)),
+    "sinks beyond the row": dilated(140, (4, 3, 300)), "D beyond the row": dilated(140, (500, 3, 2)),
+    "a window of three blocks": dilated(700, (32, 300, 2)), "wide heads": dilated(140, (4, 5, 2), width=256),
+    "several blocks of queries": dilated(2100, (4, 0, 3)),
+    "bfloat16, grouped heads": dilated(300, (16, 5, 4), groups=4, dtype="bfloat16"),
+    "bfloat16, a window": dilated(200, (16, 150, 4), dtype="bfloat16")}
+QUICK = [("gated_scan", Scan(1, 37, 1, 16, "float32", "float32", reset=True)),
+         ("dilated_attention", DILATEDS["no window"])]
+EVERY = [pytest.param(operation, spec, id=f"{operation}, {name}")
+         for operation, specs in (("gated_scan", SCANS), ("dilated_attention", DILATEDS))
+         for name, spec in specs.items()]
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_4k", "few_channels")] + [
+    ("dilated_attention", DILATED_SPECS[name]) for name in ("prefill_32k", "train_4k_sparser", "window_and_sinks")] + [
+    ("dilated_attention", dilated(16384, (16, 256, 4), heads=8, groups=4, dtype="bfloat16")),
+    ("dilated_attention", dilated(4096, (64, 0, 4), groups=16, dtype="bfloat16"))]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Lets the processor run the kernels, with the interpreter's parameters that it is called with."""
+  load = implementation.load
+
+  def use(**parameters):
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan", **parameters)
+
+    def of_interpreter(operation, name):
+      if name != NAME:
+        return load(operation, name)
+      made = importlib.import_module(IMPLEMENTATIONS[operation][name]).made(interpret)
+      return dataclasses.replace(made, runs_on=devices.ANY)
+
+    monkeypatch.setattr(implementation, "load", of_interpreter)
+
+  return use
+
+
+@pytest.mark.usefixtures("true_float32")
+@pytest.mark.parametrize(("operation", "spec"), QUICK, ids=[operation for operation, _ in QUICK])
+def test_values_and_gradients(interpreted, operation, spec):
+  interpreted()
+  suite.check_numbers(operation, NAME, spec)
+  suite.check_poison(operation, NAME, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32")
+@pytest.mark.parametrize(("operation", "spec"), EVERY)
+def test_every_shape_without_a_race(interpreted, operation, spec, capfd):
+  interpreted(detect_races=True)
+  suite.check_numbers(operation, NAME, spec)
+  suite.check_poison(operation, NAME, spec)
+  assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32")
+@settings(deadline=None, max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 2), st.integers(1, 600), st.integers(1, 3), st.sampled_from([8, 64, 128]), st.booleans(),
+       st.integers(0, 9))
+def test_gated_scan_of_any_shape(interpreted, batch, length, heads, width, reset, seed):
+  interpreted()
+  suite.check_numbers("gated_scan", NAME, Scan(batch, length, heads, width, "float32", "float32", reset=reset), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32")
+@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 500), st.none() | st.integers(1, 40), st.integers(0, 300), st.integers(0, 40), st.integers(1, 2),
+       st.integers(1, 3), st.integers(0, 9))
+def test_dilated_attention_of_any_shape(interpreted, length, dilation, window, sinks, heads, groups, seed):
+  interpreted()
+  suite.check_numbers("dilated_attention", NAME, dilated(length, (dilation, window, sinks), heads, groups), seed)
+
+
+@pytest.mark.parametrize(("operation", "spec", "why"), [
+    ("dilated_attention", dilated(4, (4, 0, 0), width=64), "takes heads of a multiple of 128, not of 64"),
+    ("dilated_attention", dilated(4, (4, 0, 0), dtype="float16"), "takes float32 or bfloat16, not float16"),
+    ("dilated_attention", dataclasses.replace(dilated(4, (4, 0, 0)), packed=True), "takes no packed rows")])
+def test_what_the_kernels_do_not_serve_is_said(interpreted, operation, spec, why):
+  interpreted()
+  assert why in suite.reason(operation, NAME, spec)
+  assert suite.check_refusal(operation, NAME, spec)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_processor_has_none(operation):
+  spec = dict(QUICK)[operation]
+  assert suite.reason(operation, NAME, spec) == "runs on TPUs from v5e and v5p on, not on 'cpu'"
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="there is no compiler for TPUs; `make"
+                    " test-slow-tpu` installs it")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("operation", "spec"), COMPILED, ids=str)
+def test_the_compiler_for_tpus_takes_them(topology, operation, spec):
+  """Forward alone, and forward with backward, of the public function; both have kernels of ours."""
+  from experiments.aot import chips
+
+  mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=chips.devices_of(topology)[:1])
+  case = suite.CASES[operation]
+  small = dataclasses.replace(spec, batch=1, length=1)
+  _, rest = case.draw(small)
+  if operation == "gated_scan":
+    *types, reset = spec.types()
+    rest["reset"] = reset
+  else:
+    types = spec.types()
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
+  types, types_of_rest = jax.tree.map(place, (tuple(types), {name: x for name, x in rest.items()
+                                                             if isinstance(x, jax.ShapeDtypeStruct)}))
+
+  def f(arguments, more):
+    return case.run(*arguments, **rest | more, implementation=NAME)
+
+  def with_gradients(arguments, more):
+    values, pull = jax.vjp(lambda arguments: f(arguments, more), arguments)
+    return values, pull(values)
+
+  for program, least in ((f, 1), (with_gradients, 2)):
+    text = jax.jit(program).lower(types, types_of_rest).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= least
