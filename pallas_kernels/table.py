@@ -17,7 +17,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "pallas_tpu": "pallas_kernels.dilated.pallas_tpu"},
     "decode_attention": {
         "xla": "pallas_kernels.decode.xla",
-        "mosaic_gpu": "pallas_kernels.decode.mosaic_gpu"},
+        "mosaic_gpu": "pallas_kernels.decode.mosaic_gpu",
+        "pallas_tpu": "pallas_kernels.decode.pallas_tpu"},
     "sparse_attention": {
         "xla": "pallas_kernels.sparse.xla"},
 }

@@ -63,9 +63,10 @@ def decode_attention(
     blocks: int [B, K or N, n], the only blocks of S rows that are read, by a key/value head or by every query head
       for itself: block i holds rows i*S .. i*S+S-1. `visible` is then [B, K or N, n, S], of the rows of these blocks;
       a block has visible rows in one place at most, and any index may stand where it has none.
-    implementation: None, "xla" or "mosaic_gpu". The latter runs on Hopper GPUs, for arrays that are all
+    implementation: None, "xla", "mosaic_gpu" or "pallas_tpu". "mosaic_gpu" runs on Hopper GPUs, for arrays that are all
       bfloat16 or all float32, H of 64, 128 or 256, and blocks of a multiple of 4 to 16 rows (the wider a row, the
-      fewer); its gradient is that of "xla".
+      fewer); its gradient is that of "xla". "pallas_tpu" runs on TPUs, for H of a multiple of 128 and chosen blocks of
+      a multiple of 16 rows (float32: 8), its gradient likewise; None does not take it yet.
 
   Returns:
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.

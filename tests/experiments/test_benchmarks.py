@@ -99,8 +99,8 @@ def test_cases_that_are_not_timed_are_refused():
   assert len(cases_of(op=("decode",), length=(96,), block=(8,))) == 3  # dense, D=16, Quest
 
 
-SCAN, DECODE = "scan has xla/mosaic_gpu", "decode has xla/mosaic_gpu"
-PREFILL = "prefill has xla/mosaic_gpu, xla/cudnn/cudnn_masked/mosaic_gpu"
+SCAN, DECODE = "scan has xla/mosaic_gpu/pallas_tpu", "decode has xla/mosaic_gpu/pallas_tpu"
+PREFILL = "prefill has xla/mosaic_gpu/pallas_tpu, xla/cudnn/cudnn_masked/mosaic_gpu/pallas_tpu"
 
 
 @pytest.mark.parametrize("given, message", [

@@ -130,7 +130,7 @@ def test_help_shows_the_flags_of_a_command_and_of_what_it_shares():
                                                 "Flags of experiments.shared.training:", "--steps: "))
   assert own < freeze < shared < steps
   assert "--learning_rate: Peak learning rate. [6e-05]" in said
-  assert "--mode: One update of every batch for each, in order. [dilated:64, dense]" in said
+  assert "--mode: One update of every batch, repeat it for several in order. [dilated:64, dense]" in said
 
 
 def test_a_stray_argument_is_said_first_and_alone(ended):

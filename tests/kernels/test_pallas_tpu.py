@@ -6,6 +6,7 @@ The interpreter fills what is not written with NaN, and says where two programs 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 
@@ -16,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import suite
 from pallas_kernels import devices, implementation
+from pallas_kernels.decode.arg_specs import ArgSpec as Decode
 from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.scan.arg_specs import ARG_SPECS as SCAN_SPECS, SMALL as SMALL_SCAN, ArgSpec as Scan
@@ -41,16 +43,34 @@ DILATEDS = {
     "several blocks of queries": dilated(2100, (4, 0, 3)),
     "bfloat16, grouped heads": dilated(300, (16, 5, 4), groups=4, dtype="bfloat16"),
     "bfloat16, a window": dilated(200, (16, 150, 4), dtype="bfloat16")}
+DECODES = {
+    "one row": Decode(1, 1, 1, 1, dtype="float32"), "ragged": Decode(3, 37, 2, 2, dtype="float32"),
+    "grouped heads, own token": Decode(3, 21, 6, 2, dtype="float32", own=True),
+    "a mask for every head": Decode(2, 30, 4, 2, dtype="float32", per_head=True),
+    "the last of three layers": Decode(2, 10, 2, 1, dtype="float32", layers=3),
+    "several blocks of rows": Decode(2, 1500, 2, 2, dtype="float32", own=True),
+    "several, with a mask for every head": Decode(2, 1100, 2, 1, dtype="float32", per_head=True),
+    "blocks": Decode(2, 96, 2, 2, dtype="float32", block=16, chosen=3),
+    "blocks of query heads, own token": Decode(2, 72, 4, 2, dtype="float32", block=16, chosen=4, apart=True, own=True),
+    "blocks of wide heads, layers": Decode(2, 64, 4, 2, 256, "float32", block=8, chosen=3, layers=2),
+    "bfloat16, own token": Decode(3, 65, 4, 4, own=True), "bfloat16, blocks": Decode(2, 48, 4, 2, block=16, chosen=2)}
 QUICK = [("gated_scan", Scan(1, 37, 1, 16, "float32", "float32", reset=True)),
-         ("dilated_attention", DILATEDS["no window"])]
+         ("dilated_attention", DILATEDS["no window"]),
+         ("decode_attention", DECODES["blocks of query heads, own token"])]
 EVERY = [pytest.param(operation, spec, id=f"{operation}, {name}")
-         for operation, specs in (("gated_scan", SCANS), ("dilated_attention", DILATEDS))
+         for operation, specs in (("gated_scan", SCANS), ("dilated_attention", DILATEDS),
+                                  ("decode_attention", DECODES))
          for name, spec in specs.items()]
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_4k", "few_channels")] + [
     ("dilated_attention", DILATED_SPECS[name]) for name in ("prefill_32k", "train_4k_sparser", "window_and_sinks")] + [
     ("dilated_attention", dilated(16384, (16, 256, 4), heads=8, groups=4, dtype="bfloat16")),
-    ("dilated_attention", dilated(4096, (64, 0, 4), groups=16, dtype="bfloat16"))]
+    ("dilated_attention", dilated(4096, (64, 0, 4), groups=16, dtype="bfloat16")),
+    ("decode_attention", Decode.compact(32, 16384, 64, own=True, layers=2)),
+    ("decode_attention", Decode(4, 16384, 32, 8, own=True)), ("decode_attention", Decode(1, 131072)),
+    ("decode_attention", Decode(16, 16384, block=64, chosen=16, apart=True)),
+    ("decode_attention", Decode(4, 131072, 32, 8, block=512, chosen=16, own=True)),
+    ("decode_attention", Decode(4, 300, 12, 2, per_head=True))]
 
 
 @pytest.fixture
@@ -116,7 +136,11 @@ def test_dilated_attention_of_any_shape(interpreted, length, dilation, window, s
 @pytest.mark.parametrize(("operation", "spec", "why"), [
     ("dilated_attention", dilated(4, (4, 0, 0), width=64), "takes heads of a multiple of 128, not of 64"),
     ("dilated_attention", dilated(4, (4, 0, 0), dtype="float16"), "takes float32 or bfloat16, not float16"),
-    ("dilated_attention", dataclasses.replace(dilated(4, (4, 0, 0)), packed=True), "takes no packed rows")])
+    ("dilated_attention", dataclasses.replace(dilated(4, (4, 0, 0)), packed=True), "takes no packed rows"),
+    ("decode_attention", Decode(1, 8, 1, 1, 64), "takes heads of a multiple of 128, not of 64"),
+    ("decode_attention", Decode(1, 64, 1, 1, block=8, chosen=2), "a multiple of 16 rows of bfloat16, not blocks of 8"),
+    ("decode_attention", Decode(1, 40, 1, 1, block=16, chosen=2), "not blocks of 16 of 40 rows"),
+    ("decode_attention", Decode(1, 65536, 1, 1, block=64, chosen=512), "bytes of chosen keys for a head")])
 def test_what_the_kernels_do_not_serve_is_said(interpreted, operation, spec, why):
   interpreted()
   assert why in suite.reason(operation, NAME, spec)
@@ -140,25 +164,26 @@ def test_the_compiler_for_tpus_takes_them(topology, operation, spec):
   from experiments.aot import chips
 
   mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=chips.devices_of(topology)[:1])
-  case = suite.CASES[operation]
-  small = dataclasses.replace(spec, batch=1, length=1)
-  _, rest = case.draw(small)
+  run, types, more = suite.CASES[operation].run, spec.types(), {}
   if operation == "gated_scan":
-    *types, reset = spec.types()
-    rest["reset"] = reset
+    *types, more["reset"] = types
+  elif operation == "dilated_attention":
+    run = functools.partial(run, **spec.pattern._asdict())
   else:
-    types = spec.types()
+    *types, more["visible"] = types
+    more |= spec.optional_types()
+    types.append(more.pop("own", None))
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
-  types, types_of_rest = jax.tree.map(place, (tuple(types), {name: x for name, x in rest.items()
-                                                             if isinstance(x, jax.ShapeDtypeStruct)}))
+  types, more = jax.tree.map(place, (tuple(types), more))
 
   def f(arguments, more):
-    return case.run(*arguments, **rest | more, implementation=NAME)
+    return run(*arguments, **more, implementation=NAME)
 
   def with_gradients(arguments, more):
     values, pull = jax.vjp(lambda arguments: f(arguments, more), arguments)
     return values, pull(values)
 
-  for program, least in ((f, 1), (with_gradients, 2)):
-    text = jax.jit(program).lower(types, types_of_rest).compile().as_text()
+  # The gradient of decoding is plain JAX.
+  for program, least in ((f, 1), (with_gradients, 1 if operation == "decode_attention" else 2)):
+    text = jax.jit(program).lower(types, more).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= least
