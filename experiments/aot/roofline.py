@@ -18,6 +18,7 @@ import numpy as np
 
 STEP = 0.35e-6  # seconds that a step of a grid takes beside its work (jax's guide to Pallas on TPUs)
 _TABLE = 2**30  # for a number of a table
+_TURNS = 64     # of a loop that are followed one by one; of a longer one all are taken for its first
 _SCALARS: Mapping[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "rem": np.fmod, "max": np.maximum, "min": np.minimum,
     "and": np.bitwise_and, "or": np.bitwise_or, "not": np.logical_not, "eq": np.equal, "ne": np.not_equal,
@@ -203,7 +204,7 @@ class _Run:
       work, results = self._apart(eqn.params["branches"][int(which)], rest)
     else:
       work, results = max((self._apart(branch, rest) for branch in eqn.params["branches"]),
-                          key=lambda one: one[0].products + one[0].elements)
+                          key=lambda one: one[0].products + one[0].elements + one[0].copied)
     self.work.add(work)
     return results
 
@@ -216,10 +217,15 @@ class _Run:
     return carried
 
   def _scan(self, eqn: Any, given: list[Any]) -> list[Any]:
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-    work, results = self._apart(eqn.params["jaxpr"], [*given[:consts], *[None] * (len(given) - consts)])
-    self.work.add(work, eqn.params["length"])
-    return [None] * len(eqn.outvars) if carried or results else []
+    count, length = eqn.params["num_consts"], eqn.params["length"]
+    consts, carried = given[:count], given[count:count + eqn.params["num_carry"]]
+    # A counter is what a loop's turns can differ by.
+    turns = length if length <= _TURNS else 1
+    for _ in range(turns):
+      work, results = self._apart(eqn.params["jaxpr"], [*consts, *carried, *[None] * (len(given) - count - len(carried))])
+      self.work.add(work, length / turns)
+      carried = results[:len(carried)]
+    return [*(carried if turns == length else [None] * len(carried)), *[None] * (len(eqn.outvars) - len(carried))]
 
 
 def _copied(eqn: Any) -> float:

@@ -18,7 +18,7 @@ from pallas_kernels.implementation import Implementation
 Array = jax.Array
 Own = tuple[Array, Array] | None
 _TYPES = ("float32", "bfloat16")
-_BYTES = 2**20  # of keys that a program copies at a time; values are as many, and of both there are two
+_BYTES = 2**21  # of keys that a program copies at a time; values are as many, and of both there are two
 _ROWS = 512     # of a block of a cache that has more than twice as many
 _MOST_HEADS = 16
 
@@ -59,8 +59,8 @@ def unsupported(q: Array, keys: Array, values: Array, visible: Array, layer: Arr
   if blocks is not None and (visible.shape[3] % tile or keys.shape[-2] % tile or keys.shape[-2] < visible.shape[3]):
     return (f"takes chosen blocks and caches of a multiple of {tile} rows of {keys.dtype}, not blocks of"
             f" {visible.shape[3]} of {keys.shape[-2]} rows")
-  if blocks is not None and _bytes_of_blocks(keys, visible, 1) > 4 * _BYTES:
-    return f"takes up to {4 * _BYTES} bytes of chosen keys for a head, not {_bytes_of_blocks(keys, visible, 1)}"
+  if blocks is not None and _bytes_of_blocks(keys, visible, 1) > 2 * _BYTES:
+    return f"takes up to {2 * _BYTES} bytes of chosen keys for a head, not {_bytes_of_blocks(keys, visible, 1)}"
   return None
 
 

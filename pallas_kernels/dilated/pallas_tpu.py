@@ -19,7 +19,7 @@ Array = jax.Array
 Gradients = tuple[Array, Array, Array]
 Residuals = tuple[Array, Array, Array, Array, Array]  # q, k, v, the output and its log-sum-exp, as kernels have them
 _TYPES = ("float32", "bfloat16")
-_ROWS = 1024   # of a block of queries, all query heads of a key/value head
+_ROWS = 2048   # of a block of queries, all query heads of a key/value head
 _KEYS = 4096   # of a block of compact keys
 _CHUNK = 512   # keys whose scores are in flight at a time
 
