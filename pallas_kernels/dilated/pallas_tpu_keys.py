@@ -106,30 +106,40 @@ def _backward_of_keys(call: _ByKey, q_ref: Ref, k_ref: Ref, v_ref: Ref, lse_ref:
   plan, j, i = call.plan, pl.program_id(2), pl.program_id(3)
 
   @pl.when(i == 0)
-  def _() -> None:
+  def begin() -> None:
     d_k_sum[...] = jnp.zeros_like(d_k_sum)
     d_v_sum[...] = jnp.zeros_like(d_v_sum)
 
-  @pl.when(call.is_live(j, i))
-  def _() -> None:
+  def add(seen: Array | None) -> None:
+    """The block's queries; `seen` is bool [keys, queries], None where all see all."""
     k, v = k_ref[0, 0], v_ref[0, 0]
-    t = plan.queries_at(call.query_block(j, i), 1)[:, :plan.tuning.queries]
-    if call.local:
-      at = j * call.keys + jax.lax.broadcasted_iota(jnp.int32, (call.keys, 1), 0)
-      seen = plan.sees_local(t, at)
-    else:
-      seen = plan.sees_compact(t, plan.at(j * call.keys, call.keys, 0))
     size = min(plan.tuning.queries, _QUERIES)
     for g, start in itertools.product(range(plan.groups), range(0, plan.tuning.queries, size)):
       rows = slice(start, start + size)
       q, d_out = q_ref[0, 0, g, rows], d_out_ref[0, 0, g, rows]
       lse, delta = lse_ref[0, 0, g][:, rows], delta_ref[0, 0, g][:, rows]
-      weights = jnp.where(seen[:, rows], jnp.exp2(product(k, q, True) * plan.scale - lse * LOG2E), 0.0)
+      weights = jnp.exp2(product(k, q, True) * plan.scale - lse * LOG2E)
+      weights = weights if seen is None else jnp.where(seen[:, rows], weights, 0.0)
       d_v_sum[...] += product(weights.astype(v.dtype), d_out)
       d_scores = weights * (product(v, d_out, True) - delta) * plan.width**-0.5
       d_k_sum[...] += product(d_scores.astype(k.dtype), q)
 
+  live = call.is_live(j, i)
+  whole = live & (jnp.bool_(False) if call.local else plan.all_see(i, j * call.keys, call.keys))
+  t = plan.queries_at(call.query_block(j, i), 1)[:, :plan.tuning.queries]
+
+  @pl.when(whole)
+  def without_mask() -> None:
+    add(None)
+
+  @pl.when(live & jnp.logical_not(whole))
+  def with_mask() -> None:
+    if call.local:
+      add(plan.sees_local(t, j * call.keys + jax.lax.broadcasted_iota(jnp.int32, (call.keys, 1), 0)))
+    else:
+      add(plan.sees_compact(t, plan.at(j * call.keys, call.keys, 0)))
+
   @pl.when(i == pl.num_programs(3) - 1)
-  def _() -> None:
+  def end() -> None:
     d_k_ref[0, 0] = d_k_sum[...].astype(d_k_ref.dtype)
     d_v_ref[0, 0] = d_v_sum[...].astype(d_v_ref.dtype)
