@@ -23,7 +23,8 @@ _SCALARS: Mapping[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "rem": np.fmod, "max": np.maximum, "min": np.minimum,
     "and": np.bitwise_and, "or": np.bitwise_or, "not": np.logical_not, "eq": np.equal, "ne": np.not_equal,
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "neg": np.negative,
-    "div": lambda a, b: np.trunc(a / b).astype(np.int64), "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "div": lambda a, b: np.trunc(a / b).astype(np.int64),
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "select_n": lambda which, *cases: np.where(which, cases[-1], cases[0])}
 _FREE = {"broadcast_in_dim", "reshape", "squeeze", "get", "swap", "slice", "concatenate", "transpose", "iota",
          "convert_element_type", "program_id", "num_programs", "multiple_of", "dma_wait"}
