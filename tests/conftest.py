@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -34,6 +35,10 @@ if jax.__version_info__ < (0, 11):
 jax.config.update("jax_disable_most_optimizations", _ON_CPU)
 if _ON_CPU:
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK_TO_COMPILE
+
+# For tests that compile programs for TPUs, of which none is needed.
+tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="there is no compiler for TPUs;"
+                                  " `make test-slow-tpu` installs it")
 
 # Every compiled program holds memory maps, of which Linux allows a process 65530; XLA aborts when they are used up.
 _MOST_MAPS = 30000

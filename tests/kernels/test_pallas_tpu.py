@@ -1,6 +1,7 @@
 """The kernels for TPUs without a TPU: their numbers in Pallas' interpreter, and whether the TPUs' compiler takes them.
 
-The interpreter fills what is not written with NaN, and says where two programs of a grid touch the same memory.
+The interpreter fills what is not written with NaN. With two cores it says where programs that may run at once touch the
+same memory.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from conftest import tpu_compiler
 from kernels import suite
 from pallas_kernels import devices, implementation
 from pallas_kernels.decode.arg_specs import ArgSpec as Decode
@@ -61,6 +65,7 @@ EVERY = [pytest.param(operation, spec, id=f"{operation}, {name}")
          for operation, specs in (("gated_scan", SCANS), ("dilated_attention", DILATEDS),
                                   ("decode_attention", DECODES))
          for name, spec in specs.items()]
+RACES, RACE = dict(detect_races=True, num_cores_or_threads=2), "RACE DETECTED"  # what is asked for, and then printed
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_4k", "few_channels")] + [
     ("dilated_attention", DILATED_SPECS[name]) for name in ("prefill_32k", "train_4k_sparser", "window_and_sinks")] + [
@@ -105,10 +110,21 @@ def test_values_and_gradients(interpreted, operation, spec):
 @pytest.mark.usefixtures("true_float32")
 @pytest.mark.parametrize(("operation", "spec"), EVERY)
 def test_every_shape_without_a_race(interpreted, operation, spec, capfd):
-  interpreted(detect_races=True)
+  interpreted(**RACES)
   suite.check_numbers(operation, NAME, spec)
   suite.check_poison(operation, NAME, spec)
-  assert "RACE" not in "".join(capfd.readouterr())
+  assert RACE not in "".join(capfd.readouterr())
+
+
+def test_a_race_is_found(capfd):
+  """Programs that may run at once and write the same block."""
+  block = lambda i: (0, 0)
+  racing = pl.pallas_call(
+      lambda out: out.__setitem__(..., jnp.ones_like(out)), grid=(4,), out_specs=pl.BlockSpec((8, 128), block),
+      out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), interpret=pltpu.InterpretParams(**RACES),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)))
+  np.testing.assert_array_equal(racing(), 1)
+  assert RACE in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
@@ -155,8 +171,7 @@ def test_a_processor_has_none(operation):
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="there is no compiler for TPUs; `make"
-                    " test-slow-tpu` installs it")
+@tpu_compiler
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(("operation", "spec"), COMPILED, ids=str)
 def test_the_compiler_for_tpus_takes_them(topology, operation, spec):

@@ -148,7 +148,8 @@ def test_bad_arguments(change, message):
     rat_jax.memory(x, x, x, segment_ids=np.zeros((1, 4), int))
   with pytest.raises(ValueError, match="gate_logits, k, v have shapes"):
     rat_jax.memory(x, x[:, :, :1], x)
-  with pytest.raises(NotImplementedError, match=r"does not exist for gated_scan; it has \('xla', 'mosaic_gpu', "):
+  with pytest.raises(NotImplementedError, match="does not exist for gated_scan; it has"
+                                                r" \('xla', 'mosaic_gpu', 'pallas_tpu'\)"):
     gated_scan(x, (x,), implementation="cudnn")
 
 
