@@ -37,7 +37,7 @@ test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
 
-# Programs that are compiled for TPUs, of which none is needed. On Linux.
+# Kernels for TPUs in the interpreter, and programs that are compiled for TPUs, of which none is needed. On Linux.
 test-slow-tpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and tpu" tests

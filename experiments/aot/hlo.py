@@ -122,10 +122,10 @@ class Program:
         if kind not in COLLECTIVES:
           continue
         given, result = [around[name].result for name in inner.operands if name in around], inner.result
-        sides = [_sizes(result) / (2 if inner.kind.endswith("-start") else 1), sum(map(_sizes, given))]
+        started = inner.kind.endswith("-start")  # its result holds what it is given too
+        sides = [_sizes(result) / (2 if started else 1), sum(map(_sizes, given))]
         if one.kind == "fusion" and kind == "all-reduce" and _sizes(one.result) < sides[0]:
           kind, result = "reduce-scatter", one.result
-        started = inner.kind.endswith("-start")  # its result holds what it is given too
         moved = _in_memory(result) + (0.0 if started else sum(map(_in_memory, given)))
         source = re.search(r'op_name="([^"]*)"', inner.rest) or re.search(r'op_name="([^"]*)"', one.rest)
         chain = re.search(r'(?:chain_id|async_collective_name)="[^"]+"', inner.rest)

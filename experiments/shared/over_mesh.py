@@ -25,17 +25,17 @@ class Settings(command.Settings):
     With --distributed the processes find each other here, so that it must come before any device is asked for. Raises
     ValueError in each of them where their flags differ.
     """
-    others = next((f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-                   if os.environ.get(name, "1") != "1"), None)
-    if others and not self.distributed:
-      print(f"{others} in the environment, but no --distributed: this process does all of the work", flush=True)
     if self.distributed:
       parallel.start_processes()
       parallel.check_agreement({f"--{field.name}": str(getattr(self, field.name)) for field in dataclasses.fields(self)
                                 if field.name != "given"})
-    elif self.mesh is None:
-      return None
-    return parallel.make_mesh(self.mesh)
+      return parallel.make_mesh(self.mesh)
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+      if os.environ.get(name, "1") != "1":
+        print(f"{name}={os.environ[name]} in the environment, but no --distributed: this process does all of the work",
+              flush=True)
+        break
+    return None if self.mesh is None else parallel.make_mesh(self.mesh)
 
 
 def described(mesh: jax.sharding.Mesh | None) -> str:

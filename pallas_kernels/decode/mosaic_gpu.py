@@ -29,11 +29,7 @@ def _forward(*arguments: Any) -> tuple[Part, tuple[Any, ...]]:
 
 
 def _backward(arguments: tuple[Any, ...], cotangents: Part) -> tuple[Any, ...]:
-  q, keys, values, visible, layer, own, blocks = arguments
-  _, pull = jax.vjp(lambda q, keys, values, own: xla.decode_attention(q, keys, values, visible, layer, own, blocks),
-                    q, keys, values, own)
-  *d_cache, d_own = pull(cotangents)
-  return *d_cache, None, None, d_own, None
+  return xla.cotangents(arguments, cotangents)
 
 
 run.defvjp(_forward, _backward)

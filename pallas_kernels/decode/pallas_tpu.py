@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from pallas_kernels.attention.softmax import Part
 from pallas_kernels.decode import pallas_tpu_kernel as kernel, xla
 from pallas_kernels.decode.context import implementation
-from pallas_kernels.decode.pallas_tpu_kernel import LANES, Tuning
+from pallas_kernels.decode.pallas_tpu_kernel import Tuning
 from pallas_kernels.devices import TPU
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.tpu import LANES, largest_divisor, unsupported_heads
 
 Array = jax.Array
 Own = tuple[Array, Array] | None
-_TYPES = ("float32", "bfloat16")
 _BYTES = 2**20  # of keys that a program copies at a time; values are as many, and of both there are two
 _ROWS = 512     # of a block of a cache that has more than twice as many
 _MOST_HEADS = 16
@@ -37,11 +37,7 @@ def _forward(*arguments: Any) -> tuple[Part, tuple[Any, ...]]:
 
 def _backward(interpret: Any, arguments: tuple[Any, ...], cotangents: Part) -> tuple[Any, ...]:
   del interpret
-  q, keys, values, visible, layer, own, blocks = arguments
-  _, pull = jax.vjp(lambda q, keys, values, own: xla.decode_attention(q, keys, values, visible, layer, own, blocks),
-                    q, keys, values, own)
-  *d_cache, d_own = pull(cotangents)
-  return *d_cache, None, None, d_own, None
+  return xla.cotangents(arguments, cotangents)
 
 
 run.defvjp(_forward, _backward)
@@ -51,10 +47,8 @@ def unsupported(q: Array, keys: Array, values: Array, visible: Array, layer: Arr
                 blocks: Array | None) -> str | None:
   """Why the kernels do not serve these arguments, or None."""
   del values, layer, own
-  if str(q.dtype) not in _TYPES:
-    return f"takes {' or '.join(_TYPES)}, not {q.dtype}"
-  if keys.shape[-1] % LANES:
-    return f"takes heads of a multiple of {LANES}, not of {keys.shape[-1]}, which fill no lanes"
+  if why := unsupported_heads(keys):
+    return why
   tile = 32 // keys.dtype.itemsize  # rows of a register
   if blocks is not None and (visible.shape[3] % tile or keys.shape[-2] % tile or keys.shape[-2] < visible.shape[3]):
     return (f"takes chosen blocks and caches of a multiple of {tile} rows of {keys.dtype}, not blocks of"
@@ -90,7 +84,7 @@ def _program(q: Array, keys: Array, values: Array, visible: Array, layer: Array 
 def _whole_cache(q: Array, keys: Array, values: Array, visible: Array, layer: Array, own: Own, interpret: Any) -> Part:
   _, b, k, r, h = keys.shape
   rows = r if r <= 2 * _ROWS else _ROWS
-  heads = _divisor(k, _BYTES // (rows * h * keys.dtype.itemsize))
+  heads = _heads(k, _BYTES // (rows * h * keys.dtype.itemsize))
   seen = visible[:, None] if visible.ndim == 2 else visible
   last = jnp.max(jnp.where(seen, jnp.arange(1, r + 1, dtype=jnp.int32), 0), axis=(1, 2))
   seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, 0), (0, -r % (LANES if rows == r else rows))))[:, :, None]
@@ -109,7 +103,7 @@ def _chosen_blocks(q: Array, keys: Array, values: Array, visible: Array, layer: 
   seen = jnp.where((late > 0)[..., None], moved, visible).reshape(b, m, 1, n * size)
   seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, 0), (0, 0), (0, -(n * size) % LANES)))
   q = q.reshape(b, m, -1, q.shape[2])
-  heads = _divisor(m, _BYTES // _bytes_of_blocks(keys, visible, 1))
+  heads = _heads(m, _BYTES // _bytes_of_blocks(keys, visible, 1))
   rows = max(kernel.SMEM_BYTES // (4 * m * n), 1)  # of the batch, whose table fits
   parts = []
   for start in range(0, b, rows):
@@ -128,6 +122,6 @@ def _bytes_of_blocks(keys: Array, visible: Array, heads: int) -> int:
   return size
 
 
-def _divisor(n: int, most: int) -> int:
-  """The largest that divides n and is not above `most`; at least 1."""
-  return next(d for d in range(max(min(n, most, _MOST_HEADS), 1), 0, -1) if n % d == 0)
+def _heads(n: int, fit: int) -> int:
+  """How many of n heads a program takes at a time, of which so many fit."""
+  return largest_divisor(n, min(fit, _MOST_HEADS))

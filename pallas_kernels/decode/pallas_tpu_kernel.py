@@ -23,13 +23,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention.softmax import NOTHING
+from pallas_kernels.tpu import LANES, LOG2E, VMEM_LIMIT, product
+
 Array = jax.Array
 Ref = Any
-LANES = 128
-NOTHING = -1e30
-VMEM_LIMIT = 48 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
 SMEM_BYTES = 2**19       # of tables, half of what there is
-_LOG2E = math.log2(math.e)
 _STATE = 3  # arrays that a softmax is carried in: the highest score, the sum of weights, the weighted sum
 
 
@@ -211,7 +210,7 @@ def _attend(i: int, q: Array, k: Array, v: Array, masks: tuple[Array, Array], st
   """Adds the rows k, v [rows, H] that the masks show."""
   top, total, out = state
   row, column = masks
-  scores = jnp.where(row, _product(q, k, transposed=True) * _scale(q), NOTHING)
+  scores = jnp.where(row, product(q, k, transposed=True) * _scale(q), NOTHING)
   old = top[i][:, :1]
   new = jnp.maximum(old, scores.max(axis=1, keepdims=True))
   weights = jnp.where(row, jnp.exp2(scores - new), 0.0)
@@ -219,7 +218,7 @@ def _attend(i: int, q: Array, k: Array, v: Array, masks: tuple[Array, Array], st
   total[i] = jnp.broadcast_to(total[i][:, :1] * shrunk + weights.sum(axis=1, keepdims=True), total.shape[1:])
   top[i] = jnp.broadcast_to(new, top.shape[1:])
   # A weight of 0 is not enough: what is not visible may hold what is not finite.
-  out[i] = out[i] * shrunk + _product(weights.astype(v.dtype), jnp.where(column, v, jnp.zeros_like(v)))
+  out[i] = out[i] * shrunk + product(weights.astype(v.dtype), jnp.where(column, v, jnp.zeros_like(v)))
 
 
 def _ended(i: int, state: Sequence[Ref]) -> tuple[Array, Array]:
@@ -227,17 +226,10 @@ def _ended(i: int, state: Sequence[Ref]) -> tuple[Array, Array]:
   top, total, out = state
   empty = total[i] == 0
   whole = jnp.where(empty, 1.0, total[i])
-  lse = jnp.where(empty, NOTHING, (top[i] + jnp.log2(whole)) * (1 / _LOG2E))
+  lse = jnp.where(empty, NOTHING, (top[i] + jnp.log2(whole)) * (1 / LOG2E))
   return out[i] / whole[:, :1], lse
 
 
 def _scale(q: Array) -> float:
   """Of scores, in base 2."""
-  return _LOG2E / math.sqrt(q.shape[-1])
-
-
-def _product(a: Array, b: Array, transposed: bool = False) -> Array:
-  """a @ b, or a @ b.T: float32, and exact where the arguments are."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), precision=precision,
-                             preferred_element_type=jnp.float32)
+  return LOG2E / math.sqrt(q.shape[-1])

@@ -8,13 +8,15 @@ so they do on CPUs, where the fused form is ten times slower.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels import devices
 from pallas_kernels.attention.gather import take_rows
-from pallas_kernels.attention.softmax import masked_softmax, merge_parts, own_scores
+from pallas_kernels.attention.softmax import Part, masked_softmax, merge_parts, own_scores
 from pallas_kernels.decode.context import implementation
 from pallas_kernels.products import einsum_float32
 
@@ -45,6 +47,15 @@ def decode_attention(q: Array, keys: Array, values: Array, visible: Array, layer
     return out, lse
   value = jnp.repeat(own[1].astype(jnp.float32), n // own[1].shape[1], axis=1)
   return merge_parts([(out, lse), (value, own_scores(q[:, None], own[0][:, None])[:, 0])])
+
+
+def cotangents(arguments: tuple[Any, ...], of_results: Part) -> tuple[Any, ...]:
+  """Those of `decode_attention`'s arguments, for a kernel that has no gradient of its own."""
+  q, keys, values, visible, layer, own, blocks = arguments
+  _, pull = jax.vjp(lambda q, keys, values, own: decode_attention(q, keys, values, visible, layer, own, blocks),
+                    q, keys, values, own)
+  *d_cache, d_own = pull(of_results)
+  return *d_cache, None, None, d_own, None
 
 
 def _as_matrices(x: Array, cache: Array) -> bool:

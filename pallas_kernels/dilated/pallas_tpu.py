@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from pallas_kernels.devices import TPU
 from pallas_kernels.dilated.pallas_tpu_keys import backward_of_keys
 from pallas_kernels.dilated.pallas_tpu_queries import backward_of_queries, forward
-from pallas_kernels.dilated.pallas_tpu_shapes import LANES, Plan, Tuning
+from pallas_kernels.dilated.pallas_tpu_shapes import Plan, Tuning
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.pattern import DENSE, Pattern
+from pallas_kernels.tpu import LANES, unsupported_heads
 
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
 Residuals = tuple[Array, Array, Array, Array, Array]  # q, k, v, the output and its log-sum-exp, as kernels have them
-_TYPES = ("float32", "bfloat16")
 _ROWS = 1024   # of a block of queries, all query heads of a key/value head
 _KEYS = 4096   # of a block of compact keys
 _CHUNK = 512   # keys whose scores are in flight at a time
@@ -28,11 +28,7 @@ def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, *, patt
   """Why the kernels do not serve these arguments, or None."""
   if segment_ids is not None:
     return "takes no packed rows (segment_ids)"
-  if str(q.dtype) not in _TYPES:
-    return f"takes {' or '.join(_TYPES)}, not {q.dtype}"
-  if q.shape[3] % LANES:
-    return f"takes heads of a multiple of {LANES}, not of {q.shape[3]}, which fill no lanes"
-  return None
+  return unsupported_heads(q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dilated.pallas_tpu_shapes import LOG2E, PARAMS, Plan, divided, product
+from pallas_kernels.dilated.pallas_tpu_shapes import PARAMS, Plan, divided
+from pallas_kernels.tpu import LOG2E, product
 
 Array = jax.Array
 Ref = Any

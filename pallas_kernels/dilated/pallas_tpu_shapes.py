@@ -24,11 +24,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pattern import Pattern
+from pallas_kernels.tpu import LOG2E, VMEM_LIMIT
 
 Array = jax.Array
-LANES = 128
-VMEM_LIMIT = 56 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
-LOG2E = math.log2(math.e)
 _NEVER = 2**30  # a position that no query has before it
 
 
@@ -127,13 +125,6 @@ class Plan:
 # Results are summed up along the last axis of a grid.
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
                               vmem_limit_bytes=VMEM_LIMIT)
-
-
-def product(a: Array, b: Array, transposed: bool = False) -> Array:
-  """a @ b, or a @ b.T: float32, and exact where the arguments are."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), precision=precision,
-                             preferred_element_type=jnp.float32)
 
 
 def divided(x: Array, by: int) -> Array:

@@ -21,8 +21,9 @@ from pallas_kernels.devices import TPU
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.scan import pallas_tpu_kernel as kernel
 from pallas_kernels.scan.context import implementation
-from pallas_kernels.scan.pallas_tpu_kernel import LANES, Tuning
+from pallas_kernels.scan.pallas_tpu_kernel import Tuning
 from pallas_kernels.scan.passes import Arrays
+from pallas_kernels.tpu import LANES, largest_divisor
 
 Array = jax.Array
 _GROUPS = 8  # of a tile: as many independent recurrences hide the latency of one
@@ -66,9 +67,8 @@ class PallasTPU:
 
 def default_tuning(layout: Layout) -> Tuning:
   """Tiles of up to eight groups, and of as many tokens as leave little of the last tile empty."""
-  groups = next(n for n in range(min(layout.groups, _GROUPS), 0, -1) if layout.groups % n == 0)
   tokens = next((n for n in _TOKENS if -layout.length % n <= layout.length // 16), _TOKENS[-1])
-  return Tuning(groups, tokens)
+  return Tuning(largest_divisor(layout.groups, _GROUPS), tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.scan.passes import Arrays, passed
+from pallas_kernels.tpu import LANES, VMEM_LIMIT
 
 Array = jax.Array
 Ref = Any
-LANES = 128
 PIECES = 8      # the sublanes of a register of 32-bit numbers
 _BEFORE = 16    # tokens of the block that holds the one before a tile: the sublanes of a register of bfloat16
 _UNROLLED = 4   # steps that a turn of the loop takes
-VMEM_LIMIT = 48 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ def forward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | No
   """(states like the inputs, last states) of [B, X, T, LANES], states [B, X, 1, LANES], reset int32 [B, 1, T]."""
   call = _Call(gate_logits, reset, tuning, reverse=False)
   results = call.run(functools.partial(_forward, call), [*inputs], [*state], [*inputs], len(inputs),
-                     "gated_scan", interpret)
+                     len(inputs), "gated_scan", interpret)
   return tuple(results[:len(inputs)]), tuple(results[len(inputs):])
 
 
@@ -65,7 +64,7 @@ def backward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | N
   call = _Call(gate_logits, reset, tuning, reverse=True)
   d_logits, *rest = call.run(
       functools.partial(_backward, call), [*inputs, *states, *d_outputs], [*d_last, *state], [gate_logits, *inputs],
-      len(inputs), "gated_scan_backward", interpret, befores=states)
+      len(inputs), len(inputs), "gated_scan_backward", interpret, befores=states)
   return d_logits, tuple(rest[:len(inputs)]), tuple(rest[len(inputs):])
 
 
@@ -76,8 +75,8 @@ def summed(gate_logits: Array, arrays: Arrays, reset: Array | None, reverse: boo
   With `reverse` the arrays are cotangents of states, and what is left are messages to the token before the first.
   """
   call = _Call(gate_logits, reset, tuning, reverse)
-  results: Arrays = tuple(call.run(functools.partial(_summed, call), [*arrays], [], [], len(arrays) + 1,
-                                   "gated_scan_sums", interpret))
+  results: Arrays = tuple(call.run(functools.partial(_summed, call), [*arrays], [], [], len(arrays),
+                                   len(arrays) + 1, "gated_scan_sums", interpret))
   return results
 
 
@@ -107,8 +106,8 @@ class _Call:
   reverse: bool
 
   def run(self, body: Callable[[_Refs], None], tokens: list[Array], states: list[Array], outputs: list[Array],
-          lasts: int, name: str, interpret: Any, befores: Sequence[Array] = ()) -> Sequence[Array]:
-    """The kernel's results: one like each of `outputs`, and `lasts` states.
+          drives: int, lasts: int, name: str, interpret: Any, befores: Sequence[Array] = ()) -> Sequence[Array]:
+    """The kernel's results: one like each of `outputs`, and `lasts` states, of `drives` recurrences.
 
     Args:
       tokens: arrays of which the kernel gets its tile; befores: those of which it gets the tokens before its tile.
@@ -128,8 +127,6 @@ class _Call:
     flags = [] if self.reset is None else [self.reset]
     tile = pltpu.VMEM((cut.groups, cut.tokens, LANES), jnp.float32)
     carry = pltpu.VMEM((cut.groups, 1, LANES), jnp.float32)
-    drives = lasts - 1 if name.endswith("sums") else lasts
-
     counts = (1, len(flags), len(tokens), len(befores), len(states), len(outputs), lasts, 1, drives, lasts)
 
     def kernel(*refs: Ref) -> None:

@@ -1,0 +1,36 @@
+"""What the kernels for TPUs share: the sizes of the device, and products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+LANES = 128
+VMEM_LIMIT = 56 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
+LOG2E = math.log2(math.e)  # scores are in base 2
+_TYPES = ("float32", "bfloat16")
+
+
+def unsupported_heads(x: Any) -> str | None:
+  """Why the kernels of attention do not serve heads [..., H] of this type and width, or None."""
+  if str(x.dtype) not in _TYPES:
+    return f"takes {' or '.join(_TYPES)}, not {x.dtype}"
+  if x.shape[-1] % LANES:
+    return f"takes heads of a multiple of {LANES}, not of {x.shape[-1]}, which fill no lanes"
+  return None
+
+
+def largest_divisor(n: int, most: int) -> int:
+  """The largest that divides n and is not above `most`; at least 1."""
+  return next(d for d in range(max(min(n, most), 1), 0, -1) if n % d == 0)
+
+
+def product(a: Array, b: Array, transposed: bool = False) -> Array:
+  """a @ b, or a @ b.T, of matrices: float32, and exact where the arguments are."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), precision=precision,
+                             preferred_element_type=jnp.float32)
