@@ -20,7 +20,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "mosaic_gpu": "pallas_kernels.decode.mosaic_gpu",
         "pallas_tpu": "pallas_kernels.decode.pallas_tpu"},
     "sparse_attention": {
-        "xla": "pallas_kernels.sparse.xla"},
+        "xla": "pallas_kernels.sparse.xla",
+        "pallas_tpu": "pallas_kernels.sparse.pallas_tpu"},
 }
 # What may be named for any operation; one that does not have it says so.
 NAMES = ("xla", "mosaic_gpu", "cudnn", "cudnn_masked", "pallas_tpu")

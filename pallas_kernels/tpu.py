@@ -11,6 +11,7 @@ import jax.numpy as jnp
 Array = jax.Array
 LANES = 128
 VMEM_LIMIT = 56 * 2**20  # bytes that the compiler may take, of the 64 MiB and more that every TPU from v5e on has
+SMEM_LIMIT = 2**19  # bytes of tables, half of what there is
 LOG2E = math.log2(math.e)  # scores are in base 2
 _TYPES = ("float32", "bfloat16")
 
@@ -24,13 +25,21 @@ def unsupported_heads(x: Any) -> str | None:
   return None
 
 
+def too_large(memory: str, name: str, shape: tuple[int, ...], dtype: Any, limit: int, fix: str) -> str | None:
+  """Why an array that a kernel keeps in "VMEM" or "SMEM" is above a limit in bytes, or None."""
+  size = math.prod(shape) * jnp.dtype(dtype).itemsize
+  if size <= limit:
+    return None
+  return f"keeps {name}, {jnp.dtype(dtype)} {shape} of {size} bytes, in {memory}, with room for {limit}; {fix}"
+
+
 def largest_divisor(n: int, most: int) -> int:
   """The largest that divides n and is not above `most`; at least 1."""
   return next(d for d in range(max(min(n, most), 1), 0, -1) if n % d == 0)
 
 
-def product(a: Array, b: Array, transposed: bool = False) -> Array:
-  """a @ b, or a @ b.T, of matrices: float32, and exact where the arguments are."""
+def product(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
+  """The product over one axis of each of two matrices: float32, and exact where the arguments are."""
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, (((1,), (1 if transposed else 0,)), ((), ())), precision=precision,
+  return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), precision=precision,
                              preferred_element_type=jnp.float32)

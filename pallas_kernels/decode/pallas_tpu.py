@@ -14,11 +14,11 @@ from pallas_kernels.decode.context import implementation
 from pallas_kernels.decode.pallas_tpu_kernel import Tuning
 from pallas_kernels.devices import TPU
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.tpu import LANES, largest_divisor, unsupported_heads
+from pallas_kernels.tpu import LANES, SMEM_LIMIT, largest_divisor, too_large, unsupported_heads
 
 Array = jax.Array
 Own = tuple[Array, Array] | None
-_BYTES = 2**20  # of keys that a program copies at a time; values are as many, and of both there are two
+_BYTES = 2**21  # of keys that a program copies at a time; values are as many, and of both there are two
 _ROWS = 512     # of a block of a cache that has more than twice as many
 _MOST_HEADS = 16
 
@@ -53,9 +53,13 @@ def unsupported(q: Array, keys: Array, values: Array, visible: Array, layer: Arr
   if blocks is not None and (visible.shape[3] % tile or keys.shape[-2] % tile or keys.shape[-2] < visible.shape[3]):
     return (f"takes chosen blocks and caches of a multiple of {tile} rows of {keys.dtype}, not blocks of"
             f" {visible.shape[3]} of {keys.shape[-2]} rows")
-  if blocks is not None and _bytes_of_blocks(keys, visible, 1) > 4 * _BYTES:
-    return f"takes up to {4 * _BYTES} bytes of chosen keys for a head, not {_bytes_of_blocks(keys, visible, 1)}"
-  return None
+  fewer = "take fewer blocks, or heads that are narrower"
+  if blocks is None:
+    rows = min(keys.shape[-2], 2 * _ROWS)
+    return too_large("VMEM", "a block of keys", (rows, keys.shape[-1]), keys.dtype, 2 * _BYTES, fewer)
+  chosen = (blocks.shape[2], visible.shape[3], keys.shape[-1])
+  return (too_large("VMEM", "the chosen keys of a head", chosen, keys.dtype, 2 * _BYTES, fewer)
+          or too_large("SMEM", "the blocks of a row", blocks.shape[1:], jnp.int32, SMEM_LIMIT, "take fewer blocks"))
 
 
 def made(interpret: Any = None) -> Implementation:
@@ -104,7 +108,7 @@ def _chosen_blocks(q: Array, keys: Array, values: Array, visible: Array, layer: 
   seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, 0), (0, 0), (0, -(n * size) % LANES)))
   q = q.reshape(b, m, -1, q.shape[2])
   heads = _heads(m, _BYTES // _bytes_of_blocks(keys, visible, 1))
-  rows = max(kernel.SMEM_BYTES // (4 * m * n), 1)  # of the batch, whose table fits
+  rows = max(SMEM_LIMIT // (4 * m * n), 1)  # of the batch, whose table fits
   parts = []
   for start in range(0, b, rows):
     of_rows = slice(start, start + rows)

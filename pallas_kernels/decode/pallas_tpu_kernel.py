@@ -28,7 +28,6 @@ from pallas_kernels.tpu import LANES, LOG2E, VMEM_LIMIT, product
 
 Array = jax.Array
 Ref = Any
-SMEM_BYTES = 2**19       # of tables, half of what there is
 _STATE = 3  # arrays that a softmax is carried in: the highest score, the sum of weights, the weighted sum
 
 
@@ -210,7 +209,7 @@ def _attend(i: int, q: Array, k: Array, v: Array, masks: tuple[Array, Array], st
   """Adds the rows k, v [rows, H] that the masks show."""
   top, total, out = state
   row, column = masks
-  scores = jnp.where(row, product(q, k, transposed=True) * _scale(q), NOTHING)
+  scores = jnp.where(row, product(q, k, (1, 1)) * _scale(q), NOTHING)
   old = top[i][:, :1]
   new = jnp.maximum(old, scores.max(axis=1, keepdims=True))
   weights = jnp.where(row, jnp.exp2(scores - new), 0.0)

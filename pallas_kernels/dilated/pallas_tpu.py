@@ -14,21 +14,24 @@ from pallas_kernels.dilated.pallas_tpu_queries import backward_of_queries, forwa
 from pallas_kernels.dilated.pallas_tpu_shapes import Plan, Tuning
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.pattern import DENSE, Pattern
-from pallas_kernels.tpu import LANES, unsupported_heads
+from pallas_kernels.tpu import LANES, too_large, unsupported_heads
 
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
 Residuals = tuple[Array, Array, Array, Array, Array]  # q, k, v, the output and its log-sum-exp, as kernels have them
-_ROWS = 1024   # of a block of queries, all query heads of a key/value head
+_ROWS = 2048   # of a block of queries, all query heads of a key/value head
 _KEYS = 4096   # of a block of compact keys
-_CHUNK = 512   # keys whose scores are in flight at a time
+_CHUNK = 512   # keys whose scores are in flight at a time, of so many rows
+_QUERIES_LIMIT = 2**22  # bytes
 
 
 def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pattern) -> str | None:
   """Why the kernels do not serve these arguments, or None."""
   if segment_ids is not None:
     return "takes no packed rows (segment_ids)"
-  return unsupported_heads(q)
+  heads = (LANES, q.shape[2] // k.shape[2], q.shape[3])
+  return unsupported_heads(q) or too_large("VMEM", f"{LANES} queries of a key/value head", heads, jnp.float32,
+                                           _QUERIES_LIMIT, "take fewer query heads for each key/value head")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -57,13 +60,15 @@ def plan_of(shape: tuple[int, ...], kv_heads: int, pattern: Pattern) -> Plan:
     pattern = DENSE
   pattern = pattern._replace(sinks=min(pattern.sinks, length))
   groups = heads // kv_heads
-  queries = max(_power_of_two(_ROWS // groups + 1) // 2, LANES)
+  rows = _ROWS // max(width // 256, 1)
+  queries = max(_power_of_two(rows // groups + 1) // 2, LANES)
   queries = max(min(queries, _power_of_two(length)), LANES)
+  chunk = max(_CHUNK * rows // _power_of_two(max(groups * queries, rows)), LANES)
   padded = length + -length % queries
   compact = pattern.sinks + (padded // pattern.dilation if pattern.dilation else 0)
   keys = min(max(_power_of_two(compact), LANES), _KEYS)
-  local = min(max(_power_of_two(pattern.window), LANES), queries)
-  return Plan(pattern, padded, groups, width, Tuning(queries, keys, min(_CHUNK, keys), local))
+  local = min(max(_power_of_two(pattern.window), LANES), queries, chunk)
+  return Plan(pattern, padded, groups, width, Tuning(queries, keys, min(chunk, keys), local))
 
 
 def _power_of_two(n: int) -> int:

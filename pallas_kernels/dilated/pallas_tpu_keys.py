@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dilated.pallas_tpu_shapes import PARAMS, Plan, divided
-from pallas_kernels.tpu import LOG2E, product
+from pallas_kernels.tpu import LANES, LOG2E, product
 
 Array = jax.Array
 Ref = Any
+_KEYS = 2048     # of a block of compact keys, at most
+_PARTS = 4       # that they are cut into at least, so that queries before a block do nothing for it
+_QUERIES = 1024  # whose scores are in flight at a time
 
 
 def backward_of_keys(q: Array, k: Array, v: Array, lse: Array, delta: Array, d_out: Array, plan: Plan, local: bool,
@@ -47,7 +51,10 @@ class _ByKey:
   @property
   def keys(self) -> int:
     """Of a block."""
-    return self.plan.tuning.queries if self.local else min(self.plan.tuning.keys, self.plan.tuning.queries)
+    if self.local:
+      return self.plan.tuning.queries
+    parts = 1 << max(self.plan.compact // _PARTS, 1).bit_length() - 1
+    return min(self.plan.tuning.keys, max(parts, LANES), _KEYS)
 
   @property
   def grid(self) -> tuple[int, ...]:
@@ -100,28 +107,40 @@ def _backward_of_keys(call: _ByKey, q_ref: Ref, k_ref: Ref, v_ref: Ref, lse_ref:
   plan, j, i = call.plan, pl.program_id(2), pl.program_id(3)
 
   @pl.when(i == 0)
-  def _() -> None:
+  def begin() -> None:
     d_k_sum[...] = jnp.zeros_like(d_k_sum)
     d_v_sum[...] = jnp.zeros_like(d_v_sum)
 
-  @pl.when(call.is_live(j, i))
-  def _() -> None:
+  def add(seen: Array | None) -> None:
+    """The block's queries; `seen` is bool [keys, queries], None where all see all."""
     k, v = k_ref[0, 0], v_ref[0, 0]
-    t = plan.queries_at(call.query_block(j, i), 1)
-    if call.local:
-      at = j * call.keys + jax.lax.broadcasted_iota(jnp.int32, (call.keys, 1), 0)
-      seen = plan.sees_local(t, at)
-    else:
-      seen = plan.sees_compact(t, plan.at(j * call.keys, call.keys, 0))
-    for g in range(plan.groups):  # scores of one query head at a time
-      q, d_out = q_ref[0, 0, g], d_out_ref[0, 0, g]
-      mask = seen[:, g * plan.tuning.queries:(g + 1) * plan.tuning.queries]
-      weights = jnp.where(mask, jnp.exp2(product(k, q, True) * plan.scale - lse_ref[0, 0, g] * LOG2E), 0.0)
+    size = min(plan.tuning.queries, _QUERIES)
+    for g, start in itertools.product(range(plan.groups), range(0, plan.tuning.queries, size)):
+      rows = slice(start, start + size)
+      q, d_out = q_ref[0, 0, g, rows], d_out_ref[0, 0, g, rows]
+      lse, delta = lse_ref[0, 0, g][:, rows], delta_ref[0, 0, g][:, rows]
+      weights = jnp.exp2(product(k, q, (1, 1)) * plan.scale - lse * LOG2E)
+      weights = weights if seen is None else jnp.where(seen[:, rows], weights, 0.0)
       d_v_sum[...] += product(weights.astype(v.dtype), d_out)
-      d_scores = weights * (product(v, d_out, True) - delta_ref[0, 0, g]) * plan.width**-0.5
+      d_scores = weights * (product(v, d_out, (1, 1)) - delta) * plan.width**-0.5
       d_k_sum[...] += product(d_scores.astype(k.dtype), q)
 
+  live = call.is_live(j, i)
+  whole = live & (jnp.bool_(False) if call.local else plan.all_see(i, j * call.keys, call.keys))
+  t = plan.queries_at(call.query_block(j, i), 1)[:, :plan.tuning.queries]
+
+  @pl.when(whole)
+  def without_mask() -> None:
+    add(None)
+
+  @pl.when(live & jnp.logical_not(whole))
+  def with_mask() -> None:
+    if call.local:
+      add(plan.sees_local(t, j * call.keys + jax.lax.broadcasted_iota(jnp.int32, (call.keys, 1), 0)))
+    else:
+      add(plan.sees_compact(t, plan.at(j * call.keys, call.keys, 0)))
+
   @pl.when(i == pl.num_programs(3) - 1)
-  def _() -> None:
+  def end() -> None:
     d_k_ref[0, 0] = d_k_sum[...].astype(d_k_ref.dtype)
     d_v_ref[0, 0] = d_v_sum[...].astype(d_v_ref.dtype)

@@ -111,8 +111,8 @@ class _ByQuery:
     return rows
 
   def for_each_chunk(self, keys: Sequence[Ref], values: Sequence[Ref],
-                     f: Callable[[Array, Array, Array], None]) -> None:
-    """`f(keys, values, mask)` of every chunk of the block of keys of which a query sees a key."""
+                     f: Callable[[Array, Array, Array | None], None]) -> None:
+    """`f(keys, values, mask)` of every chunk of the block of keys of which a query sees a key; None: all see all."""
     plan, i, j = self.plan, pl.program_id(2), pl.program_id(3)
     t = plan.queries_at(i, 0)
     if plan.local_blocks:
@@ -131,7 +131,15 @@ class _ByQuery:
       def of_chunk(c: Array, _: None) -> None:
         start = pl.multiple_of(c * plan.tuning.chunk, plan.tuning.chunk)
         rows = (0, 0, pl.ds(start, plan.tuning.chunk), slice(None))
-        f(keys[1][rows], values[1][rows], plan.sees_compact(t, plan.at(first + start, plan.tuning.chunk, 1)))
+        whole = plan.all_see(i, first + start, plan.tuning.chunk)
+
+        @pl.when(whole)
+        def without_mask() -> None:
+          f(keys[1][rows], values[1][rows], None)
+
+        @pl.when(jnp.logical_not(whole))
+        def with_mask() -> None:
+          f(keys[1][rows], values[1][rows], plan.sees_compact(t, plan.at(first + start, plan.tuning.chunk, 1)))
 
       jax.lax.fori_loop(0, chunks, of_chunk, None)
 
@@ -154,8 +162,9 @@ def _forward(call: _ByQuery, q_ref: Ref, *refs: Ref) -> None:
       total_ref[...] = jnp.ones_like(total_ref)
       sum_ref[...] = v
 
-  def of_chunk(k: Array, v: Array, mask: Array) -> None:
-    scores = jnp.where(mask, product(q, k, True) * plan.scale, -jnp.inf)
+  def of_chunk(k: Array, v: Array, mask: Array | None) -> None:
+    scores = product(q, k, (1, 1)) * plan.scale
+    scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
     old = top_ref[:, :1]
     top = jnp.maximum(old, scores.max(axis=1, keepdims=True))
     base = jnp.where(top == -jnp.inf, 0.0, top)  # of a row that has seen nothing yet
@@ -199,9 +208,10 @@ def _backward_of_queries(call: _ByQuery, q_ref: Ref, *refs: Ref) -> None:
       for ref, of_rows in zip(own_refs, (d_scores * q.astype(jnp.float32), weights * wide), strict=True):
         ref[0, 0] = of_rows.reshape(plan.groups, *ref.shape[2:]).sum(axis=0).astype(ref.dtype)
 
-  def of_chunk(k: Array, v: Array, mask: Array) -> None:
-    weights = jnp.where(mask, jnp.exp2(product(q, k, True) * plan.scale - lse_column[:, :1]), 0.0)
-    d_scores = weights * (product(d_out, v, True) - delta_column[:, :1]) * plan.width**-0.5
+  def of_chunk(k: Array, v: Array, mask: Array | None) -> None:
+    weights = jnp.exp2(product(q, k, (1, 1)) * plan.scale - lse_column[:, :1])
+    weights = weights if mask is None else jnp.where(mask, weights, 0.0)
+    d_scores = weights * (product(d_out, v, (1, 1)) - delta_column[:, :1]) * plan.width**-0.5
     sum_ref[...] += product(d_scores.astype(k.dtype), k)
 
   call.for_each_chunk(keys, values, of_chunk)

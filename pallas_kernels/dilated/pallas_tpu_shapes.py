@@ -101,6 +101,15 @@ class Plan:
     strided = divided(last, self.pattern.dilation)
     return jnp.maximum(sinks, jnp.where(strided > 0, strided + self.pattern.sinks, 0))
 
+  def all_see(self, block: Array, first: Array, count: int) -> Array:
+    """Whether all queries of a block see `count` compact keys from number `first` on, none of them a second sink."""
+    oldest = block * self.tuning.queries - self.pattern.window  # the first query sees what is before it
+    if not self.pattern.dilation:
+      return jnp.minimum(oldest, self.pattern.sinks) >= first + count
+    d, sinks = self.pattern.dilation, self.pattern.sinks
+    distinct = sinks + sinks // d if sinks else 0  # from there on no strided key is a sink
+    return (divided(jnp.maximum(oldest, 0), d) + sinks >= first + count) & (first >= distinct)
+
   def at(self, first: Array, count: int, axis: int) -> Array:
     """Positions of compact keys from number `first` on, int32 along `axis` of two; `_NEVER` for a second sink."""
     number = first + jax.lax.broadcasted_iota(jnp.int32, (1, count) if axis else (count, 1), axis)

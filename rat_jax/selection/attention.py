@@ -22,6 +22,8 @@ from rat_jax.selection.summary import Summaries
 if TYPE_CHECKING:
   from rat_jax.modes.block_mode import BlockMode
 
+_QUERIES = 4096  # of which what they choose exists at a time; kernels read keys once for many, scores take fewer
+
 
 def attend_blocks(mode: BlockMode, heads: Heads, at: Placement, origin: Origin) -> Array:
   """Attention of queries to the blocks that they choose, of keys that stand at positions 0..S-1, in q's type."""
@@ -35,13 +37,16 @@ def _attend(mode: BlockMode, heads: Heads, at: Placement, summaries: Summaries, 
   """`attend_blocks` by summaries that were made: float32 [B, T, N, H]; all positions are below `max_length`."""
   keys = (heads.choosing_keys, at.keys)
 
-  def of_chunk(choosers: Choosers) -> Array:
+  def pick_of_chunk(choosers: Choosers) -> tuple[Array, Array]:
     scores = score_blocks(mode, choosers, summaries, keys, origin)
-    blocks, valid = pick(mode, scores, choosers.positions, max_length)
+    return pick(mode, scores, choosers.positions, max_length)
+
+  def of_chunk(choosers: Choosers) -> Array:
+    blocks, valid = softmax.by_chunks(pick_of_chunk, choosers)
     return sparse_attention(choosers.q, heads.k, heads.v, blocks, valid, block=mode.block,
                             q_positions=choosers.positions, rule=mode.rule)[0]
 
-  return softmax.by_chunks(of_chunk, Choosers(heads.q, at.queries, own))
+  return softmax.by_chunks(of_chunk, Choosers(heads.q, at.queries, own), chunk=_QUERIES)
 
 
 def attend_cached(mode: BlockMode, heads: Heads, held: Held, positions: Positions, origin: Origin) -> Array:

@@ -25,6 +25,7 @@ from pallas_kernels.decode.arg_specs import ArgSpec as Decode
 from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.scan.arg_specs import ARG_SPECS as SCAN_SPECS, SMALL as SMALL_SCAN, ArgSpec as Scan
+from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
 from pallas_kernels.table import IMPLEMENTATIONS
 
 NAME = "pallas_tpu"
@@ -58,12 +59,23 @@ DECODES = {
     "blocks of query heads, own token": Decode(2, 72, 4, 2, dtype="float32", block=16, chosen=4, apart=True, own=True),
     "blocks of wide heads, layers": Decode(2, 64, 4, 2, 256, "float32", block=8, chosen=3, layers=2),
     "bfloat16, own token": Decode(3, 65, 4, 4, own=True), "bfloat16, blocks": Decode(2, 48, 4, 2, block=16, chosen=2)}
+SPARSES = {
+    "one key": Sparse(2, 1, 2, 1, 128, "float32", block=8),
+    "ragged tiles": Sparse(1, 37, 6, 2, 128, "float32", block=8, chosen=3),
+    "a choice for each group": Sparse(1, 64, 4, 2, 128, "float32", block=16, chosen=2, apart=False),
+    "a window and sinks": Sparse(1, 50, 2, 2, 128, "float32", block=8, chosen=2, rule=Pattern(None, 5, 2)),
+    "one query": Sparse(3, 70, 4, 4, 128, "float32", block=16, chosen=2, queries=1, rule=Pattern(None, 5, 1)),
+    "queries at any positions": Sparse(1, 40, 2, 2, 128, "float32", block=8, chosen=3, queries=11),
+    "several tiles": Sparse(1, 300, 2, 1, 128, "float32", block=64, chosen=2),
+    "wide heads": Sparse(1, 30, 1, 1, 256, "float32", block=8, chosen=2),
+    "bfloat16, a window": Sparse(1, 96, 4, 2, 128, block=16, chosen=2, rule=Pattern(None, 3, 1))}
 QUICK = [("gated_scan", Scan(1, 37, 1, 16, "float32", "float32", reset=True)),
          ("dilated_attention", DILATEDS["no window"]),
-         ("decode_attention", DECODES["blocks of query heads, own token"])]
+         ("decode_attention", DECODES["blocks of query heads, own token"]),
+         ("sparse_attention", SPARSES["a window and sinks"])]
 EVERY = [pytest.param(operation, spec, id=f"{operation}, {name}")
          for operation, specs in (("gated_scan", SCANS), ("dilated_attention", DILATEDS),
-                                  ("decode_attention", DECODES))
+                                  ("decode_attention", DECODES), ("sparse_attention", SPARSES))
          for name, spec in specs.items()]
 RACES, RACE = dict(detect_races=True, num_cores_or_threads=2), "RACE DETECTED"  # what is asked for, and then printed
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -75,7 +87,9 @@ COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_
     ("decode_attention", Decode(4, 16384, 32, 8, own=True)), ("decode_attention", Decode(1, 131072)),
     ("decode_attention", Decode(16, 16384, block=64, chosen=16, apart=True)),
     ("decode_attention", Decode(4, 131072, 32, 8, block=512, chosen=16, own=True)),
-    ("decode_attention", Decode(4, 300, 12, 2, per_head=True))]
+    ("decode_attention", Decode(4, 300, 12, 2, per_head=True)),
+    ("sparse_attention", Sparse.sixteenth(16384, 64, kv_heads=8)), ("sparse_attention", Sparse.sixteenth(65536, 512)),
+    ("sparse_attention", Sparse.sixteenth(16384, 512, rule=Pattern(None, 64, 4), kv_heads=8, apart=False))]
 
 
 @pytest.fixture
@@ -153,6 +167,19 @@ def test_dilated_attention_of_any_shape(interpreted, length, dilation, window, s
   suite.check_numbers("dilated_attention", NAME, dilated(length, (dilation, window, sinks), heads, groups), seed)
 
 
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32")
+@settings(deadline=None, max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 400), st.sampled_from([8, 24, 64]), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3),
+       st.booleans(), st.none() | st.builds(Pattern, st.none(), st.integers(0, 90), st.integers(0, 20)),
+       st.integers(0, 9))
+def test_sparse_attention_of_any_shape(interpreted, length, block, chosen, heads, groups, apart, rule, seed):
+  interpreted()
+  suite.check_numbers("sparse_attention", NAME, Sparse(1, length, heads * groups, heads, 128, "float32", block, chosen,
+                                                       apart, rule), seed)
+
+
 @pytest.mark.parametrize(("operation", "spec", "why"), [
     ("dilated_attention", dilated(4, (4, 0, 0), width=64), "takes heads of a multiple of 128, not of 64"),
     ("dilated_attention", dilated(4, (4, 0, 0), dtype="float16"), "takes float32 or bfloat16, not float16"),
@@ -160,11 +187,30 @@ def test_dilated_attention_of_any_shape(interpreted, length, dilation, window, s
     ("decode_attention", Decode(1, 8, 1, 1, 64), "takes heads of a multiple of 128, not of 64"),
     ("decode_attention", Decode(1, 64, 1, 1, block=8, chosen=2), "a multiple of 16 rows of bfloat16, not blocks of 8"),
     ("decode_attention", Decode(1, 40, 1, 1, block=16, chosen=2), "not blocks of 16 of 40 rows"),
-    ("decode_attention", Decode(1, 65536, 1, 1, block=64, chosen=512), "bytes of chosen keys for a head")])
+    ("decode_attention", Decode(1, 65536, 1, 1, block=64, chosen=512),
+     "keeps the chosen keys of a head, bfloat16 (512, 64, 128) of 8388608 bytes, in VMEM, with room for 4194304"),
+    ("decode_attention", Decode(1, 1024, 1, 1, 4096), "keeps a block of keys, bfloat16 (1024, 4096) of 8388608 bytes"),
+    ("dilated_attention", dilated(4, (4, 0, 0), groups=128),
+     "keeps 128 queries of a key/value head, float32 (128, 128, 128) of 8388608 bytes, in VMEM"),
+    ("sparse_attention", Sparse(1, 32, 1, 1, 64, block=16), "takes heads of a multiple of 128, not of 64"),
+    ("sparse_attention", Sparse(1, 32, 1, 1, block=8), "takes blocks of a multiple of 16 keys of bfloat16, not of 8"),
+    ("sparse_attention", Sparse(1, 32, 1, 1, block=16, rule=Pattern(4, 3, 2)), "takes a rule of a window and sinks"),
+    ("sparse_attention", Sparse(1, 9000, 1, 1, block=8192), "keeps the scores of a block, float32 (8192, 256)")])
 def test_what_the_kernels_do_not_serve_is_said(interpreted, operation, spec, why):
   interpreted()
   assert why in suite.reason(operation, NAME, spec)
   assert suite.check_refusal(operation, NAME, spec)
+
+
+def test_tables_that_are_too_long_are_refused():
+  sparse, decode = (implementation.load(operation, NAME) for operation in ("sparse_attention", "decode_attention"))
+  spec = Sparse(1, 2**20, 1, 1, block=16)
+  assert sparse.unsupported(*spec.types(), None, block=spec.block, rule=None) == (
+      "keeps two lists of blocks or tiles, int32 (2, 65537) of 524296 bytes, in SMEM, with room for 524288; take larger"
+      " blocks")
+  spec = Decode(1, 8192, 1024, 1024, block=16, chosen=200)
+  assert decode.unsupported(*spec.types(), None, None, spec.optional_types()["blocks"]) == (
+      "keeps the blocks of a row, int32 (1024, 200) of 819200 bytes, in SMEM, with room for 524288; take fewer blocks")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -188,6 +234,9 @@ def test_the_compiler_for_tpus_takes_them(topology, operation, spec):
     *types, more["reset"] = types
   elif operation == "dilated_attention":
     run = functools.partial(run, **spec.pattern._asdict())
+  elif operation == "sparse_attention":
+    *types, more["blocks"], more["valid"] = types
+    run = functools.partial(run, block=spec.block, rule=spec.rule)
   else:
     *types, more["visible"] = types
     more |= spec.optional_types()

@@ -140,7 +140,8 @@ BLOCKS = np.zeros((2, 5, 2, 1), np.int32)
     (dict(blocks=BLOCKS[:, :, :1]), ValueError, "here B=2, T=5, K=2, N=4"),
     (dict(valid=BLOCKS), ValueError, r"valid is int32 .* give bool of the shape of blocks, \(2, 5, 2, 1\)"),
     (dict(implementation="fast"), ValueError, "'fast' is unknown"),
-    (dict(implementation="mosaic_gpu"), NotImplementedError, r"does not exist for sparse_attention; it has \('xla',\)"),
+    (dict(implementation="mosaic_gpu"), NotImplementedError,
+     r"does not exist for sparse_attention; it has \('xla', 'pallas_tpu'\)"),
 ])
 def test_bad_arguments(change, error, message):
   arguments = dict(q=X, k=K, v=K, blocks=BLOCKS, valid=np.ones_like(BLOCKS, bool), block=2)

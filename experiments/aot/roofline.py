@@ -1,0 +1,238 @@
+"""What a Pallas kernel for TPUs copies and computes, counted from its grid, its index maps and its own program.
+
+A block is copied when its index changes from one step of the grid to the next. A kernel's program is run on its
+scalars alone: what `pl.when` and loops say of a step is followed, arrays are only counted. Numbers that a kernel reads
+from a table count as the largest there are, so that nothing is skipped that a table might skip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+STEP = 0.35e-6  # seconds that a step of a grid takes beside its work (jax's guide to Pallas on TPUs)
+_TABLE = 2**30  # for a number of a table
+_TURNS = 64     # of a loop that are followed one by one; of a longer one all are taken for its first
+_SCALARS: Mapping[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "rem": np.fmod, "max": np.maximum, "min": np.minimum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "not": np.logical_not, "eq": np.equal, "ne": np.not_equal,
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "neg": np.negative,
+    "div": lambda a, b: np.trunc(a / b).astype(np.int64),
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "select_n": lambda which, *cases: np.where(which, cases[-1], cases[0])}
+_FREE = {"broadcast_in_dim", "reshape", "squeeze", "get", "swap", "slice", "concatenate", "transpose", "iota",
+         "convert_element_type", "program_id", "num_programs", "multiple_of", "dma_wait"}
+
+
+@dataclasses.dataclass
+class Work:
+  """Of a kernel: operations of products, numbers that other operations make, bytes that it copies by itself."""
+
+  products: float = 0.0
+  elements: float = 0.0
+  copied: float = 0.0
+
+  def add(self, other: Work, times: float = 1.0) -> None:
+    self.products += times * other.products
+    self.elements += times * other.elements
+    self.copied += times * other.copied
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A kernel of a program: its name, the steps of its grid, its bytes between HBM and VMEM, its work, its scratch."""
+
+  name: str
+  steps: int
+  moved: float
+  products: float
+  elements: float
+  vmem: float
+
+  def seconds(self, products: float, bandwidth: float, cores: int) -> float:
+    """Predicted: the longer of products and copies, at a chip's figures, and what steps take beside them."""
+    return max(self.products / products, self.moved / bandwidth) + self.steps * STEP / cores
+
+
+def kernels_of(f: Callable[..., Any], *arguments: Any) -> list[Kernel]:
+  """The kernels that a function of arrays, or their types, calls; those in loops once for each turn."""
+  return [_kernel(eqn) for eqn in _calls(jax.make_jaxpr(f)(*arguments).jaxpr)]
+
+
+def _calls(jaxpr: Any) -> Iterator[Any]:
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      yield eqn
+    else:
+      turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+      inside = [one for param in eqn.params.values() for one in _jaxprs(param)]
+      yield from (one for _ in range(turns) for of in inside for one in _calls(of))
+
+
+def _jaxprs(param: Any) -> Iterator[Any]:
+  for one in param if isinstance(param, (tuple, list)) else (param,):
+    one = getattr(one, "jaxpr", one)
+    if hasattr(one, "eqns"):
+      yield one
+
+
+def _kernel(eqn: Any) -> Kernel:
+  mapping, body = eqn.params["grid_mapping"], eqn.params["jaxpr"]
+  grid = tuple(mapping.grid)
+  points = np.indices(grid).reshape(len(grid), -1)
+  moved = vmem = 0.0
+  for block in mapping.block_mappings:
+    size = _block_bytes(block)
+    if size is None:
+      continue
+    indices = np.stack([np.broadcast_to(x, points.shape[1]) for x in _Run(points, grid).of(block.index_map_jaxpr)])
+    moved += size * (1 + np.count_nonzero((indices[:, 1:] != indices[:, :-1]).any(axis=0)))
+    vmem += 2 * size
+  work = _over_grid(body, grid)
+  scratch = sum(math.prod(one.shape) * one.dtype.itemsize for one in mapping.scratch_avals
+                if "sem" not in str(one.dtype))
+  name = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "kernel")
+  return Kernel(str(name), points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch)
+
+
+def _block_bytes(block: Any) -> float | None:
+  """Of a block that the pipeline copies; None of an array that stays in HBM."""
+  aval = getattr(block, "array_aval", None) or block.array_shape_dtype
+  sizes = [getattr(one, "block_size", 1) for one in block.block_shape]
+  if "any" in str(getattr(block.transformed_block_aval, "memory_space", "")).lower():
+    return None
+  return float(math.prod(min(size, n) for size, n in zip(sizes, aval.shape, strict=True)) * aval.dtype.itemsize)
+
+
+def _over_grid(body: Any, grid: Sequence[int]) -> Work:
+  """The work of all steps; axes that the kernel does not ask for have steps alike."""
+  asked = sorted(_axes_asked(body))
+  total = Work()
+  times = math.prod(n for axis, n in enumerate(grid) if axis not in asked)
+  for point in itertools.product(*(range(grid[axis]) for axis in asked)):
+    run = _Run({axis: np.int64(i) for axis, i in zip(asked, point, strict=True)}, grid)
+    run.of(body)
+    total.add(run.work, times)
+  return total
+
+
+def _axes_asked(jaxpr: Any) -> set[int]:
+  found = {eqn.params["axis"] for eqn in jaxpr.eqns if eqn.primitive.name == "program_id"}
+  for eqn in jaxpr.eqns:
+    for param in eqn.params.values():
+      for inner in _jaxprs(param):
+        found |= _axes_asked(inner)
+  return found
+
+
+class _Run:
+  """Runs a program on its scalars: `programs` are the numbers of the grid's step by axis, or arrays of all steps."""
+
+  def __init__(self, programs: Any, grid: Sequence[int]):
+    self.programs, self.grid, self.work = programs, grid, Work()
+
+  def of(self, closed: Any) -> list[Any]:
+    """The results of a kernel's body, or of an index map, whose first arguments are the numbers of the step."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    consts = [np.asarray(x) for x in getattr(closed, "consts", ())]
+    known = [] if isinstance(self.programs, dict) else list(self.programs)
+    arguments = known + [None] * (len(jaxpr.invars) - len(known))
+    return self._run(jaxpr, consts, arguments)
+
+  def _run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def read(atom: Any) -> Any:
+      return np.asarray(atom.val) if hasattr(atom, "val") else values.get(atom)
+
+    for eqn in jaxpr.eqns:
+      results = self._step(eqn, [read(atom) for atom in eqn.invars])
+      values.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _step(self, eqn: Any, given: list[Any]) -> list[Any]:
+    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    if name == "program_id":
+      return [self.programs[eqn.params["axis"]]]
+    if name == "num_programs":
+      return [np.int64(self.grid[eqn.params["axis"]])]
+    if name == "cond":
+      return self._cond(eqn, given)
+    if name == "while":
+      return self._while(eqn, given)
+    if name == "scan":
+      return self._scan(eqn, given)
+    if name == "dot_general":
+      a = eqn.invars[0].aval
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      self.work.products += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(a.shape[i] for i in contracted)
+      return nothing
+    if name == "dma_start":
+      self.work.copied += _copied(eqn)
+      return nothing
+    inner = [one for param in eqn.params.values() for one in _jaxprs(param)]
+    if inner:
+      closed = next(param for param in eqn.params.values() if any(True for _ in _jaxprs(param)))
+      return self._run(inner[0], [np.asarray(x) for x in getattr(closed, "consts", ())], given)
+    shape = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
+    if not shape and eqn.outvars:
+      if name in ("get", "load"):
+        return [np.int64(_TABLE)]
+      if name in ("convert_element_type", "multiple_of"):
+        return [given[0]]
+      if name in _SCALARS and all(x is not None for x in given):
+        return [_SCALARS[name](*given)]
+      return nothing
+    if name not in _FREE:
+      self.work.elements += max((math.prod(getattr(atom.aval, "shape", ())) for atom in (*eqn.invars, *eqn.outvars)
+                                 if "Ref" not in type(atom.aval).__name__), default=0)
+    return nothing
+
+  def _apart(self, jaxpr: Any, given: Sequence[Any]) -> tuple[Work, list[Any]]:
+    run = _Run(self.programs, self.grid)
+    results = run._run(jaxpr.jaxpr, [np.asarray(x) for x in jaxpr.consts], given)
+    return run.work, results
+
+  def _cond(self, eqn: Any, given: list[Any]) -> list[Any]:
+    which, *rest = given
+    if which is not None:
+      work, results = self._apart(eqn.params["branches"][int(which)], rest)
+    else:
+      work, results = max((self._apart(branch, rest) for branch in eqn.params["branches"]),
+                          key=lambda one: one[0].products + one[0].elements + one[0].copied)
+    self.work.add(work)
+    return results
+
+  def _while(self, eqn: Any, given: list[Any]) -> list[Any]:
+    split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    of_cond, of_body, carried = given[:split[0]], given[split[0]:split[1]], given[split[1]:]
+    while self._apart(eqn.params["cond_jaxpr"], [*of_cond, *carried])[1][0]:
+      work, carried = self._apart(eqn.params["body_jaxpr"], [*of_body, *carried])
+      self.work.add(work)
+    return carried
+
+  def _scan(self, eqn: Any, given: list[Any]) -> list[Any]:
+    count, length = eqn.params["num_consts"], eqn.params["length"]
+    consts, carried = given[:count], given[count:count + eqn.params["num_carry"]]
+    # A counter is what a loop's turns can differ by.
+    turns = length if length <= _TURNS else 1
+    for _ in range(turns):
+      of_turn = [None] * (len(given) - count - len(carried))
+      work, results = self._apart(eqn.params["jaxpr"], [*consts, *carried, *of_turn])
+      self.work.add(work, length / turns)
+      carried = results[:len(carried)]
+    return [*(carried if turns == length else [None] * len(carried)), *[None] * (len(eqn.outvars) - len(carried))]
+
+
+def _copied(eqn: Any) -> float:
+  """Bytes of an asynchronous copy, of which both ends are parts of arrays."""
+  ends = jax.tree.unflatten(eqn.params["tree"], eqn.invars)
+  parts = [part for end in ends[:2] for part in getattr(end, "transforms", ()) if hasattr(part, "indices")]
+  itemsize = next(atom.aval.dtype.itemsize for atom in eqn.invars if atom.aval.ndim)
+  return float(math.prod(getattr(index, "size", 1) for index in parts[0].indices) * itemsize)

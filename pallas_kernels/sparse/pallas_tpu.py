@@ -1,0 +1,156 @@
+"""Attention to chosen blocks by kernels for TPUs (pallas_tpu_kernel.py), forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.softmax import Part
+from pallas_kernels.devices import TPU
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.pattern import Pattern, Rule
+from pallas_kernels.sparse import pallas_tpu_kernel as kernel
+from pallas_kernels.sparse.pallas_tpu_kernel import Plan
+from pallas_kernels.tpu import LANES, SMEM_LIMIT, too_large, unsupported_heads
+
+Array = jax.Array
+Arrays = tuple[Array, Array, Array, Array, Array]  # q, k, v, table and positions, as kernels have them
+_SCORES_LIMIT, _KEYS_LIMIT = 2**21, 2**20  # bytes
+_ROWS = 256  # of a tile of queries, all heads of a chooser: more share fewer blocks, fewer leave the matrix unit idle
+
+
+def unsupported(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, *, block: int,
+                rule: Rule | None) -> str | None:
+  """Why the kernels do not serve these arguments, or None."""
+  del v, valid, q_positions
+  if why := unsupported_heads(k):
+    return why
+  tile = 32 // k.dtype.itemsize  # rows of a register
+  if block % tile and block < k.shape[1]:
+    return f"takes blocks of a multiple of {tile} keys of {k.dtype}, not of {block}"
+  if rule is not None and (not isinstance(rule, Pattern) or rule.dilation is not None):
+    return f"takes a rule of a window and sinks, not {rule}"
+  plan = plan_of(q.shape, k.shape, blocks.shape[2], block, rule)
+  lists = (2, 1 + max(-(-k.shape[1] // plan.block), -(-q.shape[1] // plan.tile)))
+  smaller = "take smaller blocks"
+  return (too_large("VMEM", "the scores of a block", (plan.block, plan.rows), jnp.float32, _SCORES_LIMIT,
+                    "take smaller blocks, or fewer query heads for each head that chooses")
+          or too_large("VMEM", "a block of keys", (plan.block, k.shape[3]), k.dtype, _KEYS_LIMIT, smaller)
+          or too_large("SMEM", "two lists of blocks or tiles", lists, jnp.int32, SMEM_LIMIT, "take larger blocks"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def sparse_attention(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, block: int,
+                     rule: Rule | None, interpret: Any) -> Part:
+  """As `api.sparse_attention`, of what is not `unsupported`."""
+  return _forward(q, k, v, blocks, valid, q_positions, block, rule, interpret)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, block: int,
+             rule: Rule | None, interpret: Any) -> tuple[Part, Any]:
+  arguments = (q, k, v, blocks, valid, q_positions)
+  part, of_kernel = _forward_program(arguments, block, rule, interpret)
+  return part, (arguments, of_kernel)
+
+
+def _backward(block: int, rule: Rule | None, interpret: Any, residuals: Any, cotangents: Part) -> tuple[Any, ...]:
+  return *_backward_program(*residuals, cotangents, block, rule, interpret), None, None, None
+
+
+sparse_attention.defvjp(_forward, _backward)
+
+
+def made(interpret: Any = None) -> Implementation:
+  """The implementation; with interpreter parameters it runs without a TPU."""
+
+  def run(*arguments: Any, block: int, rule: Rule | None) -> Part:
+    part: Part = sparse_attention(*arguments, block, rule, interpret)
+    return part
+
+  return Implementation(run, unsupported, TPU, independent="BNK")
+
+
+IMPLEMENTATION = made()
+
+
+def plan_of(q: tuple[int, ...], k: tuple[int, ...], choosers: int, block: int, rule: Rule | None) -> Plan:
+  """How the kernels cut queries and keys of shapes [B, T, N, H], [B, S, K, H] with so many heads that choose."""
+  groups = q[2] // choosers
+  if block >= k[1]:  # the only block is filled up to registers
+    block += -block % 16
+  return Plan(groups, choosers // k[2], max(_ROWS // groups // LANES * LANES, LANES), block, rule)
+
+
+def _filled(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
+  widths = [(0, -n % multiple if i == axis else 0) for i, n in enumerate(x.shape)]
+  return jnp.pad(x, widths, constant_values=fill)
+
+
+def _by_choosers(x: Array, plan: Plan) -> Array:
+  """[B, T, N, H] as [B, M, G, T filled up, H]."""
+  x = jnp.moveaxis(_filled(x, 1, plan.tile), 1, 2)
+  return x.reshape(x.shape[0], -1, plan.groups, *x.shape[2:])
+
+
+def _live(table: Array, at: Array, count: int, plan: Plan) -> Array:
+  """Which blocks a tile of queries may read: bool [B, M, tiles, blocks]."""
+  b, m, n, t = table.shape
+  numbers = jnp.arange(count, dtype=jnp.int32)
+  tiles = table.reshape(b, m, n, t // plan.tile, plan.tile)
+  live = jnp.any(tiles[..., None] == numbers, axis=(2, 4))
+  of_tile = at.reshape(b, 1, t // plan.tile, plan.tile)
+  last = of_tile.max(axis=-1, keepdims=True)
+  if plan.rule is not None:
+    assert isinstance(plan.rule, Pattern)
+    first = jnp.min(jnp.where(of_tile < 0, 2**30, of_tile), axis=-1, keepdims=True) - plan.rule.window
+    live |= (numbers + 1) * plan.block > first
+    live |= numbers * plan.block < plan.rule.sinks
+  return live & (numbers * plan.block <= last)
+
+
+def _lists(live: Array) -> Array:
+  """Of bool [B, M, x, y] for every x how many y are live, and which: int32 [B, M, x, 1, 1 + y]."""
+  which = jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32)
+  count = live.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+  return jnp.concatenate([count, which], axis=-1)[:, :, :, None]
+
+
+def _laid_out(arguments: tuple[Array, ...], block: int, rule: Rule | None) -> tuple[Plan, Arrays, Array]:
+  """(plan, (q, k, v, table, at) as the kernels have them, which blocks are live for every tile)."""
+  q, k, v, blocks, valid, q_positions = arguments
+  plan = plan_of(q.shape, k.shape, blocks.shape[2], block, rule)
+  table = jnp.moveaxis(_filled(jnp.where(valid, blocks, -1), 1, plan.tile, -1), 1, 3)
+  at = _filled(q_positions, 1, plan.tile, -1)[:, None]
+  keys, values = (jnp.swapaxes(_filled(x, 1, plan.block), 1, 2) for x in (k, v))
+  live = _live(table, at[:, 0], keys.shape[2] // plan.block, plan)
+  return plan, (_by_choosers(q, plan), keys, values, table, at), live
+
+
+# Under a jit of its own, a kernel is lowered once for all layers of a program, not once for each.
+@functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"))
+def _forward_program(arguments: tuple[Array, ...], block: int, rule: Rule | None, interpret: Any) -> tuple[Part, Part]:
+  """(the results, and what the kernel gave)."""
+  b, t, n, h = arguments[0].shape
+  plan, arrays, live = _laid_out(arguments, block, rule)
+  out, lse = kernel.forward(*arrays, _lists(live), plan, interpret)
+  whole = out.reshape(b, n, -1, h), lse.reshape(b, n, -1)
+  return (jnp.moveaxis(whole[0], 1, 2)[:, :t], jnp.moveaxis(whole[1], 1, 2)[:, :t]), (out, lse)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"))
+def _backward_program(arguments: tuple[Array, ...], of_kernel: Part, cotangents: Part, block: int, rule: Rule | None,
+                      interpret: Any) -> tuple[Array, Array, Array]:
+  plan, arrays, live = _laid_out(arguments, block, rule)
+  out, lse = of_kernel
+  (b, t, n, h), (_, length, kv_heads, _) = (x.shape for x in arguments[:2])
+  d_out = _by_choosers(cotangents[0], plan)
+  d_lse = _by_choosers(cotangents[1][..., None], plan)[..., 0][:, :, :, None]
+  delta = jnp.sum(out * d_out, axis=-1)[:, :, :, None] - d_lse
+  d_q = kernel.backward_of_queries(*arrays, _lists(live), lse, delta, d_out, plan, interpret)
+  of_keys = kernel.backward_of_keys(*arrays, _lists(jnp.swapaxes(live, 2, 3)), lse, delta, d_out, plan, interpret)
+  d_k, d_v = (jnp.swapaxes(d.reshape(b, kv_heads, -1, *d.shape[2:]).sum(axis=2), 1, 2)[:, :length].astype(x.dtype)
+              for d, x in zip(of_keys, arguments[1:3], strict=True))
+  return jnp.moveaxis(d_q.reshape(b, n, -1, h), 1, 2)[:, :t], d_k, d_v
