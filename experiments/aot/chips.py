@@ -23,6 +23,8 @@ class Chip:
     link: bytes per second of one link in one direction; a chip has two links in each dimension of the torus.
     dimensions: of the torus, the most.
     devices: devices that a program sees of one chip; they share the figures above.
+    clock: per second. No page says it: it is what `products` implies for the matrix units of a core.
+    cores: of a device; the parallel axes of a kernel's grid are spread over them.
   """
 
   products: float
@@ -31,12 +33,19 @@ class Chip:
   link: float
   dimensions: int = 2
   devices: int = 1
+  clock: float = 1.75e9
+  cores: int = 1
+
+  @property
+  def vector(self) -> float:
+    """Operations per second of a device's vector units: four units of 8 x 128 lanes in every core."""
+    return 4 * 8 * 128 * self.clock * self.cores
 
 
-CHIPS = {"v5e": Chip(197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB),
-         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB, 3),
+CHIPS = {"v5e": Chip(197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB, clock=1.5e9),
+         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB, 3, cores=2),
          "v6e": Chip(918 * TFLOPS, 32 * GiB, 1638 * GB, 100 * GB),
-         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, 3, devices=2)}
+         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, 3, devices=2, clock=2.2e9)}
 _EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
 
 

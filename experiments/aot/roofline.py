@@ -1,8 +1,8 @@
 """What a Pallas kernel for TPUs copies and computes, counted from its grid, its index maps and its own program.
 
 A block is copied when its index changes from one step of the grid to the next. A kernel's program is run on its
-scalars alone: what `pl.when` and loops say of a step is followed, arrays are only counted. Numbers that a kernel reads
-from a table count as the largest there are, so that nothing is skipped that a table might skip.
+scalars alone: what `pl.when` and loops say of a step is followed, arrays are only counted. Where a kernel reads a
+number of a table, it is one that a case gives, else larger than any other: nothing is skipped that a table might skip.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.aot.chips import Chip
+
 STEP = 0.35e-6  # seconds that a step of a grid takes beside its work (jax's guide to Pallas on TPUs)
-_TABLE = 2**30  # for a number of a table
 _TURNS = 64     # of a loop that are followed one by one; of a longer one all are taken for its first
 _SCALARS: Mapping[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "rem": np.fmod, "max": np.maximum, "min": np.minimum,
@@ -46,7 +47,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A kernel of a program: its name, the steps of its grid, its bytes between HBM and VMEM, its work, its scratch."""
+  """A kernel of a program: its name, the steps of its grid, its bytes between HBM and VMEM, its work, its VMEM."""
 
   name: str
   steps: int
@@ -55,14 +56,43 @@ class Kernel:
   elements: float
   vmem: float
 
-  def seconds(self, products: float, bandwidth: float, cores: int) -> float:
-    """Predicted: the longer of products and copies, at a chip's figures, and what steps take beside them."""
-    return max(self.products / products, self.moved / bandwidth) + self.steps * STEP / cores
+  def seconds(self, chip: Chip) -> dict[str, float]:
+    """What its parts take alone, at a chip's figures; "steps" is what they take beside their work."""
+    return {"products": self.products / chip.products * chip.devices,
+            "memory": self.moved / chip.bandwidth * chip.devices, "vectors": self.elements / chip.vector,
+            "steps": self.steps * STEP / chip.cores}
 
 
-def kernels_of(f: Callable[..., Any], *arguments: Any) -> list[Kernel]:
-  """The kernels that a function of arrays, or their types, calls; those in loops once for each turn."""
-  return [_kernel(eqn) for eqn in _calls(jax.make_jaxpr(f)(*arguments).jaxpr)]
+def predicted(kernels: Sequence[Kernel], chip: Chip) -> float:
+  """Seconds of kernels one after another: of each its longest part, and its steps."""
+  total = 0.0
+  for kernel in kernels:
+    parts = kernel.seconds(chip)
+    total += parts.pop("steps") + max(parts.values())
+  return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a kernel's work is counted for, where it depends on data.
+
+  Attributes:
+    table: what is read where a kernel reads a number of a table.
+    holds: the share of cases in which a condition on arrays holds; None: always what is more work.
+  """
+
+  table: int = 2**30
+  holds: float | None = None
+
+
+def kernels_of(f: Callable[..., Any], *arguments: Any, data: Mapping[str, Data] | None = None) -> list[Kernel]:
+  """The kernels that a function of arrays, or their types, calls; those in loops once for each turn.
+
+  `data` is by a kernel's name.
+  """
+  calls = list(_calls(jax.make_jaxpr(f)(*arguments).jaxpr))
+  found = {id(eqn): _kernel(eqn, data or {}) for eqn in calls}
+  return [found[id(eqn)] for eqn in calls]
 
 
 def _calls(jaxpr: Any) -> Iterator[Any]:
@@ -82,44 +112,56 @@ def _jaxprs(param: Any) -> Iterator[Any]:
       yield one
 
 
-def _kernel(eqn: Any) -> Kernel:
+def _kernel(eqn: Any, data_of: Mapping[str, Data]) -> Kernel:
   mapping, body = eqn.params["grid_mapping"], eqn.params["jaxpr"]
-  grid = tuple(mapping.grid)
+  name = str(eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "kernel"))
+  grid, data = tuple(mapping.grid), data_of.get(name, Data())
   points = np.indices(grid).reshape(len(grid), -1)
   moved = vmem = 0.0
   for block in mapping.block_mappings:
-    size = _block_bytes(block)
-    if size is None:
-      continue
-    indices = np.stack([np.broadcast_to(x, points.shape[1]) for x in _Run(points, grid).of(block.index_map_jaxpr)])
-    moved += size * (1 + np.count_nonzero((indices[:, 1:] != indices[:, :-1]).any(axis=0)))
-    vmem += 2 * size
-  work = _over_grid(body, grid)
+    indices = _Run(dict(enumerate(points)), grid, data).index(block.index_map_jaxpr, points)
+    of_block, in_vmem = _moved(block, indices)
+    moved, vmem = moved + of_block, vmem + in_vmem
+  work = _over_grid(body, grid, data)
   scratch = sum(math.prod(one.shape) * one.dtype.itemsize for one in mapping.scratch_avals
                 if "sem" not in str(one.dtype))
-  name = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "kernel")
-  return Kernel(str(name), points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch)
+  return Kernel(name, points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch)
 
 
-def _block_bytes(block: Any) -> float | None:
-  """Of a block that the pipeline copies; None of an array that stays in HBM."""
+def _moved(block: Any, indices: np.ndarray) -> tuple[float, float]:
+  """(bytes copied, bytes in VMEM) of a block that the pipeline copies, at [axes, steps]; 0 of what stays in HBM."""
   aval = getattr(block, "array_aval", None) or block.array_shape_dtype
-  sizes = [getattr(one, "block_size", 1) for one in block.block_shape]
   if "any" in str(getattr(block.transformed_block_aval, "memory_space", "")).lower():
-    return None
-  return float(math.prod(min(size, n) for size, n in zip(sizes, aval.shape, strict=True)) * aval.dtype.itemsize)
+    return 0.0, 0.0
+  sizes = np.minimum([getattr(one, "block_size", 1) for one in block.block_shape], aval.shape)
+  changes = np.append(True, (indices[:, 1:] != indices[:, :-1]).any(axis=0))
+  # Of a block at an array's end what is beyond it is not copied.
+  left = np.array(aval.shape)[:, None] - indices[:, changes] * sizes[:, None]
+  inside = np.where(left > 0, np.minimum(sizes[:, None], left), sizes[:, None])  # a number of a table may be too large
+  itemsize, buffers = aval.dtype.itemsize, getattr(block.pipeline_mode, "buffer_count", 2)
+  return float(inside.prod(axis=0).sum()) * itemsize, buffers * float(sizes.prod()) * itemsize
 
 
-def _over_grid(body: Any, grid: Sequence[int]) -> Work:
-  """The work of all steps; axes that the kernel does not ask for have steps alike."""
-  asked = sorted(_axes_asked(body))
+def _over_grid(body: Any, grid: Sequence[int], data: Data) -> Work:
+  """The work of all steps, of which those are alike that differ along no axis on which branches or loops depend."""
   total = Work()
+  asked = [axis for axis in sorted(_axes_asked(body)) if _differs_along(axis, body, grid, data)]
   times = math.prod(n for axis, n in enumerate(grid) if axis not in asked)
   for point in itertools.product(*(range(grid[axis]) for axis in asked)):
-    run = _Run({axis: np.int64(i) for axis, i in zip(asked, point, strict=True)}, grid)
-    run.of(body)
+    run = _Run({axis: np.int64(i) for axis, i in zip(asked, point, strict=True)}, grid, data)
+    run.body(body)
     total.add(run.work, times)
   return total
+
+
+def _differs_along(axis: int, body: Any, grid: Sequence[int], data: Data) -> bool:
+  """Whether branches or loops depend on an axis, at the first steps of the others or at their last ones."""
+  for others in ([0] * len(grid), [n - 1 for n in grid]):
+    run = _Run({i: np.int64(at) for i, at in enumerate(others) if i != axis}, grid, data)
+    run.body(body)
+    if run.guessed:
+      return True
+  return False
 
 
 def _axes_asked(jaxpr: Any) -> set[int]:
@@ -132,18 +174,25 @@ def _axes_asked(jaxpr: Any) -> set[int]:
 
 
 class _Run:
-  """Runs a program on its scalars: `programs` are the numbers of the grid's step by axis, or arrays of all steps."""
+  """Runs a program on its scalars.
 
-  def __init__(self, programs: Any, grid: Sequence[int]):
-    self.programs, self.grid, self.work = programs, grid, Work()
+  `programs` are the numbers of the grid's step by axis, or arrays of all steps; what is left out is not known.
+  `guessed` says whether a branch or a loop depended on what is not known.
+  """
 
-  def of(self, closed: Any) -> list[Any]:
-    """The results of a kernel's body, or of an index map, whose first arguments are the numbers of the step."""
-    jaxpr = getattr(closed, "jaxpr", closed)
-    consts = [np.asarray(x) for x in getattr(closed, "consts", ())]
-    known = [] if isinstance(self.programs, dict) else list(self.programs)
-    arguments = known + [None] * (len(jaxpr.invars) - len(known))
-    return self._run(jaxpr, consts, arguments)
+  def __init__(self, programs: Mapping[int, Any], grid: Sequence[int], data: Data):
+    self.programs, self.grid, self.data = programs, grid, data
+    self.work, self.guessed = Work(), False
+
+  def body(self, jaxpr: Any) -> None:
+    """Of a kernel."""
+    self._run(jaxpr, [], [None] * len(jaxpr.invars))
+
+  def index(self, index_map: Any, points: np.ndarray) -> np.ndarray:
+    """[axes, steps] of an index map, whose first arguments are the numbers of a step."""
+    given = [*points, *[None] * (len(index_map.jaxpr.invars) - len(points))]
+    results = self._run(index_map.jaxpr, [np.asarray(x) for x in index_map.consts], given)
+    return np.stack([np.broadcast_to(x, points.shape[1]) for x in results])
 
   def _run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
@@ -159,7 +208,7 @@ class _Run:
   def _step(self, eqn: Any, given: list[Any]) -> list[Any]:
     name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
     if name == "program_id":
-      return [self.programs[eqn.params["axis"]]]
+      return [self.programs.get(eqn.params["axis"])]
     if name == "num_programs":
       return [np.int64(self.grid[eqn.params["axis"]])]
     if name == "cond":
@@ -183,7 +232,7 @@ class _Run:
     shape = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
     if not shape and eqn.outvars:
       if name in ("get", "load"):
-        return [np.int64(_TABLE)]
+        return [np.int64(self.data.table)]
       if name in ("convert_element_type", "multiple_of"):
         return [given[0]]
       if name in _SCALARS and all(x is not None for x in given):
@@ -195,27 +244,36 @@ class _Run:
     return nothing
 
   def _apart(self, jaxpr: Any, given: Sequence[Any]) -> tuple[Work, list[Any]]:
-    run = _Run(self.programs, self.grid)
+    run = _Run(self.programs, self.grid, self.data)
     results = run._run(jaxpr.jaxpr, [np.asarray(x) for x in jaxpr.consts], given)
+    self.guessed |= run.guessed
     return run.work, results
 
   def _cond(self, eqn: Any, given: list[Any]) -> list[Any]:
     which, *rest = given
     if which is not None:
       work, results = self._apart(eqn.params["branches"][int(which)], rest)
+      self.work.add(work)
+      return results
+    branches = [self._apart(branch, rest) for branch in eqn.params["branches"]]
+    if self.data.holds is None or len(branches) != 2:
+      self.guessed = True
+      self.work.add(max((work for work, _ in branches), key=lambda work: work.products + work.elements + work.copied))
     else:
-      work, results = max((self._apart(branch, rest) for branch in eqn.params["branches"]),
-                          key=lambda one: one[0].products + one[0].elements + one[0].copied)
-    self.work.add(work)
-    return results
+      self.work.add(branches[0][0], 1 - self.data.holds)
+      self.work.add(branches[1][0], self.data.holds)
+    return [None] * len(eqn.outvars)
 
   def _while(self, eqn: Any, given: list[Any]) -> list[Any]:
     split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
     of_cond, of_body, carried = given[:split[0]], given[split[0]:split[1]], given[split[1]:]
-    while self._apart(eqn.params["cond_jaxpr"], [*of_cond, *carried])[1][0]:
+    while True:
+      goes_on = self._apart(eqn.params["cond_jaxpr"], [*of_cond, *carried])[1][0]
+      self.guessed |= goes_on is None
+      if not goes_on:
+        return carried
       work, carried = self._apart(eqn.params["body_jaxpr"], [*of_body, *carried])
       self.work.add(work)
-    return carried
 
   def _scan(self, eqn: Any, given: list[Any]) -> list[Any]:
     count, length = eqn.params["num_consts"], eqn.params["length"]

@@ -122,6 +122,24 @@ def standard(op: str, gradient: bool) -> list[Case]:
   return found
 
 
+def keys_of_pattern(pattern: Pattern, length: int) -> int:
+  """How many keys all queries of a row read under a pattern."""
+  d, window, sinks = pattern
+  reach = np.arange(1, length + 1)
+  if d == 1:
+    return int(reach.sum())
+  counts = np.minimum(window + 1 + sinks, reach)
+  if d:
+    counts = counts + np.maximum(np.maximum(reach - 1 - window, 0) // d - np.minimum(sinks, reach) // d, 0)
+  return int(counts.sum())
+
+
+def keys_of_blocks(rows: int, block: int, length: int) -> int:
+  """How many keys they read that choose so many rows of blocks: the own block up to the query, and whole ones."""
+  reach = np.arange(1, length + 1)
+  return int(np.minimum(reach, rows - block + (reach - 1) % block + 1).sum())
+
+
 def work(case: Case, size: Size) -> Work:
   """Bytes and operations of a case: of the memory its inputs and outputs, of a decode step the rows that it reads.
 
@@ -133,16 +151,11 @@ def work(case: Case, size: Size) -> Work:
     summaries = case.length // case.block if case.block else 0  # two rows of a block, as keys and values of a token
     return Work(4 * case.batch * kv * (case.rows + summaries) * h, 4 * case.batch * n * case.rows * h)
   arrays, counts = (2 * (n + kv) if case.is_dense or case.block else 5 * kv), 0
-  if case.op != "scan":
-    reach = np.arange(1, case.length + 1)
-    if case.block:  # the own block up to the query, and whole ones
-      counts = np.minimum(reach, case.rows - case.block + (reach - 1) % case.block + 1).sum()
-    elif case.dilation == 1:
-      counts = reach.sum()
-    else:
-      strided = np.maximum(reach - 1 - case.window, 0) // case.dilation - np.minimum(case.sinks, reach) // case.dilation
-      counts = (np.maximum(strided, 0) + np.minimum(case.window + 1 + case.sinks, reach)).sum()
-  moved, computed = 2.0 * case.batch * case.length * arrays * h, 4.0 * case.batch * n * h * int(counts)
+  if case.op != "scan" and case.block:
+    counts = keys_of_blocks(case.rows, case.block, case.length)
+  elif case.op != "scan":
+    counts = keys_of_pattern(Pattern(case.dilation, case.window, case.sinks), case.length)
+  moved, computed = 2.0 * case.batch * case.length * arrays * h, 4.0 * case.batch * n * h * counts
   return Work(3 * moved, 3.5 * computed) if case.gradient else Work(moved, computed)
 
 

@@ -18,9 +18,9 @@ from pallas_kernels.tpu import LANES, SMEM_LIMIT, largest_divisor, too_large, un
 
 Array = jax.Array
 Own = tuple[Array, Array] | None
-_BYTES = 2**21  # of keys that a program copies at a time; values are as many, and of both there are two
+_BYTES = 5 * 2**19  # of keys that a program copies at a time; values are as many, and of both there are two
 _ROWS = 512     # of a block of a cache that has more than twice as many
-_MOST_HEADS = 16
+_MOST_HEADS = 32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import TPU
-from pallas_kernels.dilated.pallas_tpu_keys import backward_of_keys
-from pallas_kernels.dilated.pallas_tpu_queries import backward_of_queries, forward
+from pallas_kernels.dilated.pallas_tpu_backward import backward_of_compact, backward_of_window
+from pallas_kernels.dilated.pallas_tpu_forward import forward
 from pallas_kernels.dilated.pallas_tpu_shapes import Plan, Tuning
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.pattern import DENSE, Pattern
@@ -19,19 +19,28 @@ from pallas_kernels.tpu import LANES, too_large, unsupported_heads
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
 Residuals = tuple[Array, Array, Array, Array, Array]  # q, k, v, the output and its log-sum-exp, as kernels have them
-_ROWS = 2048   # of a block of queries, all query heads of a key/value head
-_KEYS = 4096   # of a block of compact keys
+_ROWS = 2048   # of a block of queries, all query heads of a key/value head; of wide heads fewer
+_KEYS = 4096   # of a block of compact keys, likewise
+_BYTES = 512   # from which on heads are wide
+_FEW = 256     # compact keys
 _CHUNK = 512   # keys whose scores are in flight at a time, of so many rows
-_QUERIES_LIMIT = 2**22  # bytes
+# Bytes in VMEM: of queries of a block, of their gradients while a window sees them, and of compact keys and values with
+# their gradients.
+_QUERIES_LIMIT, _WINDOW_LIMIT, _COMPACT_LIMIT = 2**21, 20 * 2**20, 26 * 2**20
 
 
 def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pattern) -> str | None:
   """Why the kernels do not serve these arguments, or None."""
   if segment_ids is not None:
     return "takes no packed rows (segment_ids)"
-  heads = (LANES, q.shape[2] // k.shape[2], q.shape[3])
-  return unsupported_heads(q) or too_large("VMEM", f"{LANES} queries of a key/value head", heads, jnp.float32,
-                                           _QUERIES_LIMIT, "take fewer query heads for each key/value head")
+  if why := unsupported_heads(q):
+    return why
+  heads, plan = (q.shape[2] // k.shape[2], q.shape[3]), plan_of(q, k.shape[2], pattern)
+  fewer = "take fewer query heads for each key/value head"
+  in_window = ((plan.back + 1) * plan.tuning.local, *heads) if plan.pattern.window else (0, *heads)
+  return (too_large("VMEM", f"{LANES} queries of a key/value head", (LANES, *heads), jnp.float32, _QUERIES_LIMIT, fewer)
+          or too_large("VMEM", "the gradients of queries that a window sees", in_window, jnp.float32, _WINDOW_LIMIT,
+                       f"{fewer}, or a smaller window"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -53,21 +62,27 @@ def _backward(pattern: Pattern, interpret: Any, residuals: Residuals, d_out: Arr
 dilated_attention.defvjp(_forward, _backward)
 
 
-def plan_of(shape: tuple[int, ...], kv_heads: int, pattern: Pattern) -> Plan:
+def plan_of(q: Array, kv_heads: int, pattern: Pattern) -> Plan:
   """How the kernels cut queries [B, T, N, H]; T is filled up to `Plan.length`."""
-  _, length, heads, width = shape
+  _, length, heads, width = q.shape
   if pattern.dilation == 1 or pattern.window >= length - 1:
     pattern = DENSE
   pattern = pattern._replace(sinks=min(pattern.sinks, length))
   groups = heads // kv_heads
-  rows = _ROWS // max(width // 256, 1)
+  wide = max(width * q.dtype.itemsize // _BYTES, 1)
+  rows = _ROWS // wide
+  strided = length // pattern.dilation if pattern.dilation else 0
+  if pattern.sinks + strided <= _FEW:  # a block has little to compute
+    rows *= 2
   queries = max(_power_of_two(rows // groups + 1) // 2, LANES)
+  if strided >= queries:  # half of the last block of keys is computed in vain
+    queries = min(queries, max(_power_of_two(length // 8), 2 * LANES))
   queries = max(min(queries, _power_of_two(length)), LANES)
-  chunk = max(_CHUNK * rows // _power_of_two(max(groups * queries, rows)), LANES)
+  chunk = max(_CHUNK * _ROWS // wide // _power_of_two(max(groups * queries, _ROWS // wide)), LANES)
   padded = length + -length % queries
   compact = pattern.sinks + (padded // pattern.dilation if pattern.dilation else 0)
-  keys = min(max(_power_of_two(compact), LANES), _KEYS)
-  local = min(max(_power_of_two(pattern.window), LANES), queries, chunk)
+  keys = min(max(_power_of_two(compact), LANES), _KEYS // wide)
+  local = min(max(_power_of_two(pattern.window), _CHUNK), queries, chunk)
   return Plan(pattern, padded, groups, width, Tuning(queries, keys, min(chunk, keys), local))
 
 
@@ -92,14 +107,14 @@ def _from_groups(x: Array, length: int) -> Array:
   return jnp.swapaxes(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)[:, :length]
 
 
-def _compact(x: Array, plan: Plan) -> Array:
-  """Of [B, K, T, H] the sinks and the last ones of all blocks of D, filled up to whole blocks."""
+def _compact(x: Array, plan: Plan, multiple: int) -> Array:
+  """Of [B, K, T, H] the sinks and the last ones of all blocks of D, filled up to a multiple."""
   pattern = plan.pattern
   parts = [x[:, :, :pattern.sinks]]
   if pattern.dilation:
     parts.append(x[:, :, pattern.dilation - 1::pattern.dilation])
   x = jnp.concatenate(parts, axis=2) if pattern.sinks else parts[-1]
-  return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % plan.tuning.keys), (0, 0)))
+  return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
 
 
 def _scattered(d: Array, plan: Plan, onto: Array) -> Array:
@@ -118,9 +133,9 @@ def _scattered(d: Array, plan: Plan, onto: Array) -> Array:
 @functools.partial(jax.jit, static_argnames=("pattern", "interpret"))
 def _forward_program(q: Array, k: Array, v: Array, pattern: Pattern, interpret: Any) -> tuple[Array, Residuals]:
   length = q.shape[1]
-  plan = plan_of(q.shape, k.shape[2], pattern)
+  plan = plan_of(q, k.shape[2], pattern)
   q, k, v = _by_groups(q, plan), _laid_out(k, plan), _laid_out(v, plan)
-  compact = [_compact(x, plan) for x in (k, v)] if plan.compact else []
+  compact = [_compact(x, plan, plan.tuning.keys) for x in (k, v)] if plan.compact else []
   out, lse = forward(q, k, v, compact, plan, interpret)
   return _from_groups(out, length), (q, k, v, out, lse)
 
@@ -129,18 +144,37 @@ def _forward_program(q: Array, k: Array, v: Array, pattern: Pattern, interpret: 
 def _backward_program(residuals: Residuals, d_out: Array, pattern: Pattern, interpret: Any) -> Gradients:
   q, k, v, out, lse = residuals
   length, kv_heads = d_out.shape[1], k.shape[1]
-  plan = plan_of(d_out.shape, kv_heads, pattern)
+  plan = plan_of(d_out, kv_heads, pattern)
   d_out = _by_groups(d_out, plan)
   delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, :, None]
-  compact = [_compact(x, plan) for x in (k, v)] if plan.compact else []
-  d_q, *d_keys = backward_of_queries(q, k, v, compact, lse, delta, d_out, plan, interpret)
+  compact = [_compact(x, plan, plan.tuning.chunk) for x in (k, v)] if plan.compact else []
   if plan.pattern.window:
-    d_keys = list(backward_of_keys(q, k, v, lse, delta, d_out, plan, True, interpret))
+    d_q, *d_keys = backward_of_window(q, k, v, lse, delta, d_out, plan, interpret)
+    if compact:
+      d_q_of_compact, d_compact, _ = _backward_in_parts(q, compact, [], lse, delta, d_out, plan, interpret)
+      d_q += d_q_of_compact
+  else:
+    d_q, d_compact, d_keys = _backward_in_parts(q, compact, [k, v], lse, delta, d_out, plan, interpret)
   if compact:
-    found = backward_of_keys(q, compact[0], compact[1], lse, delta, d_out, plan, False, interpret)
-    d_keys = [_scattered(d, plan, onto) for d, onto in zip(found, d_keys, strict=True)]
+    d_keys = [_scattered(d, plan, onto) for d, onto in zip(d_compact, d_keys, strict=True)]
   d_k, d_v = (jnp.swapaxes(d, 1, 2)[:, :length] for d in d_keys)
-  return _from_groups(d_q, length), d_k, d_v
+  return _from_groups(d_q.astype(q.dtype), length), d_k, d_v
+
+
+def _backward_in_parts(q: Array, compact: list[Array], own: list[Array], lse: Array, delta: Array, d_out: Array,
+                       plan: Plan, interpret: Any) -> tuple[Array, list[Array], list[Array]]:
+  """(d_q, d_k and d_v of compact keys, those of own ones), with as many compact keys at a time as fit VMEM."""
+  count, of_key = compact[0].shape[2] if compact else 1, 2 * q.shape[-1] * (q.dtype.itemsize + 4)
+  parts = -(-count * of_key // _COMPACT_LIMIT)
+  size = -(-count // (parts * plan.tuning.chunk)) * plan.tuning.chunk
+  dtype = q.dtype if own and parts == 1 else jnp.dtype(jnp.float32)
+  found = []
+  for first in range(0, count, size):
+    part = [x[:, :, first:first + size] for x in compact]
+    found.append(backward_of_compact(q, part, [] if first else own, lse, delta, d_out, first, plan, dtype, interpret))
+  d_compact = [jnp.concatenate(d, axis=2) for d in zip(*(of_part[1:3] for of_part in found), strict=True)]
+  d_q = functools.reduce(jnp.add, (of_part[0] for of_part in found))
+  return d_q, d_compact if compact else [], list(found[0][1 + len(compact):])
 
 
 def made(interpret: Any = None) -> Implementation:

@@ -1,4 +1,4 @@
-"""The TPU kernels of `dilated_attention`: one forward, and two backward for the queries and for the keys.
+"""How the TPU kernels of `dilated_attention` work: one forward, one backward, and one backward for a window.
 
 The keys lie in two arrays. The compact one has the sinks and the last key of every block of D; the whole one serves
 the window. Who sees whom follows from positions alone:
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from pallas_kernels.pattern import Pattern
 from pallas_kernels.tpu import LOG2E, VMEM_LIMIT
 
 Array = jax.Array
+Ref = Any
 _NEVER = 2**30  # a position that no query has before it
 
 
@@ -38,7 +40,7 @@ class Tuning:
     queries: of a block, of every query head; rows of a product are as many for each head of a group.
     keys: of a block of compact keys.
     chunk: keys whose scores are in flight at a time.
-    local: keys of a block of the window.
+    local: keys of a block of the window; backward, queries too.
   """
 
   queries: int
@@ -131,9 +133,25 @@ class Plan:
     return (at <= t) & (at >= t - self.pattern.window)
 
 
-# Results are summed up along the last axis of a grid.
-PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-                              vmem_limit_bytes=VMEM_LIMIT)
+def params(*last: Any) -> Any:
+  """Of a grid of batch, heads, and axes that are "parallel", or "arbitrary" where results are summed up along them."""
+  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", *last), vmem_limit_bytes=VMEM_LIMIT)
+
+
+def rows_of(ref: Ref, plan: Plan) -> Array:
+  """A block [1, 1, G, queries, H] as [rows, H]."""
+  rows: Array = ref[0, 0].reshape(plan.rows, plan.width)
+  return rows
+
+
+def of_every_head(ref: Ref, plan: Plan) -> Array:
+  """A block [1, 1, queries, H] of keys or values, once for every query head: float32 [rows, H]."""
+  return jnp.concatenate([ref[0, 0].astype(jnp.float32)] * plan.groups, axis=0)
+
+
+def own_scores(q: Array, k: Array, plan: Plan) -> Array:
+  """Of rows of queries with their own keys: [rows, 1], in base 2."""
+  return jnp.sum(q.astype(jnp.float32) * k, axis=1, keepdims=True) * plan.scale
 
 
 def divided(x: Array, by: int) -> Array:

@@ -18,8 +18,10 @@ from pallas_kernels.tpu import LANES, SMEM_LIMIT, too_large, unsupported_heads
 
 Array = jax.Array
 Arrays = tuple[Array, Array, Array, Array, Array]  # q, k, v, table and positions, as kernels have them
-_SCORES_LIMIT, _KEYS_LIMIT = 2**21, 2**20  # bytes
-_ROWS = 256  # of a tile of queries, all heads of a chooser: more share fewer blocks, fewer leave the matrix unit idle
+_SCORES_LIMIT, _KEYS_LIMIT, _GRADIENT_LIMIT = 2**23, 2**20, 2**23  # bytes of arrays in VMEM
+# Of a tile of queries, all heads of a chooser: at least and at most, else as many as a block has keys. Of more, fewer
+# copies are made; of fewer, fewer blocks are read.
+_ROWS = 256, 512
 
 
 def unsupported(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_positions: Array, *, block: int,
@@ -81,7 +83,14 @@ def plan_of(q: tuple[int, ...], k: tuple[int, ...], choosers: int, block: int, r
   groups = q[2] // choosers
   if block >= k[1]:  # the only block is filled up to registers
     block += -block % 16
-  return Plan(groups, choosers // k[2], max(_ROWS // groups // LANES * LANES, LANES), block, rule)
+  rows = min(max(block, _ROWS[0]), _ROWS[1])
+  return Plan(groups, choosers // k[2], max(rows // groups // LANES * LANES, LANES), block, rule)
+
+
+def parts_of(plan: Plan, length: int, width: int) -> tuple[int, int]:
+  """(parts, size) of queries, so many tiles' length, whose gradients fit VMEM."""
+  parts = -(-length * plan.groups * width * 4 // _GRADIENT_LIMIT)
+  return parts, -(-length // (parts * plan.tile)) * plan.tile
 
 
 def _filled(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
@@ -93,6 +102,13 @@ def _by_choosers(x: Array, plan: Plan) -> Array:
   """[B, T, N, H] as [B, M, G, T filled up, H]."""
   x = jnp.moveaxis(_filled(x, 1, plan.tile), 1, 2)
   return x.reshape(x.shape[0], -1, plan.groups, *x.shape[2:])
+
+
+def _parts(x: Array, axis: int, parts: int, size: int) -> Array:
+  """Parts of an axis, the last one filled up, as the first axis."""
+  widths = [(0, parts * size - n if i == axis else 0) for i, n in enumerate(x.shape)]
+  x = jnp.pad(x, widths).reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1:])
+  return jnp.moveaxis(x, axis, 0)
 
 
 def _live(table: Array, at: Array, count: int, plan: Plan) -> Array:
@@ -143,14 +159,27 @@ def _forward_program(arguments: tuple[Array, ...], block: int, rule: Rule | None
 @functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"))
 def _backward_program(arguments: tuple[Array, ...], of_kernel: Part, cotangents: Part, block: int, rule: Rule | None,
                       interpret: Any) -> tuple[Array, Array, Array]:
-  plan, arrays, live = _laid_out(arguments, block, rule)
+  plan, (q, keys, values, table, at), live = _laid_out(arguments, block, rule)
   out, lse = of_kernel
   (b, t, n, h), (_, length, kv_heads, _) = (x.shape for x in arguments[:2])
   d_out = _by_choosers(cotangents[0], plan)
   d_lse = _by_choosers(cotangents[1][..., None], plan)[..., 0][:, :, :, None]
   delta = jnp.sum(out * d_out, axis=-1)[:, :, :, None] - d_lse
-  d_q = kernel.backward_of_queries(*arrays, _lists(live), lse, delta, d_out, plan, interpret)
-  of_keys = kernel.backward_of_keys(*arrays, _lists(jnp.swapaxes(live, 2, 3)), lse, delta, d_out, plan, interpret)
+  d_out = d_out.astype(values.dtype)  # as products take it
+  parts, size = parts_of(plan, q.shape[3], h)
+  cut = functools.partial(_parts, parts=parts, size=size)
+
+  def of_part(d_keys: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+    q, d_out, table, at, lse, delta, live = part
+    d_q, *more = kernel.backward(q, keys, values, table, at, _lists(jnp.swapaxes(live, 2, 3)), lse, delta, d_out, plan,
+                                 interpret)
+    return (d_keys[0] + more[0], d_keys[1] + more[1]), d_q
+
+  nothing = jnp.zeros((*q.shape[:2], *keys.shape[2:]), jnp.float32)
+  of_keys, d_q = jax.lax.scan(of_part, (nothing, nothing), (
+      cut(q, axis=3), cut(d_out, axis=3), cut(table, axis=3), cut(at, axis=2), cut(lse, axis=4), cut(delta, axis=4),
+      _parts(live, 2, parts, size // plan.tile)))
+  d_q = jnp.moveaxis(d_q, 0, 3).reshape(b, n, -1, h)
   d_k, d_v = (jnp.swapaxes(d.reshape(b, kv_heads, -1, *d.shape[2:]).sum(axis=2), 1, 2)[:, :length].astype(x.dtype)
               for d, x in zip(of_keys, arguments[1:3], strict=True))
-  return jnp.moveaxis(d_q.reshape(b, n, -1, h), 1, 2)[:, :t], d_k, d_v
+  return jnp.moveaxis(d_q, 1, 2)[:, :t], d_k, d_v

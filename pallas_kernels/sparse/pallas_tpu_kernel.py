@@ -1,8 +1,11 @@
 """The TPU kernels of `sparse_attention`: tiles of queries, and for each the list of blocks that one of them reads.
 
-Forward, and backward for the queries, a program has a tile of queries and runs over the blocks of its list; backward
-for keys and values it has a block and runs over the tiles of its list. What comes next is copied while this is
-computed. So work and copies follow what was chosen: a block that no query of a tile reads is not touched for it.
+Forward, a program has a tile of queries and runs over the blocks of its list; backward it has a block and runs over the
+tiles of its list, while the gradients of all queries stay in VMEM. What comes next is copied while this is computed. So
+work and copies follow what was chosen: a block that no query of a tile reads is not touched for it.
+
+A block that lies before all queries of a tile, and that the rule adds nothing to, is read whole or not at all: then the
+mask is a row, one number for every query.
 
 Scores lie with keys along sublanes and queries along lanes, so that what is known of queries is a row.
 
@@ -25,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.softmax import NOTHING
-from pallas_kernels.pattern import Rule
+from pallas_kernels.pattern import Pattern, Rule
 from pallas_kernels.tpu import LOG2E, VMEM_LIMIT, product
 
 Array = jax.Array
@@ -47,15 +50,30 @@ class Plan:
   def rows(self) -> int:
     return self.groups * self.tile
 
-  def mask(self, table: Array, at: Array, block: Array) -> Array:
-    """bool [keys, rows] of a block's keys, for a tile's part [n, tile] of the table and positions [1, tile]."""
-    chosen = jnp.max(jnp.where(table == block, 1, 0), axis=0, keepdims=True) > 0
+  def chosen(self, table: Array, block: Array) -> Array:
+    """bool [1, tile]: the queries that chose a block, by their part [n, tile] of the table."""
+    found: Array = jnp.max(jnp.where(table == block, 1, 0), axis=0, keepdims=True) > 0
+    return found
+
+  def mask(self, chosen: Array, at: Array, block: Array) -> Array:
+    """bool [keys, rows] of a block's keys, for queries at positions [1, tile]."""
     key = block * self.block + jax.lax.broadcasted_iota(jnp.int32, (self.block, 1), 0)
     read = jnp.broadcast_to(chosen, (self.block, self.tile))
     if self.rule is not None:
       read = read | self.rule.sees(at, key)
-    read = read & (key <= at)
-    return jnp.concatenate([read] * self.groups, axis=1) if self.groups > 1 else read
+    return self.of_rows(read & (key <= at))
+
+  def is_whole(self, at: Array, block: Array) -> Array:
+    """Whether every query reads all of a block's keys or none."""
+    first, reach = block * self.block, jnp.min(at)
+    if self.rule is None:
+      return first + self.block <= reach + 1
+    assert isinstance(self.rule, Pattern)
+    return (first + self.block <= reach - self.rule.window) & (first >= self.rule.sinks)
+
+  def of_rows(self, x: Array) -> Array:
+    """[..., tile] of every query as [..., rows]: of every query head."""
+    return jnp.concatenate([x] * self.groups, axis=1) if self.groups > 1 else x
 
 
 def forward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array, plan: Plan, interpret: Any
@@ -69,49 +87,40 @@ def forward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array,
       out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((b, m, g, 1, t), jnp.float32)],
       scratch_shapes=[*_buffers(k, v, plan), *[pltpu.VMEM((1, plan.rows), jnp.float32)] * 2,
                       pltpu.VMEM((h, plan.rows), jnp.float32)],
-      interpret=interpret or False, compiler_params=_PARAMS,
+      interpret=interpret or False, compiler_params=_params("parallel"),
   )(lists, q, k, v, table, at)
   return results
 
 
-def backward_of_queries(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array, lse: Array, delta: Array,
-                        d_out: Array, plan: Plan, interpret: Any) -> Array:
-  """d_q like q."""
-  b, m, _, t, h = q.shape
-  d_q: Array = pl.pallas_call(
-      functools.partial(_backward_of_queries, plan), name="sparse_attention_d_queries", grid=(b, m, t // plan.tile),
-      in_specs=[_list_of(lists), _of_tile(plan, h), _ANYWHERE, _ANYWHERE, _table_of(plan, table), _at_of(plan),
-                _row_of(plan), _row_of(plan), _of_tile(plan, h)],
-      out_specs=_of_tile(plan, h), out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-      scratch_shapes=[*_buffers(k, v, plan), pltpu.VMEM((plan.rows, h), jnp.float32)],
-      interpret=interpret or False, compiler_params=_PARAMS,
-  )(lists, q, k, v, table, at, lse, delta, d_out)
-  return d_q
-
-
-def backward_of_keys(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array, lse: Array, delta: Array,
-                     d_out: Array, plan: Plan, interpret: Any) -> Sequence[Array]:
-  """(d_k, d_v) float32 [B, M, S, H], of every head that chooses."""
-  b, m, g, _, h = q.shape
+def backward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array, lse: Array, delta: Array,
+             d_out: Array, plan: Plan, interpret: Any) -> Sequence[Array]:
+  """(d_q like q, d_k, d_v float32 [B, M, S, H] of every head that chooses)."""
+  b, m, g, t, h = q.shape
   n, blocks = table.shape[2], k.shape[2] // plan.block
   of_block = pl.BlockSpec((1, 1, plan.block, h), lambda b, m, p: (b, jax.lax.div(m, jnp.int32(plan.choosers)), p, 0))
   d_block = pl.BlockSpec((1, 1, plan.block, h), lambda b, m, p: (b, m, p, 0))
   tile = (g, plan.tile, h)
   results: Sequence[Array] = pl.pallas_call(
-      functools.partial(_backward_of_keys, plan), name="sparse_attention_d_keys", grid=(b, m, blocks),
-      in_specs=[_list_of(lists), of_block, of_block, *[_ANYWHERE] * 6], out_specs=[d_block] * 2,
-      out_shape=[jax.ShapeDtypeStruct((b, m, k.shape[2], h), jnp.float32)] * 2,
+      functools.partial(_backward, plan), name="sparse_attention_backward", grid=(b, m, blocks),
+      in_specs=[_list_of(lists), of_block, of_block, *[_ANYWHERE] * 6],
+      out_specs=[pl.BlockSpec((1, 1, g, t, h), lambda b, m, p: (b, m, 0, 0, 0)), d_block, d_block],
+      out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype),
+                 *[jax.ShapeDtypeStruct((b, m, k.shape[2], h), jnp.float32)] * 2],
       scratch_shapes=[pltpu.VMEM((2, *tile), q.dtype), pltpu.VMEM((2, *tile), d_out.dtype),
                       *[pltpu.VMEM((2, g, 1, plan.tile), jnp.float32)] * 2, pltpu.VMEM((2, n, plan.tile), jnp.int32),
                       pltpu.VMEM((2, 1, plan.tile), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
-                      *[pltpu.VMEM((plan.block, h), jnp.float32)] * 2],
-      interpret=interpret or False, compiler_params=_PARAMS,
+                      pltpu.VMEM((g, t, h), jnp.float32), *[pltpu.VMEM((plan.block, h), jnp.float32)] * 2],
+      interpret=interpret or False, compiler_params=_params("arbitrary"),
   )(lists, k, v, q, d_out, lse, delta, table, at)
   return results
 
 
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT)
+
+
+def _params(last: Any) -> Any:
+  """Of a grid whose last axis is "parallel", or "arbitrary" where a result is summed up along it."""
+  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", last), vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _list_of(lists: Array) -> pl.BlockSpec:
@@ -189,16 +198,27 @@ def _forward(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, tabl
   total_ref[...] = jnp.zeros_like(total_ref)
   sum_ref[...] = jnp.zeros_like(sum_ref)
 
-  def attend(block: Array, slot: Array) -> None:
-    k, v = k_buffer[slot], v_buffer[slot]
-    mask = plan.mask(table_ref[0, 0], at_ref[0], block)
-    scores = jnp.where(mask, product(k, q, (1, 1)) * _scale(q), NOTHING)
+  def add(scores: Array, v: Array) -> None:
     top = jnp.maximum(top_ref[...], scores.max(axis=0, keepdims=True))
-    weights = jnp.where(mask, jnp.exp2(scores - top), 0.0)
-    shrunk = jnp.exp2(top_ref[...] - top)
+    base = jnp.where(top == NOTHING, 0.0, top)  # of a query that has read nothing yet
+    weights = jnp.exp2(scores - base)
+    shrunk = jnp.exp2(top_ref[...] - base)
     total_ref[...] = total_ref[...] * shrunk + weights.sum(axis=0, keepdims=True)
     top_ref[...] = top
-    sum_ref[...] = sum_ref[...] * shrunk + product(_read(v, mask), weights.astype(v.dtype), (0, 0))
+    sum_ref[...] = sum_ref[...] * shrunk + product(v, weights.astype(v.dtype), (0, 0))
+
+  def attend(block: Array, slot: Array) -> None:
+    chosen = plan.chosen(table_ref[0, 0], block)
+    scores = product(k_buffer[slot], q, (1, 1)) * _scale(q)
+
+    def with_row() -> None:
+      add(scores + plan.of_rows(jnp.where(chosen, 0.0, NOTHING)), v_buffer[slot])
+
+    def with_mask() -> None:
+      mask = plan.mask(chosen, at_ref[0], block)
+      add(jnp.where(mask, scores, NOTHING), _read(v_buffer[slot], mask))
+
+    jax.lax.cond(plan.is_whole(at_ref[0], block), with_row, with_mask)
 
   _for_each(list_ref, _blocks(plan, k_ref, v_ref, k_buffer, v_buffer, semaphores), attend)
   empty = total_ref[...] == 0
@@ -209,57 +229,61 @@ def _forward(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, tabl
     lse_ref[0, 0, g] = lse[:, g * plan.tile:(g + 1) * plan.tile]
 
 
-def _backward_of_queries(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, table_ref: Ref, at_ref: Ref,
-                         lse_ref: Ref, delta_ref: Ref, d_out_ref: Ref, d_q_ref: Ref, k_buffer: Ref, v_buffer: Ref,
-                         semaphores: Ref, sum_ref: Ref) -> None:
-  q, d_out = _rows_of(q_ref, plan), _rows_of(d_out_ref, plan)
-  lse, delta = (_row(ref[0, 0], plan) for ref in (lse_ref, delta_ref))
-  sum_ref[...] = jnp.zeros_like(sum_ref)
-
-  def add(block: Array, slot: Array) -> None:
-    mask = plan.mask(table_ref[0, 0], at_ref[0], block)
-    k, v = _read(k_buffer[slot], mask), _read(v_buffer[slot], mask)
-    _, d_scores = _gradients(q, k, v, d_out, lse, delta, mask)
-    sum_ref[...] += product(d_scores.astype(k.dtype), k, (0, 0))
-
-  _for_each(list_ref, _blocks(plan, k_ref, v_ref, k_buffer, v_buffer, semaphores), add)
-  d_q_ref[0, 0] = sum_ref[...].astype(d_q_ref.dtype).reshape(d_q_ref.shape[2:])
-
-
-def _backward_of_keys(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
-  sources, (d_k_ref, d_v_ref), buffers, (semaphores, d_k_sum, d_v_sum) = refs[:6], refs[6:8], refs[8:14], refs[14:]
+def _backward(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
+  sources, (d_q_ref, d_k_ref, d_v_ref), buffers, (semaphores, *sums) = refs[:6], refs[6:9], refs[9:15], refs[15:]
+  d_q_sum, d_k_sum, d_v_sum = sums
   b, m, block = (pl.program_id(axis) for axis in range(3))
   d_k_sum[...] = jnp.zeros_like(d_k_sum)
   d_v_sum[...] = jnp.zeros_like(d_v_sum)
 
+  @pl.when(block == 0)
+  def begin() -> None:
+    d_q_sum[...] = jnp.zeros_like(d_q_sum)
+
+  def rows_of(tile: Array) -> Any:
+    return pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)
+
   def copies(tile: Array, slot: Array) -> Sequence[Any]:
-    rows = pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)
-    every = slice(None)
+    rows, every = rows_of(tile), slice(None)
     places = [(b, m, every, rows)] * 2 + [(b, m, every, every, rows)] * 2 + [(b, m, every, rows), (b, every, rows)]
     return [pltpu.make_async_copy(source.at[place], buffer.at[slot], semaphores.at[slot])
             for source, buffer, place in zip(sources, buffers, places, strict=True)]
 
-  def add(tile: Array, slot: Array) -> None:
-    del tile
+  def of_tile(tile: Array, slot: Array) -> None:
     q, d_out, lse, delta, table, at = (buffer[slot] for buffer in buffers)
-    mask = plan.mask(table, at, block)
     q, d_out = (x.reshape(plan.rows, x.shape[2]) for x in (q, d_out))
-    k, v = _read(k_ref[0, 0], mask), _read(v_ref[0, 0], mask)
-    weights, d_scores = _gradients(q, k, v, d_out, _row(lse, plan), _row(delta, plan), mask)
-    d_v_sum[...] += product(weights.astype(v.dtype), d_out.astype(v.dtype), (1, 0))
-    d_k_sum[...] += product(d_scores.astype(k.dtype), q, (1, 0))
+    lse, delta = _row(lse, plan), _row(delta, plan)
+    top = jnp.where(lse == NOTHING, -NOTHING, lse * LOG2E)  # what reads nothing has weights of 0
+    chosen = plan.chosen(table, block)
 
-  _for_each(list_ref, copies, add)
-  d_k_ref[0, 0] = d_k_sum[...]
+    def add(k: Array, v: Array, weights: Array) -> None:
+      d_scores = (weights * (product(v, d_out, (1, 1)) - delta)).astype(k.dtype)
+      d_v_sum[...] += product(weights.astype(v.dtype), d_out)
+      d_k_sum[...] += product(d_scores, q)
+      d_q = product(d_scores, k, (0, 0))
+      for g in range(plan.groups):
+        d_q_sum[g, rows_of(tile)] += d_q[g * plan.tile:(g + 1) * plan.tile]
+
+    def with_row() -> None:
+      k, v = k_ref[0, 0], v_ref[0, 0]
+      row = jnp.where(plan.of_rows(jnp.where(chosen, 1, 0)) > 0, top, -NOTHING)
+      add(k, v, jnp.exp2(product(k, q, (1, 1)) * _scale(q) - row))
+
+    def with_mask() -> None:
+      mask = plan.mask(chosen, at, block)
+      k, v = _read(k_ref[0, 0], mask), _read(v_ref[0, 0], mask)
+      add(k, v, jnp.where(mask, jnp.exp2(product(k, q, (1, 1)) * _scale(q) - top), 0.0))
+
+    jax.lax.cond(plan.is_whole(at, block), with_row, with_mask)
+
+  _for_each(list_ref, copies, of_tile)
+  scale = k_ref.shape[3]**-0.5
+  d_k_ref[0, 0] = d_k_sum[...] * scale
   d_v_ref[0, 0] = d_v_sum[...]
 
-
-def _gradients(q: Array, k: Array, v: Array, d_out: Array, lse: Array, delta: Array, mask: Array
-               ) -> tuple[Array, Array]:
-  """(weights, cotangents of q . k), float32 [keys, rows]."""
-  weights = jnp.where(mask, jnp.exp2(product(k, q, (1, 1)) * _scale(q) - lse * LOG2E), 0.0)
-  d_weights = product(v, d_out.astype(v.dtype), (1, 1))
-  return weights, jnp.where(mask, weights * (d_weights - delta) * q.shape[1]**-0.5, 0.0)
+  @pl.when(block == pl.num_programs(2) - 1)
+  def end() -> None:
+    d_q_ref[0, 0] = (d_q_sum[...] * scale).astype(d_q_ref.dtype)
 
 
 def _read(x: Array, mask: Array) -> Array:

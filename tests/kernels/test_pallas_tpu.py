@@ -22,9 +22,11 @@ from conftest import tpu_compiler
 from kernels import suite
 from pallas_kernels import devices, implementation
 from pallas_kernels.decode.arg_specs import ArgSpec as Decode
+from pallas_kernels.dilated import pallas_tpu as dilated_tpu
 from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.scan.arg_specs import ARG_SPECS as SCAN_SPECS, SMALL as SMALL_SCAN, ArgSpec as Scan
+from pallas_kernels.sparse import pallas_tpu as sparse_tpu
 from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
 from pallas_kernels.table import IMPLEMENTATIONS
 
@@ -45,7 +47,8 @@ DILATEDS = {
     "dense": dilated(260, (1, 0, 0)), "a window beyond the row": dilated(140, (4, 300, 2)),
     "sinks beyond the row": dilated(140, (4, 3, 300)), "D beyond the row": dilated(140, (500, 3, 2)),
     "a window of three blocks": dilated(700, (32, 300, 2)), "wide heads": dilated(140, (4, 5, 2), width=256),
-    "several blocks of queries": dilated(2100, (4, 0, 3)),
+    "several blocks of queries": dilated(2100, (4, 0, 3)), "dense, several blocks": dilated(1100, (1, 0, 0)),
+    "grouped heads, several blocks and a window": dilated(1300, (64, 600, 3), groups=2),
     "bfloat16, grouped heads": dilated(300, (16, 5, 4), groups=4, dtype="bfloat16"),
     "bfloat16, a window": dilated(200, (16, 150, 4), dtype="bfloat16")}
 DECODES = {
@@ -145,6 +148,38 @@ def test_a_race_is_found(capfd):
   assert RACE in said
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks of dilated attention of which short rows have several."""
+  jax.clear_caches()
+  for name, value in (("_ROWS", 256), ("_KEYS", 256), ("_CHUNK", 128), ("_FEW", 0), ("_COMPACT_LIMIT", 256 * 2**10)):
+    monkeypatch.setattr(dilated_tpu, name, value)
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32", "small_blocks")
+@pytest.mark.parametrize(("length", "pattern", "groups"), [
+    (1500, (4, 0, 3), 1), (900, (1, 0, 0), 1), (900, (1, 0, 0), 2), (1100, (2, 130, 5), 2), (1100, (64, 600, 3), 1),
+    (700, (None, 300, 9), 2), (600, (None, 0, 140), 1)])
+def test_several_blocks(interpreted, length, pattern, groups):
+  """Of queries, of keys, and of what is kept for gradients."""
+  interpreted(**RACES)
+  suite.check_numbers("dilated_attention", NAME, dilated(length, pattern, groups=groups))
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.usefixtures("true_float32")
+def test_gradients_of_chosen_blocks_in_parts(interpreted, monkeypatch):
+  """Three parts of one tile of queries, where the gradients of one fit VMEM."""
+  monkeypatch.setattr(sparse_tpu, "_GRADIENT_LIMIT", 4 * 256 * 128)
+  interpreted()
+  suite.check_numbers("sparse_attention", NAME, Sparse(1, 520, 2, 1, 128, "float32", block=64, chosen=2))
+
+
 @pytest.mark.slow
 @pytest.mark.tpu
 @pytest.mark.usefixtures("true_float32")
@@ -188,14 +223,16 @@ def test_sparse_attention_of_any_shape(interpreted, length, block, chosen, heads
     ("decode_attention", Decode(1, 64, 1, 1, block=8, chosen=2), "a multiple of 16 rows of bfloat16, not blocks of 8"),
     ("decode_attention", Decode(1, 40, 1, 1, block=16, chosen=2), "not blocks of 16 of 40 rows"),
     ("decode_attention", Decode(1, 65536, 1, 1, block=64, chosen=512),
-     "keeps the chosen keys of a head, bfloat16 (512, 64, 128) of 8388608 bytes, in VMEM, with room for 4194304"),
+     "keeps the chosen keys of a head, bfloat16 (512, 64, 128) of 8388608 bytes, in VMEM, with room for 5242880"),
     ("decode_attention", Decode(1, 1024, 1, 1, 4096), "keeps a block of keys, bfloat16 (1024, 4096) of 8388608 bytes"),
     ("dilated_attention", dilated(4, (4, 0, 0), groups=128),
      "keeps 128 queries of a key/value head, float32 (128, 128, 128) of 8388608 bytes, in VMEM"),
     ("sparse_attention", Sparse(1, 32, 1, 1, 64, block=16), "takes heads of a multiple of 128, not of 64"),
     ("sparse_attention", Sparse(1, 32, 1, 1, block=8), "takes blocks of a multiple of 16 keys of bfloat16, not of 8"),
     ("sparse_attention", Sparse(1, 32, 1, 1, block=16, rule=Pattern(4, 3, 2)), "takes a rule of a window and sinks"),
-    ("sparse_attention", Sparse(1, 9000, 1, 1, block=8192), "keeps the scores of a block, float32 (8192, 256)")])
+    ("sparse_attention", Sparse(1, 5000, 1, 1, 512, block=4096), "keeps a block of keys, bfloat16 (4096, 512)"),
+    ("sparse_attention", Sparse(1, 9000, 16, 1, block=2048, apart=False),
+     "keeps the scores of a block, float32 (2048, 2048) of 16777216 bytes")])
 def test_what_the_kernels_do_not_serve_is_said(interpreted, operation, spec, why):
   interpreted()
   assert why in suite.reason(operation, NAME, spec)
