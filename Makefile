@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-slow-tpu lint notebook needles address clean same-python
+.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-tpu test-slow-tpu test-compiled lint notebook needles address clean same-python
 
 # FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
@@ -37,10 +37,20 @@ test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
 
+# The same on a TPU. What passes leaves a file, and from then on programs take the kernels (rat_jax.check_device).
+test-tpu: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
+	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_tpu.py
+
 # Kernels for TPUs in the interpreter, and programs that are compiled for TPUs, of which none is needed. On Linux.
 test-slow-tpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m "slow and tpu" tests
+
+# A small kernel of each kind, compiled for one of the chips.
+test-compiled: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_pallas_tpu.py -k small_one_of_each
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -56,12 +66,13 @@ needles: $(VENV)/core
 
 notebook: $(VENV)/dev
 	$(BIN)/jupytext --to ipynb --update --output colab/quickstart.ipynb colab/quickstart.py
+	$(BIN)/jupytext --to ipynb --update --output colab/tpu_check.ipynb colab/tpu_check.py
 
 # Fills in where the repository lies: make address URL=https://github.com/somebody/rat_jax
 address:
 	@test -n "$(URL)" || { echo "give the address: make address URL=https://..."; exit 1; }
 	sed -i.old 's#https://github.com/OWNER/REPOSITORY#$(URL)#g' $(UNADDRESSED) && rm -f $(UNADDRESSED:=.old)
-UNADDRESSED := README.md CONTRIBUTING.md CITATION.cff pyproject.toml colab/quickstart.py colab/quickstart.ipynb
+UNADDRESSED := README.md CONTRIBUTING.md CITATION.cff pyproject.toml $(wildcard colab/*.py colab/*.ipynb)
 
 $(VENV)/python: Makefile | same-python
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 ...")'

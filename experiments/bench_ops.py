@@ -177,21 +177,24 @@ def check_implementations(settings: Settings, ops: list[str]) -> None:
 
 
 def served(settings: Settings, case: Case) -> list[str]:
-  """The implementations to time: of a prefill, those of its scan and its attention; of dense attention, libraries', and
-  in decoding our kernel, which the model takes.
+  """The implementations to time here: of a prefill, those of its scan and its attention.
+
+  Of dense attention libraries', and in decoding our kernel, which the model takes.
   """
-  is_gpu = jax.default_backend() == "gpu"
+  platform = jax.default_backend()
+  library, kernels = {"gpu": ("cudnn", "mosaic_gpu"), "tpu": (cases.FLASH, "pallas_tpu")}.get(platform, ("xla", ""))
   if case.is_dense and case.op == "decode":
-    return ["xla", "cudnn", "mosaic_gpu"] if is_gpu else ["xla"]
+    return list(dict.fromkeys(["xla", *(["cudnn"] if platform == "gpu" else []), *filter(None, [kernels])]))
   if case.is_dense:
-    return ["xla, cudnn" if is_gpu else "xla, xla"]
+    return [f"xla, {library}"]
   if settings.implementation:
     return implementations(case.op, settings.implementation)
   if case.op == "prefill":
-    return ["xla, xla", "mosaic_gpu, cudnn", "mosaic_gpu, mosaic_gpu"]
+    return list(dict.fromkeys(["xla, xla", *(["mosaic_gpu, cudnn"] if platform == "gpu" else []),
+                               *([f"{kernels}, {kernels}"] if kernels else [])]))
   if case.op == "sparse":
     return list(IMPLEMENTATIONS["sparse_attention"])
-  return ["xla", "mosaic_gpu"]
+  return ["xla", *filter(None, [kernels])]
 
 
 def time_one(settings: Settings, case: Case, implementation: str) -> tuple[float, float]:
@@ -245,11 +248,17 @@ def crossovers(settings: Settings) -> dict[str, dict[str, int]]:
   prefills = [Case("prefill", t, max(1, 4096 // t), 16, 0, 4, gradient=gradient)
               for t in (32, 128, 512, 1024, 2048, 4096, 8192)]
   scans = [Case("scan", t, gradient=gradient) for t in (16, 64, 128, 256, 512, 1024, 4096, 16384)]
+  of_tpu = jax.default_backend() == "tpu"
+  kernels = ["pallas_tpu" if of_tpu else "mosaic_gpu"]
   sweeps = [  # (operation, its implementations, cases from small to large, their size)
-      ("gated_scan", ["mosaic_gpu", "xla"], scans, entries),
-      ("decode_attention", ["mosaic_gpu", "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
+      ("gated_scan", [*kernels, "xla"], scans, entries),
+      ("decode_attention", [*kernels, "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
           (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
-      ("dilated_attention", ["mosaic_gpu", "cudnn", "cudnn_masked", "xla"], prefills, lambda case: case.length)]
+      ("dilated_attention", [*kernels, *([] if of_tpu else ["cudnn", "cudnn_masked"]), "xla"], prefills,
+       lambda case: case.length)]
+  if of_tpu and not gradient:
+    sweeps.append(("sparse_attention", [*kernels, "xla"], [Case("sparse", t, block=64) for t in (1024, 4096, 16384)],
+                   lambda case: case.length**2))
   found: dict[str, dict[str, int]] = {}
   for operation, names, cases_of_it, size in sweeps:
     if gradient and operation == "decode_attention":

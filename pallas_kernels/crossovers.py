@@ -18,6 +18,10 @@ FASTEST: dict[str, dict[str, dict[str, int]]] = {
                               "dilated_attention": {"mosaic_gpu": 1024, "cudnn": 4096, "cudnn_masked": 32}},
 }
 
+# Predicted, not measured: for programs that are compiled for a device that is elsewhere, and for one that is here after
+# `check.check_device` has passed.
+PREDICTED: dict[str, dict[str, dict[str, int]]] = {}
+
 # Assumed, not measured, of a device that is not above: the H100's sizes for what needs no Hopper GPU. They are too high
 # rather than too low for a slower device, whose work takes longer beside what a kernel costs to start.
 ASSUMED: dict[str, dict[str, int]] = {

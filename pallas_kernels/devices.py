@@ -81,6 +81,11 @@ def device_of(*arrays: Any) -> Device:
                 bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names))
 
 
+def is_here(device: Device) -> bool:
+  """Whether this process has a device of that kind, rather than compiling for another machine."""
+  return any(one.device_kind == device.kind for one in jax.devices())
+
+
 def platform_of(*arrays: Any) -> str:
   """The platform of `device_of`: "cpu", "gpu" or "tpu"."""
   return device_of(*arrays).platform

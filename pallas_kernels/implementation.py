@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import devices, split
-from pallas_kernels.crossovers import ASSUMED, FASTEST
+from pallas_kernels import checked, devices, split
+from pallas_kernels.crossovers import ASSUMED, FASTEST, PREDICTED
 from pallas_kernels.table import IMPLEMENTATIONS, known_names
 
 Arguments = tuple[Any, ...]  # of an operation
@@ -114,7 +115,8 @@ def call(operation: Operation, name: str | None, *arguments: Any, **options: Any
   """Runs the operation by the implementation that is forced or named, else by the fastest one that serves.
 
   The fastest is the first one in crossovers.py, of the device's kind or else assumed, that runs on the device and
-  serves the work of one, whose size it reaches; else "xla".
+  serves the work of one, whose size it reaches; else "xla". What is predicted there is taken of a device that is here
+  only after `check.check_device`.
 
   Raises:
     ValueError: `name` is no known name.
@@ -187,7 +189,7 @@ def _as_long_as(operation: Operation, arguments: Arguments, results: Any) -> Any
 
 
 def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> Taken:
-  for name, least in FASTEST.get(device.kind, ASSUMED).get(operation.name, {}).items():
+  for name, least in _crossovers(operation, device).items():
     implementation = load(operation.name, name)
     if implementation.runs_on.unsupported(device):
       continue
@@ -198,6 +200,25 @@ def _fastest(operation: Operation, device: devices.Device, arguments: Arguments,
     if operation.size(*share, **options) >= least and not implementation.unsupported(*share, **options):
       return implementation, cut
   return _in_plain_jax(operation, arguments)
+
+
+def _crossovers(operation: Operation, device: devices.Device) -> dict[str, int]:
+  """Measured; else predicted, where the kernels were checked or nobody could; else assumed."""
+  if device.kind in FASTEST:
+    return FASTEST[device.kind].get(operation.name, {})
+  predicted = PREDICTED.get(device.kind, {}).get(operation.name)
+  if predicted is None:
+    return ASSUMED.get(operation.name, {})
+  if devices.is_here(device) and not checked.has_passed(device):
+    _say_once(f"operations take plain JAX on {device.kind!r}, on which its kernels were not checked: call"
+              " rat_jax.check_device(), which takes less than two minutes and leaves a file.")
+    return {}
+  return predicted
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+  warnings.warn(text, stacklevel=1)
 
 
 def _in_plain_jax(operation: Operation, arguments: Arguments) -> Taken:

@@ -1,5 +1,6 @@
 """RAT+ in JAX: a decaying memory on keys and values, trained densely, run under any sparse attention."""
 
+from pallas_kernels.check import DeviceCheck, check_device
 from rat_jax import convert, evaluate
 from rat_jax.batch import to_right_padding
 from rat_jax.caches.cache import Cache, cache_bytes
@@ -32,9 +33,9 @@ from rat_jax.train import init_train_state, make_optimizer, train_step
 from rat_jax.version import __version__
 
 __all__ = [
-    "Cache", "Dense", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig", "RATPlusLM",
-    "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__", "attend", "cache_bytes", "compiler_options",
-    "compress", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state", "inspect",
-    "load_pretrained", "make_optimizer", "memory", "parse_mode", "prefill", "save_pretrained", "select",
+    "Cache", "Dense", "DeviceCheck", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig",
+    "RATPlusLM", "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__", "attend", "cache_bytes", "check_device",
+    "compiler_options", "compress", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state",
+    "inspect", "load_pretrained", "make_optimizer", "memory", "parse_mode", "prefill", "save_pretrained", "select",
     "to_right_padding", "tokens_read", "train_step", "training_flops", "visible",
 ]

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 PLACEHOLDER = "https://github.com/OWNER/REPOSITORY"
 UNFILLED = {"README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml", "colab/quickstart.py",
-            "colab/quickstart.ipynb"}
+            "colab/quickstart.ipynb", "colab/tpu_check.py", "colab/tpu_check.ipynb"}
 
 
 def holding(folder):

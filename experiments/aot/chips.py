@@ -18,6 +18,7 @@ class Chip:
   """What a maker's page says of a chip (Google Cloud's pages of v5e, v6e and TPU7x, November 2026).
 
   Attributes:
+    kind: what jax calls a device of it.
     products: operations per second of matrix products in bfloat16.
     memory, bandwidth: bytes, and bytes per second of reads and writes.
     link: bytes per second of one link in one direction; a chip has two links in each dimension of the torus.
@@ -27,6 +28,7 @@ class Chip:
     cores: of a device; the parallel axes of a kernel's grid are spread over them.
   """
 
+  kind: str
   products: float
   memory: float
   bandwidth: float
@@ -42,11 +44,16 @@ class Chip:
     return 4 * 8 * 128 * self.clock * self.cores
 
 
-CHIPS = {"v5e": Chip(197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB, clock=1.5e9),
-         "v5p": Chip(459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB, 3, cores=2),
-         "v6e": Chip(918 * TFLOPS, 32 * GiB, 1638 * GB, 100 * GB),
-         "tpu7x": Chip(2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, 3, devices=2, clock=2.2e9)}
+CHIPS = {"v5e": Chip("TPU v5 lite", 197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB, clock=1.5e9),
+         "v5p": Chip("TPU v5", 459 * TFLOPS, 95 * GiB, 2765 * GB, 100 * GB, 3, cores=2),
+         "v6e": Chip("TPU v6 lite", 918 * TFLOPS, 32 * GiB, 1638 * GB, 100 * GB),
+         "tpu7x": Chip("TPU7x", 2307 * TFLOPS, 192 * GiB, 7380 * GB, 100 * GB, 3, devices=2, clock=2.2e9)}
 _EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
+
+
+def chip_of_kind(kind: str) -> Chip | None:
+  """The chip of a device, by what jax calls it."""
+  return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
 
 
 def chip_of(topology: str) -> Chip:

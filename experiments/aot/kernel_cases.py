@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
 from experiments.aot.chips import CHIPS, Chip
 from experiments.aot.roofline import Data, Kernel, kernels_of, predicted
+from experiments.bench import times
 from experiments.bench.cases import keys_of_blocks, keys_of_pattern
+from experiments.shared import device
 from experiments.shared.output import markdown_table
 from pallas_kernels.decode.arg_specs import ArgSpec as Decode
 from pallas_kernels.dilated.arg_specs import ArgSpec as Dilated
@@ -43,38 +46,86 @@ class KernelCase:
   @property
   def products(self) -> float:
     """Operations of matrix products that the results need."""
-    return _products(self.spec) * (_BACKWARD if self.gradient else 1)
+    return products_of(self.spec) * (_BACKWARD if self.gradient else 1)
 
   def counted(self) -> dict[str, Any]:
     """Plain JSON: the case, the bytes and operations that it cannot do without, and its kernels."""
-    run, types = _public(self.spec)
+    run, types = public(self.spec)
     with on_chip("TPU v5"):
-      results, kernels = jax.eval_shape(run, *types), kernels_of(run, *types, data=self._data())
+      results, data = jax.eval_shape(run, *types), data_of(self.spec, self.shared)
+      kernels = kernels_of(run, *types, data=data)
       if self.gradient:
-        kernels = kernels_of(functools.partial(_with_gradient, run), types, data=self._data())[len(kernels):]
-    moved = _bytes((types, results))
+        kernels = kernels_of(functools.partial(_with_gradient, run), types, data=data)[len(kernels):]
+    moved = bytes_of((types, results))
     if self.gradient:  # cotangents are like the results, gradients like the first arguments
-      moved += _bytes(types[:3])
+      moved += bytes_of(types[:3])
     if isinstance(self.spec, Decode) and self.spec.block:
       choosers = self.spec.heads if self.spec.apart else self.spec.kv_heads
       read = choosers * self.spec.chosen * self.spec.block / (self.spec.kv_heads * self.spec.rows)
-      moved -= (1 - read) * _bytes(types[1:3])
+      moved -= (1 - read) * bytes_of(types[1:3])
     return {"label": self.label, "moved": moved, "products": self.products,
             "kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
 
-  def _data(self) -> dict[str, Data]:
-    """Of sparse attention, how many blocks a tile of queries reads: half of what it could, as half lies before it.
 
-    One of them is its own, the others are read whole or not at all.
-    """
-    if not isinstance(self.spec, Sparse):
-      return {}
-    q, k, _, chosen, _ = self.spec.types()
-    plan = sparse_tpu.plan_of(q.shape, k.shape, chosen.shape[2], self.spec.block, self.spec.rule)
-    _, size = sparse_tpu.parts_of(plan, q.shape[1], q.shape[3])
-    blocks, tiles = (round(self.shared * n / 2) for n in (k.shape[1] / plan.block, size / plan.tile))
-    whole = 1 - 1 / blocks
-    return {"sparse_attention": Data(blocks, whole), "sparse_attention_backward": Data(tiles, whole)}
+def timed(case: KernelCase, seed: int = 0) -> tuple[float, float | None]:
+  """Seconds on this device (of the kernels, of plain JAX; None where it has too little memory for that)."""
+  run, types = public(case.spec)
+  arguments = jax.jit(functools.partial(_drawn, case, types))(jax.random.key(seed))
+  found: list[float | None] = []
+  for name in ("pallas_tpu", "xla"):
+    run, _ = public(case.spec, name)
+    program = functools.partial(_gradient, run) if case.gradient else run
+    try:
+      found.append(times.median_seconds(jax.jit(program).lower(*arguments).compile(), *arguments))
+    except jax.errors.JaxRuntimeError as error:
+      if name == "pallas_tpu" or not device.out_of_memory(error):
+        raise
+      found.append(None)
+  assert found[0] is not None
+  return found[0], found[1]
+
+
+def _gradient(run: Callable[..., Any], *arguments: Any) -> Any:
+  """Of the sum of all results by the first three arguments."""
+  total = lambda *first: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(run(*first, *arguments[3:])))
+  return jax.grad(total, argnums=(0, 1, 2))(*arguments[:3])
+
+
+def _drawn(case: KernelCase, types: Any, key: jax.Array) -> Any:
+  """Normal numbers, every row and every choice valid, and blocks up to the query's own, which tiles may share."""
+  spec = case.spec
+
+  def draw(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
+    if x.dtype == jnp.bool_:
+      return jnp.ones(x.shape, jnp.bool_)
+    if x.dtype != jnp.int32:
+      return jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+    if isinstance(spec, Decode):
+      return jax.random.randint(jax.random.fold_in(key, i), x.shape, 0, spec.rows // spec.block)
+    assert isinstance(spec, Sparse)
+    tile = spec.block if case.shared < 1 else 1  # queries that choose alike
+    own = jnp.arange(x.shape[1]) // spec.block
+    part = jax.random.uniform(jax.random.fold_in(key, i), (x.shape[0], -(-x.shape[1] // tile), *x.shape[2:]))
+    chosen = jnp.repeat(part, tile, axis=1)[:, :x.shape[1]] * own[:, None, None]
+    return chosen.astype(jnp.int32).at[..., 0].set(own[:, None])
+
+  leaves, tree = jax.tree.flatten(types)
+  return jax.tree.unflatten(tree, [draw(i, x) for i, x in enumerate(leaves)])
+
+
+def data_of(spec: Spec, shared: float = 1.0) -> dict[str, Data]:
+  """Of sparse attention, how many blocks a tile of queries reads: half of what it could, as half lies before it.
+
+  One of them is its own, the others are read whole or not at all.
+  """
+  if not isinstance(spec, Sparse):
+    return {}
+  q, k, _, chosen, _ = spec.types()
+  plan = sparse_tpu.plan_of(q.shape, k.shape, chosen.shape[2], spec.block, spec.rule)
+  _, size = sparse_tpu.parts_of(plan, q.shape[1], q.shape[3])
+  blocks, tiles = (max(round(shared * n / 2), 1) for n in (k.shape[1] / plan.block, size / plan.tile))
+  whole = 1 - 1 / blocks
+  return {"sparse_attention": Data(blocks, whole), "sparse_attention_backward": Data(tiles, whole)}
 
 
 def on_chip(kind: str) -> Any:
@@ -84,9 +135,10 @@ def on_chip(kind: str) -> Any:
   return jax.sharding.use_abstract_mesh(mesh)
 
 
-def _public(spec: Spec) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  kernels: Any = dict(implementation="pallas_tpu")
-  if isinstance(spec, Scan):
+def public(spec: Spec, name: str = "pallas_tpu") -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """(the operation of a spec by an implementation, the types of its arguments)."""
+  kernels: Any = dict(implementation=name)
+  if isinstance(spec, Scan):  # a reset may follow
     return functools.partial(pallas_kernels.gated_scan, **kernels), spec.types()[:3]
   if isinstance(spec, Dilated):
     return functools.partial(pallas_kernels.dilated_attention, **spec.pattern._asdict(), **kernels), spec.types()
@@ -105,11 +157,12 @@ def _with_gradient(run: Callable[..., Any], types: tuple[Any, ...]) -> Any:
   return values, pull(values)
 
 
-def _bytes(tree: Any) -> float:
+def bytes_of(tree: Any) -> float:
   return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _products(spec: Spec) -> float:
+def products_of(spec: Spec) -> float:
+  """Operations of matrix products that an operation's results need."""
   if isinstance(spec, Scan):
     return 0.0
   if isinstance(spec, Decode):
@@ -158,6 +211,18 @@ def seconds_of(cell: dict[str, Any], chip: Chip) -> tuple[float, float, str]:
   floor = chip.devices * max(cell["products"] / chip.products, cell["moved"] / chip.bandwidth)
   longest = max(kernels, key=lambda kernel: predicted([kernel], chip)).seconds(chip)
   return predicted(kernels, chip), floor, max(longest, key=longest.__getitem__)
+
+
+def measured_table(cells: list[dict[str, Any]], seconds: dict[str, tuple[float, float | None]], chip: Chip) -> str:
+  """A row for every case that was timed: measured beside predicted, in milliseconds."""
+  rows = []
+  for cell in cells:
+    if cell["label"] in seconds:
+      predicted_seconds, floor, bound = seconds_of(cell, chip)
+      ours, plain = seconds[cell["label"]]
+      rows.append([cell["label"], *(f"{1e3 * x:.3g}" for x in (ours, predicted_seconds, floor)), bound,
+                   "out of memory" if plain is None else f"{1e3 * plain:.3g}"])
+  return markdown_table(["kernels of", "ms", "predicted", "floor", "bound", "plain JAX"], rows)
 
 
 def table(cells: list[dict[str, Any]]) -> str:

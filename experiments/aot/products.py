@@ -9,12 +9,15 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from experiments.aot.roofline import kernel_of
+
 
 def per_device(traced: Any, devices: int) -> float:
   """Operations of every device of a traced program (`jax.jit(f).trace(...)`).
 
   Of loops every turn counts, and of a choice the mean of its branches, as the updates of a training step take turns.
-  What stands in no `jax.shard_map` is taken to be cut evenly. What no result needs is left out, as the compiler does.
+  What stands in no `jax.shard_map` is taken to be cut evenly; kernels count as `roofline` counts them. What no result
+  needs is left out, as the compiler does.
   """
   jaxpr = traced.jaxpr.jaxpr
   needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -31,11 +34,12 @@ def _of_equation(equation: Any, pieces: int) -> float:
     (contracted, _), _ = params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted) / pieces
+  if name == "pallas_call":
+    return kernel_of(equation, {}).products
   inner = [_count(jaxpr, 1 if name == "shard_map" else pieces) for jaxpr in _inside(params)]
   if name == "cond":
     return sum(inner) / len(inner)
-  turns = params["length"] if name == "scan" else math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1
-  return turns * sum(inner)
+  return (params["length"] if name == "scan" else 1) * sum(inner)
 
 
 def _inside(params: dict[str, Any]) -> list[core.Jaxpr]:

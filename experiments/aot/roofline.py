@@ -47,7 +47,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A kernel of a program: its name, the steps of its grid, its bytes between HBM and VMEM, its work, its VMEM."""
+  """A kernel of a program.
+
+  Attributes:
+    steps: of its grid.
+    moved: bytes between HBM and VMEM; `passed` are those of its arguments and results, each once.
+    products, elements: operations of matrix products; numbers that other operations make.
+    vmem: bytes of its blocks and its scratch, without what the compiler keeps of a step.
+  """
 
   name: str
   steps: int
@@ -55,6 +62,7 @@ class Kernel:
   products: float
   elements: float
   vmem: float
+  passed: float
 
   def seconds(self, chip: Chip) -> dict[str, float]:
     """What its parts take alone, at a chip's figures; "steps" is what they take beside their work."""
@@ -91,7 +99,7 @@ def kernels_of(f: Callable[..., Any], *arguments: Any, data: Mapping[str, Data] 
   `data` is by a kernel's name.
   """
   calls = list(_calls(jax.make_jaxpr(f)(*arguments).jaxpr))
-  found = {id(eqn): _kernel(eqn, data or {}) for eqn in calls}
+  found = {id(eqn): kernel_of(eqn, data or {}) for eqn in calls}
   return [found[id(eqn)] for eqn in calls]
 
 
@@ -112,7 +120,8 @@ def _jaxprs(param: Any) -> Iterator[Any]:
       yield one
 
 
-def _kernel(eqn: Any, data_of: Mapping[str, Data]) -> Kernel:
+def kernel_of(eqn: Any, data_of: Mapping[str, Data]) -> Kernel:
+  """Of an equation `pallas_call`."""
   mapping, body = eqn.params["grid_mapping"], eqn.params["jaxpr"]
   name = str(eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "kernel"))
   grid, data = tuple(mapping.grid), data_of.get(name, Data())
@@ -125,7 +134,8 @@ def _kernel(eqn: Any, data_of: Mapping[str, Data]) -> Kernel:
   work = _over_grid(body, grid, data)
   scratch = sum(math.prod(one.shape) * one.dtype.itemsize for one in mapping.scratch_avals
                 if "sem" not in str(one.dtype))
-  return Kernel(name, points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch)
+  passed = sum(math.prod(atom.aval.shape) * atom.aval.dtype.itemsize for atom in (*eqn.invars, *eqn.outvars))
+  return Kernel(name, points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch, float(passed))
 
 
 def _moved(block: Any, indices: np.ndarray) -> tuple[float, float]:
@@ -229,8 +239,11 @@ class _Run:
     if inner:
       closed = next(param for param in eqn.params.values() if any(True for _ in _jaxprs(param)))
       return self._run(inner[0], [np.asarray(x) for x in getattr(closed, "consts", ())], given)
-    shape = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
-    if not shape and eqn.outvars:
+    sizes = [math.prod(atom.aval.shape) for atom in (*eqn.invars, *eqn.outvars)
+             if getattr(atom.aval, "shape", ()) and "Ref" not in type(atom.aval).__name__]
+    if name not in _FREE:
+      self.work.elements += max(sizes, default=0)
+    if eqn.outvars and not getattr(eqn.outvars[0].aval, "shape", ()):
       if name in ("get", "load"):
         return [np.int64(self.data.table)]
       if name in ("convert_element_type", "multiple_of"):
@@ -238,9 +251,6 @@ class _Run:
       if name in _SCALARS and all(x is not None for x in given):
         return [_SCALARS[name](*given)]
       return nothing
-    if name not in _FREE:
-      self.work.elements += max((math.prod(getattr(atom.aval, "shape", ())) for atom in (*eqn.invars, *eqn.outvars)
-                                 if "Ref" not in type(atom.aval).__name__), default=0)
     return nothing
 
   def _apart(self, jaxpr: Any, given: Sequence[Any]) -> tuple[Work, list[Any]]:

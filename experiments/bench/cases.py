@@ -29,6 +29,7 @@ from rat_jax.attention.terms import Heads, Held, Origin
 from rat_jax.modes import Quest
 from rat_jax.selection.summary import Summaries
 
+FLASH = "flash"  # dense attention by jax's kernel for TPUs
 CHECKED = 64  # queries, or rows, whose result is compared with the reference
 
 
@@ -216,7 +217,7 @@ def _choose(case: Case, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def build(case: Case, implementation: str) -> Callable[..., Any]:
   """The function of `draw`'s arrays that is timed; with gradients (values, gradients by name)."""
-  dense: Any = jax.nn.dot_product_attention
+  dense: Any = _flash if (implementation or "").endswith(FLASH) else jax.nn.dot_product_attention
 
   def scan(gate, k, v):
     return pallas_kernels.gated_scan(gate, (k, v), implementation=implementation)[0]
@@ -261,6 +262,16 @@ def build(case: Case, implementation: str) -> Callable[..., Any]:
 
   functions: dict[str, Callable[..., Any]] = {"scan": scan, "decode": decode, "prefill": prefill, "sparse": sparse}
   return functools.partial(with_gradients, functions[case.op]) if case.gradient else functions[case.op]
+
+
+def _flash(q, k, v, is_causal, implementation):
+  """jax's own kernel for TPUs; grouped heads as copies."""
+  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+  del implementation
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  out = flash_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), causal=is_causal, sm_scale=q.shape[3]**-0.5)
+  return jnp.swapaxes(out, 1, 2)
 
 
 def with_gradients(f: Callable[..., Any], cotangent: Any, **made: jax.Array) -> tuple[Any, dict[str, jax.Array]]:

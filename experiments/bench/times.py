@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.aot.chips import chip_of_kind
 from experiments.shared import command, device, output
 
 _MOST = 16  # kernels of a table
@@ -35,8 +36,9 @@ def define_flags() -> None:
 
 
 class Speeds(NamedTuple):
-  """What a device was measured to do: bytes per second of a copy (both ways counted) and of reading alone, operations
-  per second of a bfloat16 product.
+  """What a device does, measured or as its maker says.
+
+  Bytes per second of a copy (both ways counted) and of reading alone, operations per second of a bfloat16 product.
   """
 
   copy: float
@@ -61,7 +63,13 @@ class Work(NamedTuple):
 
 
 def speeds() -> Speeds:
-  """Those of the first device. A read is the fastest of several: which program reads fastest depends on the device."""
+  """Of a TPU what its maker says, else those of the first device.
+
+  A read is the fastest of several: which program reads fastest depends on the device.
+  """
+  if chip := chip_of_kind(jax.devices()[0].device_kind):
+    bandwidth = chip.bandwidth / chip.devices
+    return Speeds(bandwidth, bandwidth, chip.products / chip.devices)
   is_gpu = jax.default_backend() == "gpu"
   size, width = (1 << 30, 8192) if is_gpu else (1 << 25, 512)
 

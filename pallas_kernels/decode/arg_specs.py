@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.drawn import normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,30 @@ class ArgSpec:
   def compact(cls, batch: int, tokens: int, dilation: int, **rest: Any) -> ArgSpec:
     """A cache with a row for every `dilation` tokens, and one for the last token."""
     return cls(batch, tokens // dilation + 1, dilation=dilation, **rest)
+
+  def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(what has gradients, the rest by name). Rows are ragged; the last of several sees its own token alone."""
+    rng = np.random.default_rng(seed)
+    types = self.types()
+    q, keys, values = (normal(rng, x.shape, x.dtype) for x in types[:3])
+    visible, blocks, rest = rng.random(types[3].shape) < 0.6, None, {}
+    if self.block:
+      count = -(-self.rows // self.block)
+      heads = types[3].shape[1]
+      blocks = np.stack([rng.permutation(count)[:self.chosen] for _ in range(self.batch * heads)])
+      blocks = blocks.reshape(self.batch, heads, self.chosen).astype(np.int32)
+      visible &= blocks[..., None] * self.block + np.arange(self.block) < self.rows
+      visible[0, 0, self.chosen // 2:], blocks[0, 0, self.chosen // 2:] = False, count + 5
+    elif self.batch > 1:
+      visible[0, ..., self.rows * 2 // 3:] = False
+    if self.batch > 1:
+      visible[-1] = False
+    own = None
+    if self.own:
+      own = tuple(normal(rng, (self.batch, self.kv_heads, self.width), self.dtype) for _ in range(2))
+    rest = {"visible": jnp.asarray(visible), "layer": None if self.layers is None else jnp.int32(self.layers - 1),
+            "blocks": None if blocks is None else jnp.asarray(blocks)}
+    return (q, keys, values, own), rest
 
 
 SMALL = {

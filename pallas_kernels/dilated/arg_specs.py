@@ -5,10 +5,13 @@ benchmarks time.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pallas_kernels.drawn import normal
 from pallas_kernels.pattern import Pattern
 
 
@@ -33,6 +36,17 @@ class ArgSpec:
 
     ids = (jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32),) * self.packed
     return of(self.heads), of(self.kv_heads), of(self.kv_heads), *ids
+
+  def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(what has gradients, the rest by name)."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, x.shape, x.dtype) for x in self.types()[:3])
+    rest = dict(self.pattern._asdict(), segment_ids=None)
+    if self.packed:
+      ids = np.sort(rng.integers(1, 4, (self.batch, self.length)), axis=1)
+      ids[rng.random(ids.shape) < 0.1] = 0
+      rest["segment_ids"] = jnp.asarray(ids, jnp.int32)
+    return (q, k, v), rest
 
 
 SMALL = {

@@ -5,9 +5,13 @@ time.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.drawn import normal
 
 Type = jax.ShapeDtypeStruct
 
@@ -33,6 +37,16 @@ class ArgSpec:
     reset = Type(shape[:2], jnp.bool_) if self.reset else None
     logits = Type(shape, jnp.dtype(self.logits_dtype))
     return logits, (x,) * self.inputs, (state,) * self.inputs, reset
+
+  def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(what has gradients, the rest by name); logits with infinities of both signs."""
+    rng = np.random.default_rng(seed)
+    logits, inputs, state, reset = self.types()
+    drawn = 3 * rng.standard_normal(logits.shape)
+    drawn = np.where(rng.random(logits.shape) < 0.03, np.inf, np.where(rng.random(logits.shape) < 0.03, -np.inf, drawn))
+    drawn_reset = None if reset is None else jnp.asarray(rng.random(reset.shape) < 0.08)
+    return (jnp.asarray(drawn, logits.dtype), tuple(normal(rng, x.shape, x.dtype) for x in inputs),
+            tuple(normal(rng, x.shape, x.dtype) for x in state)), {"reset": drawn_reset}
 
 
 SMALL = {

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pallas_kernels.drawn import normal
 from pallas_kernels.pattern import Pattern, Rule
 
 
@@ -50,6 +52,20 @@ class ArgSpec:
   def sixteenth(cls, length: int, block: int, **rest: Any) -> ArgSpec:
     """MoBA's choice of a sixteenth of the keys."""
     return cls(1, length, block=block, chosen=length // (16 * block), **rest)
+
+  def draw(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(what has gradients, the rest by name). Some blocks are chosen twice, some queries are padding."""
+    rng = np.random.default_rng(seed)
+    q, k, v, blocks, valid = self.types()
+    count = -(-self.length // self.block)
+    drawn, is_valid = rng.integers(0, count, blocks.shape), rng.random(valid.shape) < 0.8
+    drawn = np.where(is_valid, drawn, rng.integers(-2, count + 3, blocks.shape))
+    at = None
+    if self.queries is not None:
+      at = jnp.asarray(rng.integers(-1, self.length, blocks.shape[:2]), jnp.int32)
+    return tuple(normal(rng, x.shape, x.dtype) for x in (q, k, v)), {
+        "blocks": jnp.asarray(drawn, jnp.int32), "valid": jnp.asarray(is_valid), "block": self.block, "q_positions": at,
+        "rule": self.rule}
 
 
 SMALL = {

@@ -151,7 +151,7 @@ def _for_each(list_ref: Ref, copies: Callable[[Array, Array], Sequence[Any]], ac
               ) -> None:
   """`act(which, slot)` of every entry of a list, after its `copies(which, slot)` have come; the next ones are under
   way by then."""
-  count = list_ref[0, 0, 0, 0, 0]
+  count = jnp.minimum(list_ref[0, 0, 0, 0, 0], list_ref.shape[4] - 1)
 
   def which(i: Array | int) -> Array:
     entry: Array = list_ref[0, 0, 0, 0, 1 + i]

@@ -1,4 +1,4 @@
-"""The notebook: it is its text twin, and run in a shortened form its numbers hold."""
+"""The notebooks: they are their text twins, and run in a shortened form their numbers hold."""
 
 from __future__ import annotations
 
@@ -12,24 +12,41 @@ import pytest
 
 from conftest import ROOT
 
-NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 
-def test_notebook_equals_its_text_twin():
-  notebook, twin = nbformat.read(NOTEBOOK, as_version=4), jupytext.read(NOTEBOOK.with_suffix(".py"))
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_equals_its_text_twin(path):
+  notebook, twin = nbformat.read(path, as_version=4), jupytext.read(path.with_suffix(".py"))
   assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
       (cell.cell_type, cell.source) for cell in twin.cells], "run `make notebook`"
   assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
+def run(name, tmp_path, monkeypatch, **environment):
+  """The notebook after its run in a folder, on a CPU."""
+  for variable, value in {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}.items():
+    monkeypatch.setenv(variable, value)
+  notebook = nbformat.read(ROOT / "colab" / name, as_version=4)
+  nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+  return notebook
+
+
+@pytest.mark.slow
+def test_the_check_of_a_tpu_runs_in_the_interpreter(tmp_path, monkeypatch):
+  notebook = run("tpu_check.ipynb", tmp_path, monkeypatch, RAT_JAX_SHORT="1", RAT_JAX_CACHE=str(tmp_path / "cache"))
+  printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+  assert "gated_scan pallas_tpu float32:" in printed
+  assert "cpu: passed in" in printed
+  assert len(list((tmp_path / "cache").iterdir())) == 1
+  assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == [
+      "memory, short", "decode, short", "prompt, short"]
+
+
 @pytest.mark.slow
 def test_notebook_runs_and_its_numbers_hold(tmp_path, monkeypatch):
-  for name, value in {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "RAT_JAX_STEPS": "40",
-                      "RAT_JAX_EVAL_WINDOWS": "16", "RAT_JAX_RESULTS": "results.json"}.items():
-    monkeypatch.setenv(name, value)
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
-  nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-
+  run("quickstart.ipynb", tmp_path, monkeypatch, RAT_JAX_STEPS="40", RAT_JAX_EVAL_WINDOWS="16",
+      RAT_JAX_RESULTS="results.json")
   results = json.loads((tmp_path / "results.json").read_text())
   bits, keys = results["bits_per_byte"], results["keys_per_query"]
   assert list(bits) == ["RAT+", "attention"]

@@ -155,7 +155,7 @@ class _Mesh:
     ("all-gather", [0, 1, 2, 3], 2), ("all-gather", [0, 1], 1), ("all-gather", list(range(16)), 4),
     ("all-gather", [0, 4, 8, 12], 2)])
 def test_links_that_a_group_goes_over(kind, group, links):
-  chip = chips.Chip(1.0, 1.0, 1.0, link=10.0)
+  chip = chips.Chip("a chip", 1.0, 1.0, 1.0, link=10.0)
   seconds = predict._seconds(Sent(kind, 100.0, 0.0, np.array([group]), 1.0, "", ()), chip, _Mesh())
   assert seconds == pytest.approx(100 * (len(group) - 1) / len(group) / (10 * links))
 

@@ -45,7 +45,7 @@ class Call:
 
   def __init__(self, operation, spec):
     self.case = suite.CASES[operation]
-    self.arguments, self.rest = self.case.draw(spec)
+    self.arguments, self.rest = spec.draw()
     canonical, _ = self.case.canonical(self.arguments, self.rest)
     self.shapes = tuple(x.shape for x in jax.tree.leaves(canonical))
     self.weights = jax.tree.map(lambda x: np.random.default_rng(7).standard_normal(x.shape).astype(np.float32),

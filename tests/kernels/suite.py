@@ -24,6 +24,7 @@ from pallas_kernels import devices, implementation, pattern
 from pallas_kernels.attention.softmax import NOTHING
 from pallas_kernels.decode import api as decode_api, arg_specs as decode_specs, reference as decode_reference
 from pallas_kernels.dilated import api as dilated_api, arg_specs as dilated_specs, reference as dilated_reference
+from pallas_kernels.drawn import normal
 from pallas_kernels.scan import api as scan_api, arg_specs as scan_specs, reference as scan_reference
 from pallas_kernels.sparse import api as sparse_api, arg_specs as sparse_specs, reference as sparse_reference
 
@@ -38,8 +39,8 @@ class Case:
   Attributes:
     operation: what the table calls it, and how its arguments are cut.
     run: the public function in that form; `reference` likewise.
-    draw: from an ArgSpec and a seed to (what has gradients, the rest).
-    poison: of such arguments, the same with NaN in what must not matter; and what of the results it must not matter to.
+    poison: of arguments that an ArgSpec drew, the same with NaN in what must not matter; and what of the results it
+      must not matter to.
     canonical: of such arguments, (the operation's arguments, its options), as its implementations take them.
     small: the ArgSpecs of the suite.
   """
@@ -47,28 +48,12 @@ class Case:
   operation: implementation.Operation
   run: Callable[..., Any]
   reference: Callable[..., Any]
-  draw: Callable[..., tuple[tuple, dict[str, Any]]]
   poison: Callable[..., tuple[tuple, Callable[[Any], Any]]]
   canonical: Callable[..., tuple[tuple, dict[str, Any]]]
   small: dict[str, Any]
 
 
-def normal(rng, shape, dtype):
-  return jnp.asarray(rng.standard_normal(shape), dtype)
-
-
-# Of every operation: how to draw its arguments, and what of them must not matter.
-
-
-def draw_scan(spec, seed=0):
-  """Logits with infinities of both signs."""
-  rng = np.random.default_rng(seed)
-  logits, inputs, state, reset = spec.types()
-  drawn = 3 * rng.standard_normal(logits.shape)
-  drawn = np.where(rng.random(logits.shape) < 0.03, np.inf, np.where(rng.random(logits.shape) < 0.03, -np.inf, drawn))
-  reset = None if reset is None else jnp.asarray(rng.random(reset.shape) < 0.08)
-  return (jnp.asarray(drawn, logits.dtype), tuple(normal(rng, x.shape, x.dtype) for x in inputs),
-          tuple(normal(rng, x.shape, x.dtype) for x in state)), {"reset": reset}
+# Of every operation, what of its arguments must not matter.
 
 
 def poison_scan(arguments, rest):
@@ -82,48 +67,12 @@ def poison_scan(arguments, rest):
   return (logits, *bad), keep
 
 
-def draw_dilated(spec, seed=0):
-  rng = np.random.default_rng(seed)
-  q, k, v = (normal(rng, x.shape, x.dtype) for x in spec.types()[:3])
-  rest = dict(spec.pattern._asdict(), segment_ids=None)
-  if spec.packed:
-    ids = np.sort(rng.integers(1, 4, (spec.batch, spec.length)), axis=1)
-    ids[rng.random(ids.shape) < 0.1] = 0
-    rest["segment_ids"] = jnp.asarray(ids, jnp.int32)
-  return (q, k, v), rest
-
-
 def poison_dilated(arguments, rest):
   """NaN in the padding of packed rows, and in queries' tokens after which no real one comes."""
   if rest["segment_ids"] is None:
     return arguments, lambda results: results
   real = (rest["segment_ids"] != 0)[:, :, None, None]
   return tuple(jnp.where(real, x, jnp.nan) for x in arguments), lambda results: results
-
-
-def draw_decode(spec, seed=0):
-  """Rows are ragged; the last one of several sees nothing but its own token. Blocks are in any order."""
-  rng = np.random.default_rng(seed)
-  types = spec.types()
-  q, keys, values = (normal(rng, x.shape, x.dtype) for x in types[:3])
-  visible, blocks, rest = rng.random(types[3].shape) < 0.6, None, {}
-  if spec.block:
-    count = -(-spec.rows // spec.block)
-    heads = types[3].shape[1]
-    blocks = np.stack([rng.permutation(count)[:spec.chosen] for _ in range(spec.batch * heads)])
-    blocks = blocks.reshape(spec.batch, heads, spec.chosen).astype(np.int32)
-    visible &= blocks[..., None] * spec.block + np.arange(spec.block) < spec.rows
-    visible[0, 0, spec.chosen // 2:], blocks[0, 0, spec.chosen // 2:] = False, count + 5
-  elif spec.batch > 1:
-    visible[0, ..., spec.rows * 2 // 3:] = False
-  if spec.batch > 1:
-    visible[-1] = False
-  own = None
-  if spec.own:
-    own = tuple(normal(rng, (spec.batch, spec.kv_heads, spec.width), spec.dtype) for _ in range(2))
-  rest = {"visible": jnp.asarray(visible), "layer": None if spec.layers is None else jnp.int32(spec.layers - 1),
-          "blocks": None if blocks is None else jnp.asarray(blocks)}
-  return (q, keys, values, own), rest
 
 
 def poison_decode(arguments, rest):
@@ -148,21 +97,6 @@ def canonical_dilated(arguments, rest):
 def canonical_decode(arguments, rest):
   q, keys, values, own = arguments
   return (q, keys, values, rest["visible"], rest["layer"], own, rest["blocks"]), {}
-
-
-def draw_sparse(spec, seed=0):
-  """Blocks in any order, some twice, some not valid and then anything; queries that are padding."""
-  rng = np.random.default_rng(seed)
-  q, k, v, blocks, valid = spec.types()
-  count = -(-spec.length // spec.block)
-  drawn, is_valid = rng.integers(0, count, blocks.shape), rng.random(valid.shape) < 0.8
-  drawn = np.where(is_valid, drawn, rng.integers(-2, count + 3, blocks.shape))
-  at = None
-  if spec.queries is not None:
-    at = jnp.asarray(rng.integers(-1, spec.length, blocks.shape[:2]), jnp.int32)
-  return tuple(normal(rng, x.shape, x.dtype) for x in (q, k, v)), {
-      "blocks": jnp.asarray(drawn, jnp.int32), "valid": jnp.asarray(is_valid), "block": spec.block, "q_positions": at,
-      "rule": spec.rule}
 
 
 def poison_sparse(arguments, rest):
@@ -191,17 +125,17 @@ def with_own(f):
 
 
 CASES = {
-    "gated_scan": Case(scan_api.OPERATION, pallas_kernels.gated_scan, scan_reference.gated_scan, draw_scan, poison_scan,
+    "gated_scan": Case(scan_api.OPERATION, pallas_kernels.gated_scan, scan_reference.gated_scan, poison_scan,
                        lambda arguments, rest: ((*arguments, rest["reset"]), {}), scan_specs.SMALL),
     "dilated_attention": Case(
-        dilated_api.OPERATION, pallas_kernels.dilated_attention, dilated_reference.dilated_attention, draw_dilated,
-        poison_dilated, canonical_dilated, dilated_specs.SMALL),
+        dilated_api.OPERATION, pallas_kernels.dilated_attention, dilated_reference.dilated_attention, poison_dilated,
+        canonical_dilated, dilated_specs.SMALL),
     "decode_attention": Case(
         decode_api.OPERATION, with_own(pallas_kernels.decode_attention), with_own(decode_reference.decode_attention),
-        draw_decode, poison_decode, canonical_decode, decode_specs.SMALL),
+        poison_decode, canonical_decode, decode_specs.SMALL),
     "sparse_attention": Case(
-        sparse_api.OPERATION, pallas_kernels.sparse_attention, sparse_reference.sparse_attention, draw_sparse,
-        poison_sparse, canonical_sparse, sparse_specs.SMALL),
+        sparse_api.OPERATION, pallas_kernels.sparse_attention, sparse_reference.sparse_attention, poison_sparse,
+        canonical_sparse, sparse_specs.SMALL),
 }
 
 
@@ -245,7 +179,7 @@ def compare_results(case, ours, theirs, dtype, *of):
 def reason(operation, name, spec):
   """Why an implementation cannot be named here for arguments of a spec, as the error says it, or None."""
   case, one = CASES[operation], implementation.load(operation, name)
-  arguments, options = case.canonical(*case.draw(spec))
+  arguments, options = case.canonical(*spec.draw())
   found = [one.runs_on.unsupported(devices.device_of()), one.unsupported(*arguments, **options)]
   return ", and ".join(filter(None, found)) or None
 
@@ -255,7 +189,7 @@ def check_refusal(operation, name, spec):
   why = reason(operation, name, spec)
   if why is not None:
     case = CASES[operation]
-    arguments, rest = case.draw(spec)
+    arguments, rest = spec.draw()
     with pytest.raises(NotImplementedError, match=re.escape(f"implementation={name!r} of {operation} {why}. Pass")):
       case.run(*arguments, **rest, implementation=name)
   return why is not None
@@ -273,7 +207,7 @@ def values_and_gradients(f, arguments, seed=1):
 def check_numbers(operation, name, spec, seed=0):
   """Values and gradients against the reference in float64; values without a gradient, too: another kernel may run."""
   case, of = CASES[operation], (operation, name, spec.dtype)
-  arguments, rest = case.draw(spec, seed)
+  arguments, rest = spec.draw(seed)
   f = functools.partial(case.run, **rest, implementation=name)
   values, gradients, cotangents = values_and_gradients(f, arguments)
   expected, expected_gradients = in_float64(functools.partial(case.reference, **rest), arguments, cotangents)
@@ -288,7 +222,7 @@ def check_numbers(operation, name, spec, seed=0):
 def check_poison(operation, name, spec, seed=0):
   """Values beside NaN in what must not matter, against the reference without it."""
   case = CASES[operation]
-  arguments, rest = case.draw(spec, seed)
+  arguments, rest = spec.draw(seed)
   bad, keep = case.poison(arguments, rest)
   f = functools.partial(case.run, **rest, implementation=name)
   results = keep(jax.jit(f)(*bad))

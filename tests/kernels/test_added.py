@@ -33,7 +33,7 @@ def test_the_suite_runs_on_it(operation, add):
 @pytest.mark.parametrize("operation", first_quick(1, ADDED))
 def test_it_is_taken_as_others_are(operation, add, monkeypatch):
   case = suite.CASES[operation]
-  arguments, rest = case.draw(case.small["bfloat16" if "bfloat16" in case.small else "one input"])
+  arguments, rest = case.small["bfloat16" if "bfloat16" in case.small else "one input"].draw()
   taken = lambda name: (copies.TAKEN.clear(), case.run(*arguments, **rest, implementation=name), copies.TAKEN)[2]
   with pytest.raises(ValueError, match="'copied' is unknown"):
     taken("copied")
@@ -45,7 +45,7 @@ def test_it_is_taken_as_others_are(operation, add, monkeypatch):
   monkeypatch.setitem(crossovers.FASTEST, jax.devices()[0].device_kind, {operation: {"copied": 1}})
   assert taken(None)
   other = suite.CASES["gated_scan" if operation != "gated_scan" else "dilated_attention"]
-  arguments, rest = other.draw(next(iter(other.small.values())))
+  arguments, rest = next(iter(other.small.values())).draw()
   with pytest.raises(NotImplementedError, match=f"'copied' does not exist for {other.operation.name}; it has"):
     other.run(*arguments, **rest, implementation="copied")
 

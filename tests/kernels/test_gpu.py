@@ -115,7 +115,7 @@ def test_decode_attention_of_any_shape(batch, rows, heads, width, per_head, own,
 
 def test_models_side_by_side():
   """Under vmap: what trains several seeds in one program."""
-  drawn = [suite.draw_scan(scan(2, 256, 1, 64, inputs=1), seed)[0] for seed in range(3)]
+  drawn = [scan(2, 256, 1, 64, inputs=1).draw(seed)[0] for seed in range(3)]
   logits, inputs, state = jax.tree.map(lambda *of_all: jnp.stack(of_all), *drawn)
   of_all = {name: jax.jit(jax.vmap(functools.partial(gated_scan, implementation=name)))(logits, inputs, state)
             for name in ("xla", "mosaic_gpu")}

@@ -6,9 +6,8 @@ same memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from conftest import tpu_compiler
+from experiments.aot.interpreted import NAME, kernels
 from kernels import suite
-from pallas_kernels import devices, implementation
+from pallas_kernels import implementation
 from pallas_kernels.decode.arg_specs import ArgSpec as Decode
 from pallas_kernels.dilated import pallas_tpu as dilated_tpu
 from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
@@ -30,7 +30,6 @@ from pallas_kernels.sparse import pallas_tpu as sparse_tpu
 from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
 from pallas_kernels.table import IMPLEMENTATIONS
 
-NAME = "pallas_tpu"
 OPERATIONS = [operation for operation in IMPLEMENTATIONS if NAME in IMPLEMENTATIONS[operation]]
 SCANS = SMALL_SCAN | {"two tiles": Scan(1, 700, 1, 128, "float32", "float32", reset=True),
                       "nine groups": Scan(1, 150, 9, 128)}
@@ -92,26 +91,26 @@ COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_
     ("decode_attention", Decode(4, 131072, 32, 8, block=512, chosen=16, own=True)),
     ("decode_attention", Decode(4, 300, 12, 2, per_head=True)),
     ("sparse_attention", Sparse.sixteenth(16384, 64, kv_heads=8)), ("sparse_attention", Sparse.sixteenth(65536, 512)),
-    ("sparse_attention", Sparse.sixteenth(16384, 512, rule=Pattern(None, 64, 4), kv_heads=8, apart=False))]
+    ("sparse_attention", Sparse.sixteenth(16384, 512, rule=Pattern(None, 64, 4), kv_heads=8, apart=False)),
+    # The most that VMEM is asked for.
+    ("dilated_attention", DILATED_SPECS["prefill_256k"]), ("dilated_attention", dilated(
+        16384, (16, 256, 4), groups=32, dtype="bfloat16")),
+    ("dilated_attention", dilated(8192, (1, 0, 0), heads=8, width=256)),
+    ("dilated_attention", dilated(16384, (None, 4096, 4), groups=8, dtype="bfloat16")),
+    ("decode_attention", Decode(1, 65536, 2, 2, block=64, chosen=256, own=True)),
+    ("sparse_attention", Sparse(1, 16384, 16, 1, block=1024, chosen=4, apart=False, rule=Pattern(None, 64, 4))),
+    ("sparse_attention", Sparse(1, 8192, 2, 2, 512, "float32", block=512, chosen=2))]
+SMALL_COMPILED = {
+    "gated_scan": Scan(1, 256, 8, reset=True), "dilated_attention": dilated(512, (16, 100, 4), dtype="bfloat16"),
+    "decode_attention": Decode(2, 512, 4, 2, block=64, chosen=3, own=True),
+    "sparse_attention": Sparse(1, 512, 2, 1, block=64, chosen=2)}
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted():
   """Lets the processor run the kernels, with the interpreter's parameters that it is called with."""
-  load = implementation.load
-
-  def use(**parameters):
-    interpret = pltpu.InterpretParams(uninitialized_memory="nan", **parameters)
-
-    def of_interpreter(operation, name):
-      if name != NAME:
-        return load(operation, name)
-      made = importlib.import_module(IMPLEMENTATIONS[operation][name]).made(interpret)
-      return dataclasses.replace(made, runs_on=devices.ANY)
-
-    monkeypatch.setattr(implementation, "load", of_interpreter)
-
-  return use
+  with contextlib.ExitStack() as stack:
+    yield lambda **parameters: stack.enter_context(kernels(**parameters))
 
 
 @pytest.mark.usefixtures("true_float32")
@@ -262,33 +261,33 @@ def test_a_processor_has_none(operation):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(("operation", "spec"), COMPILED, ids=str)
 def test_the_compiler_for_tpus_takes_them(topology, operation, spec):
+  check_compiled(topology, operation, spec)
+
+
+@pytest.mark.slow
+@tpu_compiler
+@pytest.mark.parametrize("operation", SMALL_COMPILED)
+def test_a_small_one_of_each_compiles(operation):
+  """What `make test-compiled` runs."""
+  check_compiled(TOPOLOGIES[0], operation, SMALL_COMPILED[operation])
+
+
+def check_compiled(topology, operation, spec):
   """Forward alone, and forward with backward, of the public function; both have kernels of ours."""
-  from experiments.aot import chips
+  from experiments.aot import chips, kernel_cases
 
   mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=chips.devices_of(topology)[:1])
-  run, types, more = suite.CASES[operation].run, spec.types(), {}
-  if operation == "gated_scan":
-    *types, more["reset"] = types
-  elif operation == "dilated_attention":
-    run = functools.partial(run, **spec.pattern._asdict())
-  elif operation == "sparse_attention":
-    *types, more["blocks"], more["valid"] = types
-    run = functools.partial(run, block=spec.block, rule=spec.rule)
-  else:
-    *types, more["visible"] = types
-    more |= spec.optional_types()
-    types.append(more.pop("own", None))
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
-  types, more = jax.tree.map(place, (tuple(types), more))
+  run, types = kernel_cases.public(spec)
+  if operation == "gated_scan" and spec.reset:
+    types = *types, spec.types()[3]
+  types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
+      mesh, jax.P())), types)
 
-  def f(arguments, more):
-    return run(*arguments, **more, implementation=NAME)
-
-  def with_gradients(arguments, more):
-    values, pull = jax.vjp(lambda arguments: f(arguments, more), arguments)
+  def with_gradients(*arguments):
+    values, pull = jax.vjp(lambda *given: run(*given, *arguments[3:]), *arguments[:3])
     return values, pull(values)
 
   # The gradient of decoding is plain JAX.
-  for program, least in ((f, 1), (with_gradients, 1 if operation == "decode_attention" else 2)):
-    text = jax.jit(program).lower(types, more).compile().as_text()
+  for program, least in ((run, 1), (with_gradients, 1 if operation == "decode_attention" else 2)):
+    text = jax.jit(program).lower(*types).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= least

@@ -34,7 +34,7 @@ def test_plain_jax_reads_chosen_blocks(batch, rows, heads, block, chosen, apart,
 
 
 def test_own_token_and_cache_merge_to_one_softmax():
-  (q, keys, values, _), rest = suite.draw_decode(ArgSpec(2, 12, 4, 2, 8, "float32"))
+  (q, keys, values, _), rest = ArgSpec(2, 12, 4, 2, 8, "float32").draw()
   visible = np.array(rest["visible"])
   seen = visible.copy()
   seen[:, 11] = True  # the new token
@@ -46,7 +46,7 @@ def test_own_token_and_cache_merge_to_one_softmax():
 
 
 def test_rows_that_see_nothing_have_finite_gradients():
-  (q, keys, values, _), rest = suite.draw_decode(ArgSpec(2, 5, 2, 2, 8, "float32"))
+  (q, keys, values, _), rest = ArgSpec(2, 5, 2, 2, 8, "float32").draw()
 
   @functools.partial(jax.grad, argnums=(0, 1, 2))
   def gradients(q, keys, values):

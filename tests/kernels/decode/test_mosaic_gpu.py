@@ -21,7 +21,7 @@ from pallas_kernels.decode.mosaic_gpu_shapes import Cut, Tuning
 
 def check(spec, tuning=None, scale=1.0, relative=OPERATION):
   """The kernel without a GPU, beside the reference. Shared memory starts as NaN there, and a race is an error."""
-  (q, keys, values, own), rest = suite.draw_decode(spec)
+  (q, keys, values, own), rest = spec.draw()
   q = q * jnp.asarray(scale, q.dtype)
   if own is not None:
     own = (own[0].at[0].multiply(100), own[1])  # in one row the new token's score is far above the others
@@ -78,7 +78,7 @@ def test_the_kernel_with_large_scores():
 
 
 def test_what_is_not_finite_stays_in_its_row():
-  (q, keys, values, _), _ = suite.draw_decode(ArgSpec(3, 6, 2, 2, 64))
+  (q, keys, values, _), _ = ArgSpec(3, 6, 2, 2, 64).draw()
   run = jax.jit(functools.partial(mosaic_gpu_kernel.decode_attention, interpret=InterpretParams()))
   visible = jnp.ones((3, 6), bool)
   clean, _ = run(q, keys, values, visible)
@@ -92,7 +92,7 @@ def test_what_is_not_finite_stays_in_its_row():
 def test_the_kernel_has_the_gradient_of_plain_jax(with_own, monkeypatch):
   monkeypatch.setattr(mosaic_gpu_kernel, "decode_attention",
                       lambda *arguments: jax.lax.stop_gradient(xla.decode_attention(*arguments)))
-  (q, keys, values, own), rest = suite.draw_decode(ArgSpec(2, 5, 2, 1, 64, "float32", own=with_own, layers=2))
+  (q, keys, values, own), rest = ArgSpec(2, 5, 2, 1, 64, "float32", own=with_own, layers=2).draw()
 
   @functools.partial(jax.jit, static_argnums=4)
   @functools.partial(jax.grad, argnums=(0, 1, 2, 3))

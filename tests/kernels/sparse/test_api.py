@@ -46,7 +46,7 @@ def test_any_shape(batch, length, heads, block, chosen, apart, rule, seed):
 
 @pytest.mark.slow
 def test_all_blocks_are_dense_attention_and_a_rule_alone_is_its_pattern():
-  (q, k, v), rest = suite.draw_sparse(ArgSpec(2, 45, 4, 2, 8, "float32", block=10, chosen=5))
+  (q, k, v), rest = ArgSpec(2, 45, 4, 2, 8, "float32", block=10, chosen=5).draw()
   every = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), rest["blocks"].shape)
   out, _ = sparse_attention(q, k, v, every, jnp.ones_like(rest["valid"]), block=10)
   assert_close(out, dilated_attention(q, k, v, dilation=1), OPERATION)
@@ -56,7 +56,7 @@ def test_all_blocks_are_dense_attention_and_a_rule_alone_is_its_pattern():
 
 def test_chunks_of_queries_are_the_whole():
   """Also in gradients; and the parts of a softmax merge with others by the log-sum-exp."""
-  (q, k, v), rest = suite.draw_sparse(ArgSpec(1, 90, 2, 2, 8, "float32", block=8, chosen=3, rule=Pattern(None, 2, 1)))
+  (q, k, v), rest = ArgSpec(1, 90, 2, 2, 8, "float32", block=8, chosen=3, rule=Pattern(None, 2, 1)).draw()
   how = {"block": 8, "rule": rest["rule"]}
   chosen = rest["blocks"], rest["valid"]
 
@@ -77,7 +77,7 @@ def test_chunks_of_queries_are_the_whole():
 
 
 def test_nan_that_nobody_reads_reaches_no_gradient():
-  arguments, rest = suite.draw_sparse(ArgSpec(2, 60, 4, 2, 8, "float32", block=4, chosen=1, queries=5))
+  arguments, rest = ArgSpec(2, 60, 4, 2, 8, "float32", block=4, chosen=1, queries=5).draw()
   bad, _ = suite.poison_sparse(arguments, rest)
   assert np.isnan(bad[1]).any()
   f = functools.partial(sparse_attention, **rest)
@@ -151,7 +151,7 @@ def test_bad_arguments(change, error, message):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_blocks_of_any_integer_type(wide):
-  (q, k, v), rest = suite.draw_sparse(ArgSpec(1, 8, 2, 1, 8, "float32", block=2, chosen=2))
+  (q, k, v), rest = ArgSpec(1, 8, 2, 1, 8, "float32", block=2, chosen=2).draw()
   chosen = np.where(rest["valid"], rest["blocks"], 0)
   expected, _ = sparse_attention(q, k, v, chosen, rest["valid"], block=2)
   with jax.enable_x64(wide):
@@ -161,7 +161,7 @@ def test_blocks_of_any_integer_type(wide):
 
 
 def test_a_block_beyond_the_keys_is_all_of_them():
-  (q, k, v), rest = suite.draw_sparse(ArgSpec(1, 8, 2, 1, 8, "float32", block=8, chosen=1))
+  (q, k, v), rest = ArgSpec(1, 8, 2, 1, 8, "float32", block=8, chosen=1).draw()
   out, lse = sparse_attention(q, k, v, rest["blocks"], rest["valid"], block=8)
   for block in (2**31, 2**70, np.int64(9)):
     large, large_lse = sparse_attention(q, k, v, rest["blocks"], rest["valid"], block=block)

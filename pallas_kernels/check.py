@@ -1,0 +1,149 @@
+"""Compares every kernel with plain JAX on the device that is here: `rat_jax.check_device()`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import checked, devices
+from pallas_kernels.attention.softmax import NOTHING
+from pallas_kernels.decode.api import decode_attention
+from pallas_kernels.decode.arg_specs import ArgSpec as Decode
+from pallas_kernels.dilated.api import dilated_attention
+from pallas_kernels.dilated.arg_specs import ArgSpec as Dilated
+from pallas_kernels.implementation import load
+from pallas_kernels.pattern import Pattern
+from pallas_kernels.scan.api import gated_scan
+from pallas_kernels.scan.arg_specs import ArgSpec as Scan
+from pallas_kernels.sparse.api import sparse_attention
+from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
+from pallas_kernels.table import IMPLEMENTATIONS
+
+BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}  # on the largest difference, as a share of the largest entry
+
+# Two of every operation: float32 and bfloat16; lengths that fill no block, grouped heads, and blocks of heads' own.
+SPECS: dict[str, tuple[Any, ...]] = {
+    "gated_scan": (Scan(2, 700, 2, 128, "float32", "float32", reset=True), Scan(1, 1500, 9, 128)),
+    "dilated_attention": (Dilated(1, 700, 2, 2, 128, "float32", Pattern(16, 150, 4)),
+                          Dilated(2, 1300, 4, 2, 128, pattern=Pattern(8, 0, 4))),
+    "decode_attention": (Decode(3, 1500, 4, 2, 128, "float32", own=True),
+                         Decode(3, 1024, 8, 4, 128, block=64, chosen=5, apart=True, own=True)),
+    "sparse_attention": (Sparse(1, 700, 4, 2, 128, "float32", block=64, chosen=3, rule=Pattern(None, 20, 4)),
+                         Sparse(1, 1300, 4, 2, 128, block=64, chosen=4))}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCheck:
+  """What `check_device` found.
+
+  Attributes:
+    device: its kind.
+    errors: {(operation, implementation, type): the largest difference from plain JAX, of results and gradients, as a
+      share of the largest entry}.
+    refused: likewise, why an implementation was not compared.
+    seconds: that it took.
+    file: that says that the check has passed; None where it has not, or where no file could be written.
+  """
+
+  device: str
+  errors: dict[tuple[str, str, str], float]
+  refused: dict[tuple[str, str, str], str]
+  seconds: float
+  file: Path | None
+
+  @property
+  def passed(self) -> bool:
+    return all(error <= BOUNDS[dtype] for (*_, dtype), error in self.errors.items())
+
+  def __str__(self) -> str:
+    lines = [f"{' '.join(name)}: {error:.1e} of {BOUNDS[name[2]]:.0e}" for name, error in self.errors.items()]
+    lines += [f"{' '.join(name)}: not compared: it {why}" for name, why in self.refused.items()]
+    verdict = "passed" if self.passed else "FAILED: plain JAX is taken"
+    where = f"; {self.file}" if self.file else ""
+    return "\n".join([*lines, f"{self.device}: {verdict} in {self.seconds:.0f} s{where}"])
+
+
+def check_device() -> DeviceCheck:
+  """Compares every kernel that runs on this device with plain JAX: results and gradients, two shapes of each operation.
+
+  It takes less than two minutes. If all agree, a file says so for this device's kind, this release of jax and these
+  kernels, in $RAT_JAX_CACHE, else in the user's folder for caches. From then on `implementation=None` takes kernels
+  whose place is predicted and not measured (`crossovers.PREDICTED`), as on a TPU; without it, it takes plain JAX.
+
+  Returns:
+    What was found; `print` shows it.
+  """
+  begun, device = time.perf_counter(), devices.device_of()
+  errors: dict[tuple[str, str, str], float] = {}
+  refused: dict[tuple[str, str, str], str] = {}
+  for operation, specs in SPECS.items():
+    names = [name for name in IMPLEMENTATIONS[operation] if name != "xla" and _runs(operation, name, device)]
+    for spec in specs if names else ():
+      arguments, rest = spec.draw()
+      f = functools.partial(_RUNS[operation], **rest)
+      expected = _values_and_gradients(f, arguments, "xla")
+      for name in names:
+        try:
+          errors[operation, name, spec.dtype] = _error(_values_and_gradients(f, arguments, name), expected)
+        except NotImplementedError as error:
+          refused[operation, name, spec.dtype] = str(error)
+  found = DeviceCheck(device.kind, errors, refused, time.perf_counter() - begun, None)
+  if not found.passed or not errors:
+    return found
+  file = checked.leave(device, {" ".join(name): error for name, error in errors.items()})
+  return dataclasses.replace(found, file=file)
+
+
+def _of_decode(q: Any, keys: Any, values: Any, own: Any, visible: Any, **rest: Any) -> Any:
+  return decode_attention(q, keys, values, visible, own=own, **rest)
+
+
+_RUNS: dict[str, Callable[..., Any]] = {
+    "gated_scan": gated_scan, "dilated_attention": dilated_attention, "decode_attention": _of_decode,
+    "sparse_attention": sparse_attention}
+
+
+def _runs(operation: str, name: str, device: devices.Device) -> bool:
+  try:
+    return load(operation, name).runs_on.unsupported(device) is None
+  except ImportError:
+    return False
+
+
+def _values_and_gradients(f: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> list[np.ndarray]:
+  """The results, and the gradients of their product with one fixed number for each entry."""
+
+  def both(arguments: tuple[Any, ...]) -> Any:
+    values, pull = jax.vjp(lambda *given: f(*given, implementation=name), *arguments)
+    return values, pull(jax.tree.map(_fixed, values))
+
+  with jax.default_matmul_precision("highest"):  # a TPU would round float32 in plain JAX's products
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(jax.jit(both)(arguments))]
+
+
+def _fixed(x: jax.Array) -> jax.Array:
+  """A cotangent; the log-sum-exp of nothing has none."""
+  numbers = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+  return jnp.where(x == NOTHING, 0, numbers).astype(x.dtype)
+
+
+def _error(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+  """The largest difference as a share of an array's largest entry; infinite where one is not finite."""
+  errors = []
+  for one, other in zip(ours, theirs, strict=True):
+    empty = other == NOTHING
+    if not np.isfinite(one).all() or (empty != (one == NOTHING)).any():
+      return float("inf")
+    one, other = np.where(empty, 0, one), np.where(empty, 0, other)
+    largest = np.abs(other).max(initial=0)
+    if largest > 0:
+      errors.append(float(np.abs(one - other).max() / largest))
+  return max(errors)
