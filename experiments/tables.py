@@ -1,4 +1,4 @@
-"""Rewrites the tables of README.md, docs/scaling.md and experiments, and all figures, from their results.
+"""Rewrites the tables of README.md, docs and experiments, and all figures, from their results.
 
 Claim: a table on a page is what experiments/results says; nothing is measured here.
 Commands: python -m experiments.tables            writes whatever stands between <!-- table: NAME --> and <!-- end -->
@@ -17,7 +17,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import pictures
-from experiments.aot import cases, paper
+from experiments.aot import cases, chips, kernel_cases, paper
 from experiments.bench import page_tables as speed
 from experiments.needles import hypotheses_tables, page_tables as needles, report
 from experiments.shared import command, output, page_tables
@@ -58,7 +58,7 @@ def main(settings: Settings) -> None:
 
 def pages() -> list[pathlib.Path]:
   """The pages whose tables are made."""
-  return [ROOT / "README.md", ROOT / "docs/scaling.md", ROOT / "experiments/README.md",
+  return [ROOT / "README.md", ROOT / "docs/scaling.md", ROOT / "docs/kernels.md", ROOT / "experiments/README.md",
           *sorted((ROOT / "experiments/pages").glob("*.md"))]
 
 
@@ -175,6 +175,13 @@ def _fits(read: Read) -> str:
   return f"7B, 768 rows of 4096 on 256 v5e: {cases.of_memory(cell)} GiB a device"
 
 
+def _of_roofline(read: Read) -> str:
+  label = "dilated, 7B, T=262144, D=16"
+  cell = next(cell for cell in read("tpu_roofline")["cells"] if cell["label"] == label)
+  seconds, floor, _ = kernel_cases.seconds_of(cell, chips.CHIPS["v5p"])
+  return f"{label}: {1e3 * seconds:.1f} ms predicted on a v5p, {seconds / floor:.2f} times the floor"
+
+
 INDEX = (
     Entry("needles", _pair("niah_main", "Quest 16, 1/16"), "2106 s", "pages/needles"),
     Entry("needles-three", _pair("niah_three_seeds", "Quest 16, 1/16"), "", "pages/needles"),
@@ -198,6 +205,7 @@ INDEX = (
     Entry("authors", _authors, "", "pages/kernels"),
     Entry("train", _model("gpu_train", 8, 4096, "dilated:64"), "", "pages/language"),
     Entry("scaling", _fits, "12 minutes on 16 processor cores, in two parts", "../docs/scaling"),
+    Entry("roofline", _of_roofline, "a minute on any machine", "../docs/kernels"),
 )
 
 
@@ -240,7 +248,8 @@ FIGURES: dict[str, Draw] = {
 
 TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES,
                             "cost_model": lambda read: paper.table(),
-                            "scaling": lambda read: cases.table(read("scaling")["cells"])}
+                            "scaling": lambda read: cases.table(read("scaling")["cells"]),
+                            "tpu_kernels": lambda read: kernel_cases.table(read("tpu_roofline")["cells"])}
 
 if __name__ == "__main__":
   command.run(main, Settings, define_flags)
