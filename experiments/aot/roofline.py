@@ -200,8 +200,8 @@ class _Run:
 
   def index(self, index_map: Any, points: np.ndarray) -> np.ndarray:
     """[axes, steps] of an index map, whose first arguments are the numbers of a step."""
-    given = [*points, *[None] * (len(index_map.jaxpr.invars) - len(points))]
-    results = self._run(index_map.jaxpr, [np.asarray(x) for x in index_map.consts], given)
+    jaxpr, consts = _opened(index_map)
+    results = self._run(jaxpr, consts, [*points, *[None] * (len(jaxpr.invars) - len(points))])
     return np.stack([np.broadcast_to(x, points.shape[1]) for x in results])
 
   def _run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -238,7 +238,7 @@ class _Run:
     inner = [one for param in eqn.params.values() for one in _jaxprs(param)]
     if inner:
       closed = next(param for param in eqn.params.values() if any(True for _ in _jaxprs(param)))
-      return self._run(inner[0], [np.asarray(x) for x in getattr(closed, "consts", ())], given)
+      return self._run(*_opened(closed), given)
     sizes = [math.prod(atom.aval.shape) for atom in (*eqn.invars, *eqn.outvars)
              if getattr(atom.aval, "shape", ()) and "Ref" not in type(atom.aval).__name__]
     if name not in _FREE:
@@ -255,7 +255,7 @@ class _Run:
 
   def _apart(self, jaxpr: Any, given: Sequence[Any]) -> tuple[Work, list[Any]]:
     run = _Run(self.programs, self.grid, self.data)
-    results = run._run(jaxpr.jaxpr, [np.asarray(x) for x in jaxpr.consts], given)
+    results = run._run(*_opened(jaxpr), given)
     self.guessed |= run.guessed
     return run.work, results
 
@@ -286,8 +286,8 @@ class _Run:
       self.work.add(work)
 
   def _scan(self, eqn: Any, given: list[Any]) -> list[Any]:
-    count, length = eqn.params["num_consts"], eqn.params["length"]
-    consts, carried = given[:count], given[count:count + eqn.params["num_carry"]]
+    (count, carry), length = _parts_of_scan(eqn.params), eqn.params["length"]
+    consts, carried = given[:count], given[count:count + carry]
     # A counter is what a loop's turns can differ by.
     turns = length if length <= _TURNS else 1
     for _ in range(turns):
@@ -296,6 +296,24 @@ class _Run:
       self.work.add(work, length / turns)
       carried = results[:len(carried)]
     return [*(carried if turns == length else [None] * len(carried)), *[None] * (len(eqn.outvars) - len(carried))]
+
+
+def _opened(closed: Any) -> tuple[Any, list[np.ndarray]]:
+  """(program, its constants)."""
+  return getattr(closed, "jaxpr", closed), [np.asarray(x) for x in getattr(closed, "consts", ())]
+
+
+def _parts_of_scan(params: Mapping[str, Any]) -> tuple[int, int]:
+  """How many arguments of a scan are constants, and how many are carried; jax 0.12 says it otherwise."""
+  if "num_consts" in params:
+    return params["num_consts"], params["num_carry"]
+  consts, carried, _ = (_leaves(part) for part in params["ft_in"].elts)
+  return consts, carried
+
+
+def _leaves(tree: Any) -> int:
+  parts = getattr(tree, "elts", tree)
+  return sum(map(_leaves, parts)) if isinstance(parts, tuple) else 1
 
 
 def _copied(eqn: Any) -> float:

@@ -115,26 +115,7 @@ def _forward(grid: _Grid, q_ref: Ref, *refs: Ref) -> None:
       _attend_window(plan, i, block, q_ref, keys[0][0, 0], values[0][0, 0], attend)
 
   if grid.has_compact:
-    first = (j - plan.local_blocks) * plan.tuning.keys
-    chunks = divided(plan.seen(i) - first + plan.tuning.chunk - 1, plan.tuning.chunk)
-    chunks = jnp.where(j < plan.local_blocks, 0, jnp.clip(chunks, 0, plan.tuning.keys // plan.tuning.chunk))
-
-    def of_chunk(c: Array, _: None) -> None:
-      start = pl.multiple_of(c * plan.tuning.chunk, plan.tuning.chunk)
-      chunk = (0, 0, pl.ds(start, plan.tuning.chunk))
-      k, v, every, q = keys[1][chunk], values[1][chunk], slice(None), rows_of(q_ref, plan)
-      whole = plan.all_see(i, first + start, plan.tuning.chunk)
-
-      @pl.when(whole)
-      def without_mask() -> None:
-        attend(every, q, k, v, None)
-
-      @pl.when(jnp.logical_not(whole))
-      def with_mask() -> None:
-        at = plan.at(first + start, plan.tuning.chunk, 1)
-        attend(every, q, k, v, plan.sees_compact(plan.queries_at(i, 0), at))
-
-    jax.lax.fori_loop(0, chunks, of_chunk, None)
+    _attend_compact(plan, i, j, q_ref, keys[1], values[1], attend)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def end() -> None:
@@ -158,3 +139,27 @@ def _attend_window(plan: Plan, i: Array, block: Array, q_ref: Ref, k: Array, v: 
     attend(rows, q_ref[0, 0, g, pl.ds(start, size)], k, v, mask)
 
   jax.lax.fori_loop(0, plan.groups, of_head, None)
+
+
+def _attend_compact(plan: Plan, i: Array, j: Array, q_ref: Ref, k_ref: Ref, v_ref: Ref, attend: Any) -> None:
+  """A block of queries and the chunks of a block of compact keys of which one of them sees a key."""
+  first = (j - plan.local_blocks) * plan.tuning.keys
+  chunks = divided(plan.seen(i) - first + plan.tuning.chunk - 1, plan.tuning.chunk)
+  chunks = jnp.where(j < plan.local_blocks, 0, jnp.clip(chunks, 0, plan.tuning.keys // plan.tuning.chunk))
+
+  def of_chunk(c: Array, _: None) -> None:
+    start = pl.multiple_of(c * plan.tuning.chunk, plan.tuning.chunk)
+    chunk = (0, 0, pl.ds(start, plan.tuning.chunk))
+    k, v, every, q = k_ref[chunk], v_ref[chunk], slice(None), rows_of(q_ref, plan)
+    whole = plan.all_see(i, first + start, plan.tuning.chunk)
+
+    @pl.when(whole)
+    def without_mask() -> None:
+      attend(every, q, k, v, None)
+
+    @pl.when(jnp.logical_not(whole))
+    def with_mask() -> None:
+      at = plan.at(first + start, plan.tuning.chunk, 1)
+      attend(every, q, k, v, plan.sees_compact(plan.queries_at(i, 0), at))
+
+  jax.lax.fori_loop(0, chunks, of_chunk, None)

@@ -49,7 +49,8 @@ def rows_named(*labels):
 QUICK = ("Quest 8, 1/4", "SnapKV aware, 1/4")
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quick", [True, False])
 def test_a_small_trained_model_under_the_modes(quick):
   model, params = trained()
   expected = {  # of single_2 and of multikey_1, in which copying any needle gives 25

@@ -124,6 +124,7 @@ def test_seeds_that_pass_leave_a_stage_and_the_best_are_kept():
   assert kept == [[True, True, False, False], [False, True, True, False], [False, True, False, True]]
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_the_easiest_task_in_seconds():
   batches, rows, length = 100, 32, 16
   model = RATPlusLM(RATPlusConfig(mini_niah.VOCAB_SIZE, 1, 32, 2, init_std=None))

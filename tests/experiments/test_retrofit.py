@@ -53,6 +53,7 @@ def step(config, params, count=1, **options):
   return state, metrics
 
 
+@pytest.mark.slow
 def test_a_memory_starts_where_the_model_is_and_then_moves(attention):
   config, params = add_memory(CONFIG, attention)
   before = RATPlusLM(CONFIG).apply({"params": attention}, BATCH["tokens"])

@@ -91,6 +91,7 @@ def test_flags_that_would_change_nothing_are_refused(given, message, tmp_path):
     runs.main(settings(runs, f"--workdir={tmp_path}/record", *given))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_a_failure_ends_it(tmp_path, monkeypatch, capsys):
   toys = {"toy": Run("toy", "Nothing.", ("experiments.costs --preset=tiny --length=64 --mode=dense"
                                          f" --workdir={tmp_path}/costs",), cells_of=(f"{tmp_path}/a", f"{tmp_path}/b")),

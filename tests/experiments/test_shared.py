@@ -70,7 +70,7 @@ MISSING = {"adapt": ("checkpoint",), "bench_model": ("torch_reference",), "bench
            "generate": ("checkpoint",), "hypotheses": ("checkpoint",), "prepare_data": ("source",),
            "pretrain": ("data",), "quickstart": ("data",), "retrofit": ("checkpoint",), "sft_niah": ("lm_data",)}
 BESIDE = {"bench_model": {"dtype": "bfloat16"}, "sft_niah": {"lm_rows": "2"}}  # what lets the file be looked for
-WITHOUT_FILES = {"aot_compile", "bench_convert", "costs", "runs", "tables"}
+WITHOUT_FILES = {"aot_compile", "bench_convert", "costs", "roofline", "runs", "tables"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

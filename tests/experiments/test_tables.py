@@ -93,6 +93,7 @@ def test_a_table_that_is_not_there_is_named():
     page_tables.rewritten("<!-- table: none -->\n<!-- end -->\n", "page", tables.made)
 
 
+@pytest.mark.slow
 def test_check_says_what_differs_and_writes_nothing(tmp_path, monkeypatch, capsys):
   page = tmp_path / "page.md"
   old = f"<!-- table: near -->\n{END}"

@@ -104,6 +104,7 @@ def test_every_answer_is_in_its_context(task):
     assert np.mean([len(s) for s in successors.values()]) < 8  # four, and what a needle comes between
 
 
+@pytest.mark.slow
 def test_training_rows_are_packed_and_weigh_fresh_questions():
   counts = {"single_1": 3, "single_2": 3, "single_3": 5, "multikey_1": 4, "multikey_2": 10, "multikey_3": 16,
             "multivalue": 14, "multiquery": 9}

@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 
 import rat_jax
 from conftest import WHOLE_MODEL, assert_close
@@ -17,6 +18,7 @@ SAVED = pathlib.Path(__file__).parents[2] / "fixtures" / "version_0_1"
 CONFIG = RATPlusConfig(13, 2, 8, 2, num_kv_heads=1, init_std=0.3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_and_trains_on(tmp_path):
   folder = shutil.copytree(SAVED / "checkpoints", tmp_path / "checkpoints")
   expected = np.load(SAVED / "expected.npz")
