@@ -47,7 +47,8 @@ class Arriving(Full):
   def finish(self, rows: ArrivingKV, lengths: Lengths, row_ids: RowIds, first_layer: int) -> Any:
     def of_layer(_: None, at_layer: tuple[ArrivingKV, Array]) -> tuple[None, Any]:
       rows, layer = at_layer
-      heads = Heads(rows.queries, jnp.swapaxes(rows.keys, 1, 2), jnp.swapaxes(rows.values, 1, 2))
+      keys, values = (jnp.swapaxes(x[:, :, :self.max_length], 1, 2) for x in (rows.keys, rows.values))
+      heads = Heads(rows.queries, keys, values)
       return None, self.wanted.of_prompt(heads, lengths, Origin(row_ids, layer))
 
     layers = first_layer + jnp.arange(rows.keys.shape[0], dtype=jnp.int32)

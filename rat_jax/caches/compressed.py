@@ -12,7 +12,7 @@ from pallas_kernels.pattern import DENSE
 from rat_jax.attention import by_rule
 from rat_jax.attention.terms import Heads, Held, Origin
 from rat_jax.axes import Array, CacheRows, Keys, Lengths, Positions
-from rat_jax.caches.slots import Slots, write
+from rat_jax.caches.slots import Slots, aligned, write
 from rat_jax.caches.store import KV, NewTokens, Store
 from rat_jax.config import RATPlusConfig
 
@@ -50,13 +50,15 @@ class Compressed(Store):
 
   def empty(self, config: RATPlusConfig, layers: int, batch: int) -> CompressedKV:
     heads = config.num_kv_heads if self.mode.group == "kv" else config.num_heads
-    shape = (layers, batch, heads, self.kept + self.max_length - self.prompt_width, config.head_dim)
+    count = aligned(self.kept + self.max_length - self.prompt_width)
+    shape = (layers, batch, heads, count, config.head_dim)
     keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
     return CompressedKV(keys, values, jnp.full(shape[:4], -1, jnp.int32))
 
   def of_prompt(self, heads: Heads, lengths: Lengths, origin: Origin) -> CompressedKV:
     positions, _ = self.mode.keep(heads.q, heads.k, lengths, origin)
-    free = self.max_length - heads.k.shape[1]
+    kept = positions.shape[2]
+    free = aligned(kept + self.max_length - heads.k.shape[1], heads.k) - kept
     keys, values = (jnp.pad(take_kept(x, positions), ((0, 0), (0, 0), (0, free), (0, 0))) for x in (heads.k, heads.v))
     return CompressedKV(keys, values, jnp.pad(positions, ((0, 0), (0, 0), (0, free)), constant_values=-1))
 

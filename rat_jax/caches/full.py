@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rat_jax.attention.terms import Heads, Held, Origin
 from rat_jax.axes import Array, Lengths
-from rat_jax.caches.slots import Slots, fill, write
+from rat_jax.caches.slots import Slots, aligned, fill, write
 from rat_jax.caches.store import KV, NewTokens, Store
 from rat_jax.config import RATPlusConfig
 
@@ -23,25 +23,28 @@ class Full(Store):
 
   @property
   def slots(self) -> Slots:
-    """Which position each row holds."""
+    """Which position each row holds; there may be more rows, which hold none."""
     return Slots(self.max_length)
 
   def empty(self, config: RATPlusConfig, layers: int, batch: int) -> Any:
-    shape = (layers, batch, config.num_kv_heads, self.slots.rows, config.head_dim)
+    shape = (layers, batch, config.num_kv_heads, aligned(self.slots.rows), config.head_dim)
     return KV(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
   def of_prompt(self, heads: Heads, lengths: Lengths, origin: Origin) -> Any:
-    return KV(fill(self.slots, heads.k, lengths), fill(self.slots, heads.v, lengths))
+    slots = self.slots.padded(aligned(self.slots.rows, heads.k))
+    return KV(fill(slots, heads.k, lengths), fill(slots, heads.v, lengths))
 
   def attend(self, rows: Any, layer: Array, mode: Mode, heads: Heads, new: NewTokens, origin: Origin) -> Array:
     return mode.attend_cached(heads, self.held(rows, layer, new), new.positions, origin)
 
   def held(self, rows: Any, layer: Array, new: NewTokens) -> Held:
     """What a layer holds for new tokens to read."""
-    return Held(rows.keys, rows.values, layer, self.slots.readable(new.before), new.before, self.max_length)
+    readable = self.slots.padded(rows.keys.shape[3]).readable(new.before)
+    return Held(rows.keys, rows.values, layer, readable, new.before, self.max_length)
 
   def append(self, rows: Any, added: Any, new: NewTokens) -> Any:
-    keys, values = (write(self.slots, old, x, new.positions, new.after)
+    slots = self.slots.padded(rows.keys.shape[3])
+    keys, values = (write(slots, old, x, new.positions, new.after)
                     for old, x in ((rows.keys, added.keys), (rows.values, added.values)))
     return KV(keys, values)
 

@@ -4,7 +4,8 @@ A cache of R rows per head is laid out as
 
     sinks    rows 0 .. sinks-1      position = row
     ring     the next `ring` rows   the last `ring` positions, position p in row p % ring
-    strided  the rest               positions (j+1) * stride - 1
+    strided  the next ones          positions (j+1) * stride - 1
+    padding  the rest               no position
 
 A full cache is all sinks. From a row's length `Slots` knows which position each of its slots holds, so none is stored.
 """
@@ -16,9 +17,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.attention.gather import take_rows
 from pallas_kernels.pattern import Pattern
 from rat_jax.axes import Array, Lengths, Positions
+
+_NEVER = 2**31 - 1  # a position after every length
+_TILE = 16          # rows of a tile of a TPU's memory, for bfloat16
+
+
+def aligned(rows: int, *arrays: Array) -> int:
+  """How many rows a cache has that needs so many, on the device of the arrays or else of the context.
+
+  On a TPU whole tiles: the compiler would lay out others in another order, and copy them for a kernel at every step.
+  """
+  return rows + -rows % _TILE if devices.platform_of(*arrays) == "tpu" else rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Slots:
   ring: int = 0
   stride: int = 1
   strided: int = 0
+  padding: int = 0
 
   @classmethod
   def of(cls, pattern: Pattern | None, max_length: int) -> Slots:
@@ -43,7 +57,11 @@ class Slots:
   @property
   def rows(self) -> int:
     """Slots in all, R."""
-    return self.sinks + self.ring + self.strided
+    return self.sinks + self.ring + self.strided + self.padding
+
+  def padded(self, rows: int) -> Slots:
+    """The layout with padding up to so many rows."""
+    return dataclasses.replace(self, padding=self.padding + rows - self.rows)
 
   def held(self, lengths: Lengths) -> Array:
     """The position in every slot after `lengths` [B] tokens, int32 [B, R]; -1 for an empty slot."""
@@ -53,6 +71,7 @@ class Slots:
       at.append(last - (last - jnp.arange(self.ring, dtype=jnp.int32)) % self.ring)
     at.append(jnp.broadcast_to((jnp.arange(self.strided, dtype=jnp.int32) + 1) * self.stride - 1,
                                (lengths.shape[0], self.strided)))
+    at.append(jnp.full((lengths.shape[0], self.padding), _NEVER, jnp.int32))
     held = jnp.concatenate(at, axis=1)
     return jnp.where(held <= last, held, -1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,20 @@ import pytest
 from hypothesis import given, strategies as st
 
 import rat_jax
-from conftest import examples
-from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, SnapKV, StreamingLLM, visible
+from conftest import examples, first_quick, programs_for
+from rat_jax import (
+    Dense,
+    Dilated,
+    MoBA,
+    PerLayer,
+    Quest,
+    RATPlusConfig,
+    RATPlusLM,
+    SnapKV,
+    StreamingLLM,
+    visible,
+)
+from rat_jax.caches import compressed, full
 from rat_jax.caches.cache import empty_cache
 from rat_jax.caches.slots import Slots, fill, write
 
@@ -54,6 +68,47 @@ def test_filled_and_appended_caches_hold_the_same(mode, max_length, data):
     done = np.minimum(done + size, lengths)
     rows = jax.jit(write, static_argnums=0)(slots, rows, new, np.where(real, at, -1), done)
   np.testing.assert_array_equal(rows[0], whole)
+
+
+MODES = [Dilated(4, window=2, sinks=3), Dense(), Quest(9, block=4), MoBA(3, block=4), SnapKV(9, obs_window=4)]
+
+
+@pytest.mark.parametrize("mode", first_quick(1, MODES))
+@pytest.mark.parametrize("pieces", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_rows_that_fill_tiles_change_nothing(mode, pieces, monkeypatch):
+  """As a TPU's caches have them; a prompt at once, or in pieces, and then token by token."""
+  model = RATPlusLM(RATPlusConfig(31, 2, 16, 2, num_kv_heads=1))
+  tokens = np.random.default_rng(0).integers(0, 31, (2, 27))
+  params = model.init(jax.random.key(0), tokens[:, :4])["params"]
+  lengths = np.array([21, 17])
+
+  def run():
+    how = dict(chunk=8) if pieces else {}
+    logits, cache = rat_jax.prefill(model, params, tokens[:, :21], lengths, mode=mode, max_length=27, **how)
+    found, shapes = [logits], {x.shape[3] for x in jax.tree.leaves(cache.runs) if x.ndim == 5}
+    step = jax.jit(functools.partial(rat_jax.decode_step, model))
+    for t in range(21, 27):
+      logits, cache = step(params, tokens[:, t], cache)
+      found.append(logits)
+    return np.stack(found), shapes
+
+  expected, _ = run()
+  for module in (full, compressed):
+    monkeypatch.setattr(module, "aligned", lambda rows, *arrays: rows + -rows % 16)
+  jax.clear_caches()
+  logits, shapes = run()
+  jax.clear_caches()
+  assert 16 in shapes or 32 in shapes
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_caches_of_a_tpu_have_whole_tiles_of_rows(mode):
+  config = RATPlusConfig(31, 2, 16, 2, num_kv_heads=1)
+  with programs_for("TPU v5", "tpu"):
+    cache = jax.eval_shape(lambda: empty_cache(config, mode, 2, 37, prompt_width=30))
+  rows = {x.shape[3] % 16 for x in jax.tree.leaves(cache.runs) if x.ndim == 5 and x.shape[3] > 10}
+  assert rows == {0}
 
 
 def test_cache_bytes_are_what_is_allocated():
