@@ -67,14 +67,17 @@ if SHORT:
 # ## Are they right?
 #
 # Results and gradients of every kernel, against plain JAX in float32. What passes leaves a file, and from then on
-# `implementation=None` takes the kernels on this kind of device. `make test-tpu` in the repository tests many more
-# shapes, against float64.
+# `implementation=None` takes those kernels on this kind of device whose place is known or predicted. `make test-tpu` in
+# the repository tests many more shapes, against float64.
 
 # %%
 if SHORT:
+  import tempfile
+
   from pallas_kernels import check
   from pallas_kernels.scan.arg_specs import ArgSpec
 
+  os.environ.setdefault("RAT_JAX_CACHE", tempfile.mkdtemp())  # what passes here says nothing about the kernels
   check.SPECS = {"gated_scan": (ArgSpec(1, 130, 1, 128, "float32", "float32"),)}
 found = rat_jax.check_device()
 print(found)
@@ -111,6 +114,13 @@ print(kernel_cases.measured_table(cells, seconds, chip))
 # than plain JAX. Please send it with the table above; it replaces a prediction.
 
 # %%
-if not SHORT:
-  subprocess.run([sys.executable, "-m", "experiments.bench_ops", "--crossovers", "--rounds=3"], cwd=root, check=True)
+from absl import flags
+
+from experiments import bench_ops
+from experiments.shared.command import settings_of
+
+if not SHORT:  # in this process, which has the chip to itself
+  bench_ops.define_flags()
+  flags.FLAGS(["bench_ops", "--crossovers", "--rounds=3"])
+  bench_ops.main(settings_of(bench_ops.Settings))
 stack.close()

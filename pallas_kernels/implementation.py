@@ -111,6 +111,11 @@ def force(implementation: str) -> AbstractContextManager[None]:
   return context
 
 
+def is_forced() -> bool:
+  """Whether this is inside `force`."""
+  return _FORCED.value is not None
+
+
 def call(operation: Operation, name: str | None, *arguments: Any, **options: Any) -> Any:
   """Runs the operation by the implementation that is forced or named, else by the fastest one that serves.
 

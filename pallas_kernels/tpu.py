@@ -40,6 +40,7 @@ def largest_divisor(n: int, most: int) -> int:
 
 def product(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:
   """The product over one axis of each of two matrices: float32, and exact where the arguments are."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  # None would be what the user configured, and the compiler takes no "highest" for bfloat16.
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(a, b, (((over[0],), (over[1],)), ((), ())), precision=precision,
                              preferred_element_type=jnp.float32)

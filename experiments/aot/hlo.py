@@ -141,6 +141,11 @@ class Program:
                    if one.kind not in _FREE and not _is_collective(one))
     return computed + sum(one.times * one.moved for one in self.sent())
 
+  def moved_by_kernels(self) -> float:
+    """Of these bytes, those of the arguments and results of Pallas kernels."""
+    return sum(times * self._bytes(inside, one) for times, inside, one in self._running()
+               if 'custom_call_target="tpu_custom_call"' in one.rest)
+
   def _bytes(self, inside: Computation, one: Instruction) -> float:
     operands = [_in_memory(inside[name].result) if name in inside else 0.0 for name in one.operands]
     result = _in_memory(one.result)

@@ -74,9 +74,9 @@ def timed(case: KernelCase, seed: int = 0) -> tuple[float, float | None]:
   found: list[float | None] = []
   for name in ("pallas_tpu", "xla"):
     run, _ = public(case.spec, name)
-    program = functools.partial(_gradient, run) if case.gradient else run
     try:
-      found.append(times.median_seconds(jax.jit(program).lower(*arguments).compile(), *arguments))
+      found.append(_seconds_of_gradient(run, arguments) if case.gradient else times.median_seconds(
+          jax.jit(run).lower(*arguments).compile(), *arguments))
     except jax.errors.JaxRuntimeError as error:
       if name == "pallas_tpu" or not device.out_of_memory(error):
         raise
@@ -85,10 +85,11 @@ def timed(case: KernelCase, seed: int = 0) -> tuple[float, float | None]:
   return found[0], found[1]
 
 
-def _gradient(run: Callable[..., Any], *arguments: Any) -> Any:
-  """Of the sum of all results by the first three arguments."""
-  total = lambda *first: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(run(*first, *arguments[3:])))
-  return jax.grad(total, argnums=(0, 1, 2))(*arguments[:3])
+def _seconds_of_gradient(run: Callable[..., Any], arguments: Any) -> float:
+  """Of the backward pass alone, by the first three arguments."""
+  values, pull = jax.jit(lambda *given: jax.vjp(lambda *first: run(*first, *given[3:]), *given[:3]))(*arguments)
+  backward = jax.jit(lambda pull, cotangents: pull(cotangents))
+  return times.median_seconds(backward.lower(pull, values).compile(), pull, values)
 
 
 def _drawn(case: KernelCase, types: Any, key: jax.Array) -> Any:

@@ -51,10 +51,10 @@ def _seconds(spec: Spec, name: str, chip: chips.Chip, mesh: jax.sharding.Mesh) -
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
   types = jax.tree.map(place, types)
   compiled = jax.jit(run).lower(*types).compile()
-  moved = Program(str(compiled.as_text())).moved() * chip.devices / chip.bandwidth
+  program = Program(str(compiled.as_text()))
+  moved = program.moved() * chip.devices / chip.bandwidth
   if name == "xla":  # what is in VMEM when a step of it begins was read before
     given = bytes_of((types, jax.eval_shape(run, *types))) * chip.devices / chip.bandwidth
     return max(moved, given, products_of(spec) * chip.devices / chip.products)
   kernels = kernels_of(run, *types, data=data_of(spec))
-  around = moved - sum(kernel.passed for kernel in kernels) * chip.devices / chip.bandwidth
-  return predicted(kernels, chip) + max(around, 0.0)
+  return predicted(kernels, chip) + moved - program.moved_by_kernels() * chip.devices / chip.bandwidth

@@ -29,6 +29,7 @@ _SCALARS: Mapping[str, Callable[..., Any]] = {
     "select_n": lambda which, *cases: np.where(which, cases[-1], cases[0])}
 _FREE = {"broadcast_in_dim", "reshape", "squeeze", "get", "swap", "slice", "concatenate", "transpose", "iota",
          "convert_element_type", "program_id", "num_programs", "multiple_of", "dma_wait"}
+_OF_STEP = object()  # a number that depends on the step of the grid, and is not known
 
 
 @dataclasses.dataclass
@@ -51,9 +52,10 @@ class Kernel:
 
   Attributes:
     steps: of its grid.
-    moved: bytes between HBM and VMEM; `passed` are those of its arguments and results, each once.
+    moved: bytes between HBM and VMEM.
     products, elements: operations of matrix products; numbers that other operations make.
     vmem: bytes of its blocks and its scratch, without what the compiler keeps of a step.
+    parallel: steps that may run at once, of which the cores of a device take one each.
   """
 
   name: str
@@ -62,13 +64,15 @@ class Kernel:
   products: float
   elements: float
   vmem: float
-  passed: float
+  parallel: int
 
   def seconds(self, chip: Chip) -> dict[str, float]:
     """What its parts take alone, at a chip's figures; "steps" is what they take beside their work."""
-    return {"products": self.products / chip.products * chip.devices,
-            "memory": self.moved / chip.bandwidth * chip.devices, "vectors": self.elements / chip.vector,
-            "steps": self.steps * STEP / chip.cores}
+    cores = min(self.parallel, chip.cores)
+    idle = chip.cores / cores
+    return {"products": self.products / chip.products * chip.devices * idle,
+            "memory": self.moved / chip.bandwidth * chip.devices, "vectors": self.elements / chip.vector * idle,
+            "steps": self.steps * STEP / cores}
 
 
 def predicted(kernels: Sequence[Kernel], chip: Chip) -> float:
@@ -98,8 +102,16 @@ def kernels_of(f: Callable[..., Any], *arguments: Any, data: Mapping[str, Data] 
 
   `data` is by a kernel's name.
   """
-  calls = list(_calls(jax.make_jaxpr(f)(*arguments).jaxpr))
-  found = {id(eqn): kernel_of(eqn, data or {}) for eqn in calls}
+  return kernels_in(jax.make_jaxpr(f)(*arguments).jaxpr, data)
+
+
+def kernels_in(jaxpr: Any, data: Mapping[str, Data] | None = None) -> list[Kernel]:
+  """`kernels_of` a program that was traced."""
+  calls = list(_calls(jaxpr))
+  found: dict[int, Kernel] = {}
+  for eqn in calls:
+    if id(eqn) not in found:
+      found[id(eqn)] = kernel_of(eqn, data or {})
   return [found[id(eqn)] for eqn in calls]
 
 
@@ -134,8 +146,16 @@ def kernel_of(eqn: Any, data_of: Mapping[str, Data]) -> Kernel:
   work = _over_grid(body, grid, data)
   scratch = sum(math.prod(one.shape) * one.dtype.itemsize for one in mapping.scratch_avals
                 if "sem" not in str(one.dtype))
-  passed = sum(math.prod(atom.aval.shape) * atom.aval.dtype.itemsize for atom in (*eqn.invars, *eqn.outvars))
-  return Kernel(name, points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch, float(passed))
+  parallel = math.prod(n for n, kind in zip(grid, _semantics(eqn.params["compiler_params"]), strict=False)
+                       if "parallel" in str(kind).lower())
+  return Kernel(name, points.shape[1], moved + work.copied, work.products, work.elements, vmem + scratch, parallel)
+
+
+def _semantics(params: Any) -> Sequence[Any]:
+  """Of the axes of a grid, as the kernel says; jax 0.12 says it otherwise."""
+  params = params.get("mosaic_tpu", params) if isinstance(params, Mapping) else params
+  found: Sequence[Any] = getattr(params, "dimension_semantics", None) or ()
+  return found
 
 
 def _moved(block: Any, indices: np.ndarray) -> tuple[float, float]:
@@ -187,7 +207,7 @@ class _Run:
   """Runs a program on its scalars.
 
   `programs` are the numbers of the grid's step by axis, or arrays of all steps; what is left out is not known.
-  `guessed` says whether a branch or a loop depended on what is not known.
+  `guessed` says whether a branch or a loop depended on a number of the step that is not known.
   """
 
   def __init__(self, programs: Mapping[int, Any], grid: Sequence[int], data: Data):
@@ -218,7 +238,7 @@ class _Run:
   def _step(self, eqn: Any, given: list[Any]) -> list[Any]:
     name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
     if name == "program_id":
-      return [self.programs.get(eqn.params["axis"])]
+      return [self.programs.get(eqn.params["axis"], _OF_STEP)]
     if name == "num_programs":
       return [np.int64(self.grid[eqn.params["axis"]])]
     if name == "cond":
@@ -248,6 +268,8 @@ class _Run:
         return [np.int64(self.data.table)]
       if name in ("convert_element_type", "multiple_of"):
         return [given[0]]
+      if any(x is _OF_STEP for x in given):
+        return [_OF_STEP]
       if name in _SCALARS and all(x is not None for x in given):
         return [_SCALARS[name](*given)]
       return nothing
@@ -261,13 +283,13 @@ class _Run:
 
   def _cond(self, eqn: Any, given: list[Any]) -> list[Any]:
     which, *rest = given
-    if which is not None:
+    if which is not None and which is not _OF_STEP:
       work, results = self._apart(eqn.params["branches"][int(which)], rest)
       self.work.add(work)
       return results
     branches = [self._apart(branch, rest) for branch in eqn.params["branches"]]
-    if self.data.holds is None or len(branches) != 2:
-      self.guessed = True
+    self.guessed |= which is _OF_STEP
+    if which is _OF_STEP or self.data.holds is None or len(branches) != 2:
       self.work.add(max((work for work, _ in branches), key=lambda work: work.products + work.elements + work.copied))
     else:
       self.work.add(branches[0][0], 1 - self.data.holds)
@@ -279,8 +301,8 @@ class _Run:
     of_cond, of_body, carried = given[:split[0]], given[split[0]:split[1]], given[split[1]:]
     while True:
       goes_on = self._apart(eqn.params["cond_jaxpr"], [*of_cond, *carried])[1][0]
-      self.guessed |= goes_on is None
-      if not goes_on:
+      self.guessed |= goes_on is _OF_STEP
+      if goes_on is None or goes_on is _OF_STEP or not goes_on:
         return carried
       work, carried = self._apart(eqn.params["body_jaxpr"], [*of_body, *carried])
       self.work.add(work)

@@ -53,12 +53,12 @@ def unsupported(q: Array, keys: Array, values: Array, visible: Array, layer: Arr
   if blocks is not None and (visible.shape[3] % tile or keys.shape[-2] % tile or keys.shape[-2] < visible.shape[3]):
     return (f"takes chosen blocks and caches of a multiple of {tile} rows of {keys.dtype}, not blocks of"
             f" {visible.shape[3]} of {keys.shape[-2]} rows")
-  fewer = "take fewer blocks, or heads that are narrower"
   if blocks is None:
     rows = min(keys.shape[-2], 2 * _ROWS)
-    return too_large("VMEM", "a block of keys", (rows, keys.shape[-1]), keys.dtype, 2 * _BYTES, fewer)
+    return too_large("VMEM", "a block of keys", (rows, keys.shape[-1]), keys.dtype, 2 * _BYTES, "take narrower heads")
   chosen = (blocks.shape[2], visible.shape[3], keys.shape[-1])
-  return (too_large("VMEM", "the chosen keys of a head", chosen, keys.dtype, 2 * _BYTES, fewer)
+  return (too_large("VMEM", "the chosen keys of a head", chosen, keys.dtype, 2 * _BYTES,
+                    "take fewer blocks, or narrower heads")
           or too_large("SMEM", "the blocks of a row", blocks.shape[1:], jnp.int32, SMEM_LIMIT, "take fewer blocks"))
 
 
@@ -107,7 +107,7 @@ def _chosen_blocks(q: Array, keys: Array, values: Array, visible: Array, layer: 
   seen = jnp.where((late > 0)[..., None], moved, visible).reshape(b, m, 1, n * size)
   seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, 0), (0, 0), (0, -(n * size) % LANES)))
   q = q.reshape(b, m, -1, q.shape[2])
-  heads = _heads(m, _BYTES // _bytes_of_blocks(keys, visible, 1))
+  heads = _heads(m, _BYTES // (n * size * keys.shape[-1] * keys.dtype.itemsize))
   rows = max(SMEM_LIMIT // (4 * m * n), 1)  # of the batch, whose table fits
   parts = []
   for start in range(0, b, rows):
@@ -118,12 +118,6 @@ def _chosen_blocks(q: Array, keys: Array, values: Array, visible: Array, layer: 
         Tuning(heads, n * size), interpret))
   out, lse = (jnp.concatenate(of, axis=0) for of in zip(*parts, strict=True))
   return out, lse
-
-
-def _bytes_of_blocks(keys: Array, visible: Array, heads: int) -> int:
-  """Of the keys that are copied for so many heads."""
-  size: int = heads * visible.shape[2] * visible.shape[3] * keys.shape[-1] * keys.dtype.itemsize
-  return size
 
 
 def _heads(n: int, fit: int) -> int:

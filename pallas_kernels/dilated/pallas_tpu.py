@@ -67,9 +67,11 @@ def plan_of(q: Array, kv_heads: int, pattern: Pattern) -> Plan:
   _, length, heads, width = q.shape
   if pattern.dilation == 1 or pattern.window >= length - 1:
     pattern = DENSE
+  elif pattern.dilation and pattern.dilation >= length:  # no query has a strided key before it
+    pattern = pattern._replace(dilation=None)
   pattern = pattern._replace(sinks=min(pattern.sinks, length))
   groups = heads // kv_heads
-  wide = max(width * q.dtype.itemsize // _BYTES, 1)
+  wide = _power_of_two(-(-width * q.dtype.itemsize // _BYTES))
   rows = _ROWS // wide
   strided = length // pattern.dilation if pattern.dilation else 0
   if pattern.sinks + strided <= _FEW:  # a block has little to compute
@@ -164,17 +166,20 @@ def _backward_program(residuals: Residuals, d_out: Array, pattern: Pattern, inte
 def _backward_in_parts(q: Array, compact: list[Array], own: list[Array], lse: Array, delta: Array, d_out: Array,
                        plan: Plan, interpret: Any) -> tuple[Array, list[Array], list[Array]]:
   """(d_q, d_k and d_v of compact keys, those of own ones), with as many compact keys at a time as fit VMEM."""
-  count, of_key = compact[0].shape[2] if compact else 1, 2 * q.shape[-1] * (q.dtype.itemsize + 4)
-  parts = -(-count * of_key // _COMPACT_LIMIT)
-  size = -(-count // (parts * plan.tuning.chunk)) * plan.tuning.chunk
+  count, of_chunk = compact[0].shape[2] if compact else 1, 2 * plan.tuning.chunk * q.shape[-1] * (q.dtype.itemsize + 4)
+  chunks, most = -(-count // plan.tuning.chunk), max(_COMPACT_LIMIT // of_chunk, 1)
+  parts = -(-chunks // most)
+  size = -(-chunks // parts) * plan.tuning.chunk
   dtype = q.dtype if own and parts == 1 else jnp.dtype(jnp.float32)
   found = []
   for first in range(0, count, size):
     part = [x[:, :, first:first + size] for x in compact]
-    found.append(backward_of_compact(q, part, [] if first else own, lse, delta, d_out, first, plan, dtype, interpret))
-  d_compact = [jnp.concatenate(d, axis=2) for d in zip(*(of_part[1:3] for of_part in found), strict=True)]
+    own_of_part = [] if first else own
+    found.append(backward_of_compact(q, part, own_of_part, lse, delta, d_out, first, plan, dtype, interpret))
+  of_compact = (of_part[1:1 + len(compact)] for of_part in found)
+  d_compact = [jnp.concatenate(d, axis=2) for d in zip(*of_compact, strict=True)]
   d_q = functools.reduce(jnp.add, (of_part[0] for of_part in found))
-  return d_q, d_compact if compact else [], list(found[0][1 + len(compact):])
+  return d_q, d_compact, list(found[0][1 + len(compact):])
 
 
 def made(interpret: Any = None) -> Implementation:

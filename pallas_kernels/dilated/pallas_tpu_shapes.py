@@ -48,6 +48,9 @@ class Tuning:
   chunk: int
   local: int
 
+  def __post_init__(self) -> None:
+    assert all(n & (n - 1) == 0 for n in dataclasses.astuple(self)), self
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

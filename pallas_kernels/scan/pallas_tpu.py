@@ -27,6 +27,7 @@ from pallas_kernels.tpu import LANES, largest_divisor
 
 Array = jax.Array
 _GROUPS = 8  # of a tile: as many independent recurrences hide the latency of one
+_BYTES = 40 * 2**20  # of tiles
 _TOKENS = (512, 256, 128)  # of a tile, the best first
 
 
@@ -65,10 +66,12 @@ class PallasTPU:
     return found
 
 
-def default_tuning(layout: Layout) -> Tuning:
-  """Tiles of up to eight groups, and of as many tokens as leave little of the last tile empty."""
+def default_tuning(layout: Layout, inputs: int = 2, itemsize: int = 2) -> Tuning:
+  """Tiles of up to eight groups, as many as fit VMEM, and of tokens that leave little of the last tile empty."""
   tokens = next((n for n in _TOKENS if -layout.length % n <= layout.length // 16), _TOKENS[-1])
-  return Tuning(largest_divisor(layout.groups, _GROUPS), tokens)
+  # Backward there are two blocks of each array, and float32 scratch of each recurrence.
+  of_group = tokens * LANES * (2 * itemsize * (2 + 4 * inputs) + 4 * (1 + inputs))
+  return Tuning(largest_divisor(layout.groups, min(_GROUPS, max(_BYTES // of_group, 1))), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +115,9 @@ class Layout:
     return x.reshape(x.shape[0], -1)[:, :self.channels].reshape(self.shape[0], *self.shape[2:])
 
 
-def _tuned(gate_logits: Array, tuning: Tuning | None) -> tuple[Layout, Tuning]:
-  layout = Layout(gate_logits.shape)
-  return layout, tuning or default_tuning(layout)
+def _tuned(gate_logits: Array, inputs: Arrays, tuning: Tuning | None) -> tuple[Layout, Tuning]:
+  layout, itemsize = Layout(gate_logits.shape), max(x.dtype.itemsize for x in (gate_logits, *inputs))
+  return layout, tuning or default_tuning(layout, len(inputs), itemsize)
 
 
 def _flags(reset: Array | None, tuning: Tuning) -> Array | None:
@@ -128,7 +131,7 @@ def _flags(reset: Array | None, tuning: Tuning) -> Array | None:
 @functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
 def _forward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | None, tuning: Tuning | None,
              interpret: Any) -> tuple[Arrays, Arrays]:
-  layout, tuning = _tuned(gate_logits, tuning)
+  layout, tuning = _tuned(gate_logits, inputs, tuning)
   outputs, last = kernel.forward(
       layout.tokens(gate_logits, tuning, jnp.inf), tuple(layout.tokens(x, tuning) for x in inputs),
       tuple(map(layout.state, state)), _flags(reset, tuning), tuning, interpret)
@@ -138,7 +141,7 @@ def _forward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | N
 @functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
 def _backward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | None, states: Arrays, d_outputs: Arrays,
               d_last: Arrays, tuning: Tuning | None, interpret: Any) -> tuple[Array, Arrays, Arrays]:
-  layout, tuning = _tuned(gate_logits, tuning)
+  layout, tuning = _tuned(gate_logits, inputs, tuning)
 
   def tokens(arrays: Arrays) -> Arrays:
     return tuple(layout.tokens(x, tuning) for x in arrays)
@@ -152,7 +155,7 @@ def _backward(gate_logits: Array, inputs: Arrays, state: Arrays, reset: Array | 
 @functools.partial(jax.jit, static_argnames=("reverse", "tuning", "interpret"))
 def _summed(gate_logits: Array, arrays: Arrays, reset: Array | None, reverse: bool, tuning: Tuning | None,
             interpret: Any) -> Arrays:
-  layout, tuning = _tuned(gate_logits, tuning)
+  layout, tuning = _tuned(gate_logits, arrays, tuning)
   found = kernel.summed(layout.tokens(gate_logits, tuning, jnp.inf), tuple(layout.tokens(x, tuning) for x in arrays),
                         _flags(reset, tuning), reverse, tuning, interpret)
   return tuple(map(layout.state_back, found))

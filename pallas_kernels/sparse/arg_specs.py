@@ -62,7 +62,7 @@ class ArgSpec:
     drawn = np.where(is_valid, drawn, rng.integers(-2, count + 3, blocks.shape))
     at = None
     if self.queries is not None:
-      at = jnp.asarray(rng.integers(-1, self.length, blocks.shape[:2]), jnp.int32)
+      at = jnp.asarray(rng.integers(-1, self.length + self.block, blocks.shape[:2]), jnp.int32)
     return tuple(normal(rng, x.shape, x.dtype) for x in (q, k, v)), {
         "blocks": jnp.asarray(drawn, jnp.int32), "valid": jnp.asarray(is_valid), "block": self.block, "q_positions": at,
         "rule": self.rule}

@@ -18,7 +18,8 @@ from pallas_kernels.tpu import LANES, SMEM_LIMIT, too_large, unsupported_heads
 
 Array = jax.Array
 Arrays = tuple[Array, Array, Array, Array, Array]  # q, k, v, table and positions, as kernels have them
-_SCORES_LIMIT, _KEYS_LIMIT, _GRADIENT_LIMIT = 2**23, 2**20, 2**23  # bytes of arrays in VMEM
+_QUERIES_LIMIT, _KEYS_LIMIT = 2**21, 2**20  # bytes of arrays in VMEM
+_SCORES_LIMIT, _GRADIENT_LIMIT = 2**23, 2**23
 # Of a tile of queries, all heads of a chooser: at least and at most, else as many as a block has keys. Of more, fewer
 # copies are made; of fewer, fewer blocks are read.
 _ROWS = 256, 512
@@ -38,7 +39,11 @@ def unsupported(q: Array, k: Array, v: Array, blocks: Array, valid: Array, q_pos
   plan = plan_of(q.shape, k.shape, blocks.shape[2], block, rule)
   lists = (2, 1 + max(-(-k.shape[1] // plan.block), -(-q.shape[1] // plan.tile)))
   smaller = "take smaller blocks"
-  return (too_large("VMEM", "the scores of a block", (plan.block, plan.rows), jnp.float32, _SCORES_LIMIT,
+  queries, table = (plan.rows, q.shape[3]), (blocks.shape[3], plan.tile)
+  return (too_large("VMEM", "a tile of queries", queries, jnp.float32, _QUERIES_LIMIT,
+                    "take fewer query heads for each head that chooses")
+          or too_large("VMEM", "a tile's choices", table, jnp.int32, _QUERIES_LIMIT, "choose fewer blocks")
+          or too_large("VMEM", "the scores of a block", (plan.block, plan.rows), jnp.float32, _SCORES_LIMIT,
                     "take smaller blocks, or fewer query heads for each head that chooses")
           or too_large("VMEM", "a block of keys", (plan.block, k.shape[3]), k.dtype, _KEYS_LIMIT, smaller)
           or too_large("SMEM", "two lists of blocks or tiles", lists, jnp.int32, SMEM_LIMIT, "take larger blocks"))
@@ -84,7 +89,7 @@ def plan_of(q: tuple[int, ...], k: tuple[int, ...], choosers: int, block: int, r
   if block >= k[1]:  # the only block is filled up to registers
     block += -block % 16
   rows = min(max(block, _ROWS[0]), _ROWS[1])
-  return Plan(groups, choosers // k[2], max(rows // groups // LANES * LANES, LANES), block, rule)
+  return Plan(groups, choosers // k[2], max(rows // groups // LANES * LANES, LANES), block, k[1], rule)
 
 
 def parts_of(plan: Plan, length: int, width: int) -> tuple[int, int]:
@@ -171,9 +176,9 @@ def _backward_program(arguments: tuple[Array, ...], of_kernel: Part, cotangents:
 
   def of_part(d_keys: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
     q, d_out, table, at, lse, delta, live = part
-    d_q, *more = kernel.backward(q, keys, values, table, at, _lists(jnp.swapaxes(live, 2, 3)), lse, delta, d_out, plan,
-                                 interpret)
-    return (d_keys[0] + more[0], d_keys[1] + more[1]), d_q
+    d_q, d_k, d_v = kernel.backward(q, keys, values, table, at, _lists(jnp.swapaxes(live, 2, 3)), lse, delta, d_out,
+                                    d_keys, plan, interpret)
+    return (d_k, d_v), d_q
 
   nothing = jnp.zeros((*q.shape[:2], *keys.shape[2:]), jnp.float32)
   of_keys, d_q = jax.lax.scan(of_part, (nothing, nothing), (

@@ -37,13 +37,19 @@ Ref = Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The sizes of a call: query heads of a head that chooses, such heads of a key/value head, queries of a tile, keys
-  of a block, and what is read besides."""
+  """The sizes of a call.
+
+  Attributes:
+    groups: query heads of a head that chooses; shared: such heads of a key/value head.
+    tile, block: queries of a tile, keys of a block; length: keys in all, of which the last block may lack some.
+    rule: what is read besides.
+  """
 
   groups: int
-  choosers: int
+  shared: int
   tile: int
   block: int
+  length: int
   rule: Rule | None
 
   @property
@@ -61,15 +67,16 @@ class Plan:
     read = jnp.broadcast_to(chosen, (self.block, self.tile))
     if self.rule is not None:
       read = read | self.rule.sees(at, key)
-    return self.of_rows(read & (key <= at))
+    return self.of_rows(read & (key <= jnp.minimum(at, self.length - 1)))
 
   def is_whole(self, at: Array, block: Array) -> Array:
     """Whether every query reads all of a block's keys or none."""
-    first, reach = block * self.block, jnp.min(at)
+    first, reach = block * self.block, jnp.minimum(jnp.min(at), self.length - 1)
     if self.rule is None:
       return first + self.block <= reach + 1
     assert isinstance(self.rule, Pattern)
-    return (first + self.block <= reach - self.rule.window) & (first >= self.rule.sinks)
+    last, oldest = first + self.block, jnp.min(at) - self.rule.window
+    return (last <= jnp.minimum(oldest, self.length)) & (first >= self.rule.sinks)
 
   def of_rows(self, x: Array) -> Array:
     """[..., tile] of every query as [..., rows]: of every query head."""
@@ -93,16 +100,17 @@ def forward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array,
 
 
 def backward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array, lse: Array, delta: Array,
-             d_out: Array, plan: Plan, interpret: Any) -> Sequence[Array]:
-  """(d_q like q, d_k, d_v float32 [B, M, S, H] of every head that chooses)."""
+             d_out: Array, d_keys: Sequence[Array], plan: Plan, interpret: Any) -> Sequence[Array]:
+  """(d_q like q, d_k, d_v): the latter float32 [B, M, S, H] of every head that chooses, added to `d_keys`, in place."""
   b, m, g, t, h = q.shape
   n, blocks = table.shape[2], k.shape[2] // plan.block
-  of_block = pl.BlockSpec((1, 1, plan.block, h), lambda b, m, p: (b, jax.lax.div(m, jnp.int32(plan.choosers)), p, 0))
+  of_block = pl.BlockSpec((1, 1, plan.block, h), lambda b, m, p: (b, jax.lax.div(m, jnp.int32(plan.shared)), p, 0))
   d_block = pl.BlockSpec((1, 1, plan.block, h), lambda b, m, p: (b, m, p, 0))
   tile = (g, plan.tile, h)
   results: Sequence[Array] = pl.pallas_call(
       functools.partial(_backward, plan), name="sparse_attention_backward", grid=(b, m, blocks),
-      in_specs=[_list_of(lists), of_block, of_block, *[_ANYWHERE] * 6],
+      in_specs=[_list_of(lists), of_block, of_block, *[_ANYWHERE] * 6, d_block, d_block],
+      input_output_aliases={9: 1, 10: 2},
       out_specs=[pl.BlockSpec((1, 1, g, t, h), lambda b, m, p: (b, m, 0, 0, 0)), d_block, d_block],
       out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype),
                  *[jax.ShapeDtypeStruct((b, m, k.shape[2], h), jnp.float32)] * 2],
@@ -111,7 +119,7 @@ def backward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array
                       pltpu.VMEM((2, 1, plan.tile), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
                       pltpu.VMEM((g, t, h), jnp.float32), *[pltpu.VMEM((plan.block, h), jnp.float32)] * 2],
       interpret=interpret or False, compiler_params=_params("arbitrary"),
-  )(lists, k, v, q, d_out, lse, delta, table, at)
+  )(lists, k, v, q, d_out, lse, delta, table, at, *d_keys)
   return results
 
 
@@ -180,7 +188,7 @@ def _for_each(list_ref: Ref, copies: Callable[[Array, Array], Sequence[Any]], ac
 def _blocks(plan: Plan, k_ref: Ref, v_ref: Ref, k_buffer: Ref, v_buffer: Ref, semaphores: Ref
             ) -> Callable[[Array, Array], Sequence[Any]]:
   """Copies of a block of keys and values of the program's head."""
-  b, kv = pl.program_id(0), jax.lax.div(pl.program_id(1), jnp.int32(plan.choosers))
+  b, kv = pl.program_id(0), jax.lax.div(pl.program_id(1), jnp.int32(plan.shared))
 
   def copies(block: Array, slot: Array) -> Sequence[Any]:
     rows = pl.ds(pl.multiple_of(block * plan.block, plan.block), plan.block)
@@ -230,8 +238,8 @@ def _forward(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, tabl
 
 
 def _backward(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
-  sources, (d_q_ref, d_k_ref, d_v_ref), buffers, (semaphores, *sums) = refs[:6], refs[6:9], refs[9:15], refs[15:]
-  d_q_sum, d_k_sum, d_v_sum = sums
+  sources, (d_k_before, d_v_before), refs = refs[:6], refs[6:8], refs[8:]
+  (d_q_ref, d_k_ref, d_v_ref), buffers, (semaphores, d_q_sum, d_k_sum, d_v_sum) = refs[:3], refs[3:9], refs[9:]
   b, m, block = (pl.program_id(axis) for axis in range(3))
   d_k_sum[...] = jnp.zeros_like(d_k_sum)
   d_v_sum[...] = jnp.zeros_like(d_v_sum)
@@ -278,8 +286,8 @@ def _backward(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> 
 
   _for_each(list_ref, copies, of_tile)
   scale = k_ref.shape[3]**-0.5
-  d_k_ref[0, 0] = d_k_sum[...] * scale
-  d_v_ref[0, 0] = d_v_sum[...]
+  d_k_ref[0, 0] = d_k_before[0, 0] + d_k_sum[...] * scale
+  d_v_ref[0, 0] = d_v_before[0, 0] + d_v_sum[...]
 
   @pl.when(block == pl.num_programs(2) - 1)
   def end() -> None:

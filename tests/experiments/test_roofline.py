@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,7 +48,6 @@ def test_copies_products_and_elements_of_a_grid():
   assert kernel.products == turns * 2 * 8 * 128 * 128
   assert kernel.elements == turns * 8 * 128 + 6 * 8 * 128  # sums, exponentials
   assert kernel.vmem == 4 * (2 * (8 * 128 + 128 * 128 + 8 * 128) + 8 * 128)
-  assert kernel.passed == 4 * (16 * 128 + 128 * 300 + 16 * 300)
 
 
 def listed_kernel(list_ref, x_ref, out_ref, buffer, semaphore):
@@ -75,11 +76,34 @@ def test_copies_by_a_list_and_a_condition_on_data(holds, sums):
   assert kernel.elements == 5 * (7 * of_block + sums * of_block)  # the maximum, and the sums
 
 
+def stepped_kernel(x_ref, out_ref):
+  i = pl.program_id(0)
+
+  @pl.when(i == 0)
+  def _():
+    out_ref[...] = jnp.exp(x_ref[...])
+
+  @pl.when((jnp.max(x_ref[...]) > 0) & (i > 0))
+  def _():
+    out_ref[...] = x_ref[...] + 1
+
+
+def test_a_condition_on_the_step_is_followed_beside_one_on_data():
+  f = lambda x: pl.pallas_call(stepped_kernel, grid=(8,), name="stepped", out_shape=x,
+                               in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+                               out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)))(x)
+  (kernel,) = kernels_of(f, jax.ShapeDtypeStruct((64, 128), F32), data={"stepped": Data(holds=0.5)})
+  of_block = 8 * 128
+  assert kernel.elements == 8 * of_block + of_block + 7 * of_block / 2  # maxima, the first step, half of the others
+
+
 def test_seconds_are_of_the_longest_part_and_of_steps():
   chip = CHIPS["v5p"]
   kernel = Kernel("a kernel", steps=10, moved=chip.bandwidth, products=2 * chip.products, elements=chip.vector, vmem=0,
-                  passed=0)
+                  parallel=4)
   assert predicted([kernel, kernel], chip) == pytest.approx(2 * (2 + 10 * STEP / 2))
+  of_one_core = dataclasses.replace(kernel, parallel=1)
+  assert predicted([of_one_core], chip) == pytest.approx(4 + 10 * STEP)
 
 
 def test_the_memory_is_read_and_written_once():

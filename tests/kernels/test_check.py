@@ -6,13 +6,16 @@ import dataclasses
 import warnings
 
 import jax
+import numpy as np
 import pytest
 
+import pallas_kernels
 import rat_jax
 from conftest import programs_for
 from kernels import copies
 from kernels.test_implementation import Probe
 from pallas_kernels import check, crossovers, implementation, table
+from pallas_kernels.attention.softmax import NOTHING
 from pallas_kernels.scan.arg_specs import ArgSpec as Scan
 
 KIND = "cpu"
@@ -64,19 +67,51 @@ def test_a_kernel_that_is_wrong_fails(copied, monkeypatch):
     run = lambda *arguments, **rest: jax.tree.map(lambda x: 1.001 * x, found.run(*arguments, **rest))
     return dataclasses.replace(found, run=run)
 
+  assert rat_jax.check_device().passed
   monkeypatch.setattr(implementation, "load", wrong)
   found = rat_jax.check_device()
   assert not found.passed
   assert found.errors["gated_scan", "copied", "float32"] == pytest.approx(1e-3, rel=0.1)
   assert "FAILED: plain JAX is taken" in str(found)
   assert found.file is None
-  assert not copied.exists()
+  assert list(copied.iterdir()) == []  # that of an earlier check has gone
   assert not taken()[0]
+
+
+def test_a_kernel_that_does_not_compile_fails_and_the_others_are_compared(copied, monkeypatch):
+  load = check.load
+
+  def broken(operation, name):
+    found = load(operation, name)
+    return dataclasses.replace(found, run=lambda *_, **__: 1 / 0) if name == "copied" else found
+
+  monkeypatch.setattr(implementation, "load", broken)
+  found = rat_jax.check_device()
+  assert found.errors == {("gated_scan", "copied", "float32"): float("inf")}
+  assert "gated_scan copied float32: failed: ZeroDivisionError: division by zero" in str(found)
+
+
+def test_what_says_nothing_is_refused(copied, monkeypatch):
+  with pallas_kernels.force("xla"), pytest.raises(ValueError, match=r"inside pallas_kernels\.force"):
+    rat_jax.check_device()
+  monkeypatch.setattr(check, "SPECS", {})
+  found = rat_jax.check_device()
+  assert not found.passed
+  assert "no kernel runs here, nothing was compared" in str(found)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "error"), [
+    ([NOTHING, 5], [NOTHING, 1], 4), ([NOTHING, 1], [0, 1], np.inf), ([np.nan, 1], [1, 1], np.inf),
+    ([1, 1], [np.nan, 1], np.inf), ([0, 1e-9], [0, 0], np.inf), ([0, 0], [0, 0], 0),
+    ([3, 4, 0, 0], [3, 4, 0, 0.5], 0.125), ([1, 0, 0, 0], [1, 0.02, 0, 0], 0.02)])
+def test_errors(ours, theirs, error):
+  ours, theirs = (np.float64(np.float32(x)) for x in (ours, theirs))
+  assert check._error([ours], [theirs]) == pytest.approx(error, rel=1e-3)
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_the_process_goes_on(copied):
   copied.write_text("a file", encoding="utf-8")
-  with pytest.warns(UserWarning, match="the check counts for this process alone. Set RAT_JAX_CACHE"):
+  with pytest.warns(UserWarning, match="it counts for this process alone. Set RAT_JAX_CACHE"):
     found = rat_jax.check_device()
   assert found.passed
   assert found.file is None

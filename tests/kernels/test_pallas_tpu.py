@@ -31,7 +31,8 @@ from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
 from pallas_kernels.table import IMPLEMENTATIONS
 
 OPERATIONS = [operation for operation in IMPLEMENTATIONS if NAME in IMPLEMENTATIONS[operation]]
-SCANS = SMALL_SCAN | {"two tiles": Scan(1, 700, 1, 128, "float32", "float32", reset=True),
+SCANS = SMALL_SCAN | {"three float32 inputs": Scan(1, 300, 8, 128, "float32", "float32", inputs=3),
+                      "two tiles": Scan(1, 700, 1, 128, "float32", "float32", reset=True),
                       "nine groups": Scan(1, 150, 9, 128)}
 
 
@@ -40,6 +41,7 @@ def dilated(length, pattern, heads=1, groups=1, dtype="float32", width=128):
 
 
 DILATEDS = {
+    "heads of 384": dilated(700, (4, 200, 2), width=384), "an enormous dilation": dilated(64, (858993460, 0, 1)),
     "one token": dilated(1, (4, 0, 0)), "no window": dilated(300, (16, 0, 4), groups=2),
     "window and sinks": dilated(300, (8, 40, 9), heads=2), "no dilation": dilated(300, (None, 70, 0)),
     "sinks alone": dilated(140, (None, 0, 3)), "the own token alone": dilated(140, (None, 0, 0)),
@@ -70,6 +72,8 @@ SPARSES = {
     "queries at any positions": Sparse(1, 40, 2, 2, 128, "float32", block=8, chosen=3, queries=11),
     "several tiles": Sparse(1, 300, 2, 1, 128, "float32", block=64, chosen=2),
     "wide heads": Sparse(1, 30, 1, 1, 256, "float32", block=8, chosen=2),
+    "queries beyond the keys": Sparse(1, 45, 2, 1, 128, "float32", block=16, chosen=2, queries=20,
+                                      rule=Pattern(None, 9, 2)),
     "bfloat16, a window": Sparse(1, 96, 4, 2, 128, block=16, chosen=2, rule=Pattern(None, 3, 1))}
 QUICK = [("gated_scan", Scan(1, 37, 1, 16, "float32", "float32", reset=True)),
          ("dilated_attention", DILATEDS["no window"]),
@@ -93,6 +97,9 @@ COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_
     ("sparse_attention", Sparse.sixteenth(16384, 64, kv_heads=8)), ("sparse_attention", Sparse.sixteenth(65536, 512)),
     ("sparse_attention", Sparse.sixteenth(16384, 512, rule=Pattern(None, 64, 4), kv_heads=8, apart=False)),
     # The most that VMEM is asked for.
+    ("gated_scan", Scan(1, 1024, 8, inputs=4)), ("gated_scan", Scan(1, 1024, 8, 128, "float32", "float32", inputs=3)),
+    ("dilated_attention", dilated(8192, (16, 700, 4), width=384)),
+    ("sparse_attention", Sparse(1, 2048, 32, 1, 128, block=64, chosen=4, apart=False)),
     ("dilated_attention", DILATED_SPECS["prefill_256k"]), ("dilated_attention", dilated(
         16384, (16, 256, 4), groups=32, dtype="bfloat16")),
     ("dilated_attention", dilated(8192, (1, 0, 0), heads=8, width=256)),
@@ -230,6 +237,8 @@ def test_sparse_attention_of_any_shape(interpreted, length, block, chosen, heads
     ("sparse_attention", Sparse(1, 32, 1, 1, block=8), "takes blocks of a multiple of 16 keys of bfloat16, not of 8"),
     ("sparse_attention", Sparse(1, 32, 1, 1, block=16, rule=Pattern(4, 3, 2)), "takes a rule of a window and sinks"),
     ("sparse_attention", Sparse(1, 5000, 1, 1, 512, block=4096), "keeps a block of keys, bfloat16 (4096, 512)"),
+    ("sparse_attention", Sparse(1, 64, 64, 1, 512, block=16, apart=False),
+     "keeps a tile of queries, float32 (8192, 512) of 16777216 bytes"),
     ("sparse_attention", Sparse(1, 9000, 16, 1, block=2048, apart=False),
      "keeps the scores of a block, float32 (2048, 2048) of 16777216 bytes")])
 def test_what_the_kernels_do_not_serve_is_said(interpreted, operation, spec, why):
@@ -267,12 +276,13 @@ def test_the_compiler_for_tpus_takes_them(topology, operation, spec):
 @pytest.mark.slow
 @tpu_compiler
 @pytest.mark.parametrize("operation", SMALL_COMPILED)
-def test_a_small_one_of_each_compiles(operation):
-  """What `make test-compiled` runs."""
-  check_compiled(TOPOLOGIES[0], operation, SMALL_COMPILED[operation])
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_a_small_one_of_each_compiles(operation, precision):
+  """What `make test-compiled` runs; whatever precision a user asks of products."""
+  check_compiled(TOPOLOGIES[0], operation, SMALL_COMPILED[operation], precision)
 
 
-def check_compiled(topology, operation, spec):
+def check_compiled(topology, operation, spec, precision="default"):
   """Forward alone, and forward with backward, of the public function; both have kernels of ours."""
   from experiments.aot import chips, kernel_cases
 
@@ -289,5 +299,6 @@ def check_compiled(topology, operation, spec):
 
   # The gradient of decoding is plain JAX.
   for program, least in ((run, 1), (with_gradients, 1 if operation == "decode_attention" else 2)):
-    text = jax.jit(program).lower(*types).compile().as_text()
+    with jax.default_matmul_precision(precision):
+      text = jax.jit(program).lower(*types).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= least
