@@ -55,7 +55,7 @@ from experiments.aot.interpreted import kernels as interpreted
 
 SHORT = os.environ.get("RAT_JAX_SHORT") == "1"
 KIND = jax.devices()[0].device_kind
-chip = chips.CHIPS["v5e"] if SHORT else chips.chip_of_kind(KIND)
+chip = chips.CHIPS["v5e"] if SHORT else chips.chip_of_device(jax.devices()[0])
 if chip is None:
   raise SystemExit(f"{KIND} is no TPU that the kernels are for. In Colab choose Runtime > Change runtime type > TPU.")
 print(jax.__version__, jax.devices())

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments.aot import kernel_cases, predicted_crossovers
-from experiments.aot.chips import CHIPS, chip_of_kind
+from experiments.aot.chips import CHIPS, chip_of_device
 from experiments.shared import command, device, output
 
 
@@ -41,7 +41,7 @@ def main(settings: Settings) -> None:
                for name, chip in CHIPS.items()]
     print("\n".join(f"{kind!r}: {entry}," for kind, entry in entries))
     return
-  here = chip_of_kind(jax.devices()[0].device_kind)
+  here = chip_of_device(jax.devices()[0])
   if settings.measured and here is None:
     raise ValueError(f"--measured on {device.name()}; it times kernels for TPUs, so run it on one.")
   folder, cells = output.made(settings.workdir), []

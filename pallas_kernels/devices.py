@@ -20,6 +20,13 @@ _CAPABILITIES = {"V100": 7.0, "T4": 7.5, "A100": 8.0, "A800": 8.0, "A30": 8.0, "
                  "L4": 8.9, "L40": 8.9, "L40S": 8.9, "H100": 9.0, "H200": 9.0, "H800": 9.0, "H20": 9.0, "GH200": 9.0,
                  "B200": 10.0, "GB200": 10.0, "B300": 10.3, "GB300": 10.3, "3090": 8.6, "A6000": 8.6, "4090": 8.9,
                  "5090": 12.0}
+_OTHER_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
+
+def kind_of(device: Any) -> str:
+  """What a jax device, or an abstract one, is called; TPUs with two names by the one that tables here have."""
+  kind: str = device.device_kind
+  return _OTHER_NAMES.get(kind, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +83,14 @@ def device_of(*arrays: Any) -> Device:
   mesh = mesh_of(*arrays)
   of = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
   platform = "gpu" if of.platform in ("cuda", "rocm") else of.platform
-  return Device(platform, of.device_kind, _capability(of.device_kind) if platform == "gpu" else None,
+  return Device(platform, kind_of(of), _capability(of.device_kind) if platform == "gpu" else None,
                 _generation(of.device_kind) if platform == "tpu" else None, 1 if mesh.empty else mesh.size,
                 bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names))
 
 
 def is_here(device: Device) -> bool:
   """Whether this process has a device of that kind, rather than compiling for another machine."""
-  return any(one.device_kind == device.kind for one in jax.devices())
+  return any(kind_of(one) == device.kind for one in jax.devices())
 
 
 def platform_of(*arrays: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.devices import kind_of
+
 GiB, GB, TFLOPS = 2**30, 1e9, 1e12
 
 
@@ -51,9 +53,9 @@ CHIPS = {"v5e": Chip("TPU v5 lite", 197 * TFLOPS, 16 * GiB, 819 * GB, 50 * GB, c
 _EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
 
 
-def chip_of_kind(kind: str) -> Chip | None:
-  """The chip of a device, by what jax calls it."""
-  return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+def chip_of_device(device: Any) -> Chip | None:
+  """The chip of a jax device, where it is one of these."""
+  return next((chip for chip in CHIPS.values() if chip.kind == kind_of(device)), None)
 
 
 def chip_of(topology: str) -> Chip:

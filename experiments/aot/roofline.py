@@ -268,6 +268,9 @@ class _Run:
         return [np.int64(self.data.table)]
       if name in ("convert_element_type", "multiple_of"):
         return [given[0]]
+      known = [x for x in given if x is not None and x is not _OF_STEP]
+      if name == "and" and not all(known):  # whatever the others are
+        return [np.bool_(False)]
       if any(x is _OF_STEP for x in given):
         return [_OF_STEP]
       if name in _SCALARS and all(x is not None for x in given):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.aot.chips import chip_of_kind
+from experiments.aot.chips import chip_of_device
 from experiments.shared import command, device, output
 
 _MOST = 16  # kernels of a table
@@ -67,7 +67,7 @@ def speeds() -> Speeds:
 
   A read is the fastest of several: which program reads fastest depends on the device.
   """
-  if chip := chip_of_kind(jax.devices()[0].device_kind):
+  if chip := chip_of_device(jax.devices()[0]):
     bandwidth = chip.bandwidth / chip.devices
     return Speeds(bandwidth, bandwidth, chip.products / chip.devices)
   is_gpu = jax.default_backend() == "gpu"
