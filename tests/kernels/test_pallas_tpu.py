@@ -93,8 +93,8 @@ COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_
     ("sparse_attention", Sparse.sixteenth(16384, 64, kv_heads=8)), ("sparse_attention", Sparse.sixteenth(65536, 512)),
     ("sparse_attention", Sparse.sixteenth(16384, 512, rule=Pattern(None, 64, 4), kv_heads=8, apart=False)),
     # The most that VMEM is asked for.
-    ("dilated_attention", DILATED_SPECS["prefill_256k"]), ("dilated_attention", dilated(
-        16384, (16, 256, 4), groups=32, dtype="bfloat16")),
+    ("dilated_attention", dilated(262144, (16, 0, 4), heads=4, dtype="bfloat16")),
+    ("dilated_attention", dilated(16384, (16, 256, 4), groups=32, dtype="bfloat16")),
     ("dilated_attention", dilated(8192, (1, 0, 0), heads=8, width=256)),
     ("dilated_attention", dilated(16384, (None, 4096, 4), groups=8, dtype="bfloat16")),
     ("decode_attention", Decode(1, 65536, 2, 2, block=64, chosen=256, own=True)),
