@@ -100,8 +100,8 @@ COMPILED = [("gated_scan", SCAN_SPECS[name]) for name in ("prefill_32k", "train_
     ("gated_scan", Scan(1, 1024, 8, inputs=4)), ("gated_scan", Scan(1, 1024, 8, 128, "float32", "float32", inputs=3)),
     ("dilated_attention", dilated(8192, (16, 700, 4), width=384)),
     ("sparse_attention", Sparse(1, 2048, 32, 1, 128, block=64, chosen=4, apart=False)),
-    ("dilated_attention", DILATED_SPECS["prefill_256k"]), ("dilated_attention", dilated(
-        16384, (16, 256, 4), groups=32, dtype="bfloat16")),
+    ("dilated_attention", dilated(262144, (16, 0, 4), heads=4, dtype="bfloat16")),
+    ("dilated_attention", dilated(16384, (16, 256, 4), groups=32, dtype="bfloat16")),
     ("dilated_attention", dilated(8192, (1, 0, 0), heads=8, width=256)),
     ("dilated_attention", dilated(16384, (None, 4096, 4), groups=8, dtype="bfloat16")),
     ("decode_attention", Decode(1, 65536, 2, 2, block=64, chosen=256, own=True)),
