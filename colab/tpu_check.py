@@ -67,7 +67,7 @@ if SHORT:
 # ## Are they right?
 #
 # Results and gradients of every kernel, against plain JAX in float32. What passes leaves a file, and from then on
-# `implementation=None` takes the kernels on this kind of device. `make test-tpu` in the repository tests many more
+# `implementation=None` takes the kernels whose place is predicted. `make test-tpu` in the repository tests many more
 # shapes, against float64.
 
 # %%
