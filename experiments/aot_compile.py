@@ -3,7 +3,8 @@
 Claim: what a pod would hold, send and take follows from the compiled program and the chip's public figures.
 Commands: python -m experiments.aot_compile --preset=ratplus-7b --topology=v5p:4x8x8 --mesh=data:4,fsdp:64
           python -m experiments.aot_compile --table      every case of docs/scaling.md; finished ones are kept
-Result: a table of every program, by device; results.json.
+          python -m experiments.aot_compile --kernels    the kernels for TPUs, alone and in programs (docs/kernels.md)
+Result: a table of every program, by device; results.json. Of --kernels, what memory they need.
 Cost: some minutes for each case, on any machine with Linux and the tpu extra.
 Nothing is measured: times are predictions. docs/scaling.md says what they count. Fails where a program does not fit.
 """
@@ -15,7 +16,7 @@ from typing import Any, get_args
 
 from absl import flags
 
-from experiments.aot import cases, chips, programs
+from experiments.aot import cases, chips, kernel_programs, programs
 from experiments.aot.cases import CASES, Case
 from experiments.shared import command, output
 from rat_jax import Dilated, RATPlusConfig
@@ -39,6 +40,7 @@ class Settings(command.Settings):
   mode: tuple[Mode, ...]
   program: tuple[str, ...]
   table: bool
+  kernels: bool
 
   @property
   def case(self) -> Case:
@@ -61,14 +63,15 @@ def define_flags() -> None:
   command.define_modes([str(Dilated(64))], "The mode of the prompt, of decoding, and of a batch's first update.")
   flags.DEFINE_multi_enum("program", list(programs.KINDS), list(programs.KINDS), "What to compile; repeat the flag.")
   flags.DEFINE_bool("table", False, "Compile the cases of docs/scaling.md.")
+  flags.DEFINE_bool("kernels", False, "Compile the kernels for TPUs and the programs of docs/kernels.md.")
 
 
 def main(settings: Settings) -> None:
   path = settings.workdir / "results.json"
-  if settings.table:
-    settings.refuse((*_OF_CASE, "program"), "--table has cases of its own; leave it out.")
+  if settings.table or settings.kernels:
+    settings.refuse((*_OF_CASE, "program"), "--table and --kernels have cases of their own; leave it out.")
     output.made(settings.workdir)
-    print(cases.table(whole_table(path)))
+    print(of_kernels(path) if settings.kernels else cases.table(whole_table(path)))
     return
   check(settings)
   case = settings.case
@@ -103,6 +106,12 @@ def whole_table(path: Any) -> list[dict[str, Any]]:
       done[cases.key(cell)] = cell
       output.write_json(path, {"cells": list(done.values())})
   return [done[cases.key(dataclasses.asdict(case))] for case in CASES]
+
+
+def of_kernels(path: Any) -> str:
+  """The tables of kernels and of programs with them."""
+  found = kernel_programs.all_compiled(path, lambda text: print(text, flush=True))
+  return f"{kernel_programs.memory_table(found['kernels'])}\n\n{kernel_programs.programs_table(found['programs'])}"
 
 
 def fail_if_too_large(found: dict[str, Any]) -> None:

@@ -254,6 +254,8 @@ def crossovers(settings: Settings) -> dict[str, dict[str, int]]:
       ("gated_scan", [*kernels, "xla"], scans, entries),
       ("decode_attention", [*kernels, "xla"], [Case("decode", 16 * r, b, 16) for b, r in (
           (1, 16), (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (64, 256), (64, 1024))], entries),
+      ("decode_attention_blocks", [*kernels, "xla"], [Case("decode", 16 * r, b, block=64) for b, r in (
+          (1, 64), (1, 256), (1, 1024), (8, 256), (8, 1024), (32, 1024))], entries),
       ("dilated_attention", [*kernels, *([] if of_tpu else ["cudnn", "cudnn_masked"]), "xla"], prefills,
        lambda case: case.length)]
   if of_tpu and not gradient:
@@ -261,7 +263,7 @@ def crossovers(settings: Settings) -> dict[str, dict[str, int]]:
                    lambda case: case.length**2))
   found: dict[str, dict[str, int]] = {}
   for operation, names, cases_of_it, size in sweeps:
-    if gradient and operation == "decode_attention":
+    if gradient and operation.startswith("decode"):
       continue
     seconds = {case: times_of(settings, case, names) for case in cases_of_it}
     for i, name in enumerate(names[:-1]):

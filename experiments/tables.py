@@ -17,7 +17,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import pictures
-from experiments.aot import cases, chips, kernel_cases, paper
+from experiments.aot import cases, chips, kernel_cases, kernel_programs, paper
 from experiments.bench import page_tables as speed
 from experiments.needles import hypotheses_tables, page_tables as needles, report
 from experiments.shared import command, output, page_tables
@@ -249,7 +249,9 @@ FIGURES: dict[str, Draw] = {
 TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES,
                             "cost_model": lambda read: paper.table(),
                             "scaling": lambda read: cases.table(read("scaling")["cells"]),
-                            "tpu_kernels": lambda read: kernel_cases.table(read("tpu_roofline")["cells"])}
+                            "tpu_kernels": lambda read: kernel_cases.table(read("tpu_roofline")["cells"]),
+                            "tpu_memory": lambda read: kernel_programs.memory_table(read("tpu_memory")["kernels"]),
+                            "tpu_programs": lambda read: kernel_programs.programs_table(read("tpu_memory")["programs"])}
 
 if __name__ == "__main__":
   command.run(main, Settings, define_flags)

@@ -58,6 +58,7 @@ class Operation:
     results: the letters of the results, likewise.
     size: of arguments and options, how large the work is: the measure of crossovers.py.
     sequences: along what a mesh may cut sequences.
+    entry: of arguments and options, the entry of crossovers.py, where that is not the operation's name.
   """
 
   name: str
@@ -65,6 +66,7 @@ class Operation:
   results: split.Letters
   size: Callable[..., int]
   sequences: Sequences | None = None
+  entry: Callable[..., str] | None = None
 
 
 def _without_limits(*arguments: Any, **options: Any) -> str | None:
@@ -194,7 +196,8 @@ def _as_long_as(operation: Operation, arguments: Arguments, results: Any) -> Any
 
 
 def _fastest(operation: Operation, device: devices.Device, arguments: Arguments, options: dict[str, Any]) -> Taken:
-  for name, least in _crossovers(operation, device).items():
+  entry = operation.entry(*arguments, **options) if operation.entry else operation.name
+  for name, least in _crossovers(entry, device).items():
     implementation = load(operation.name, name)
     if implementation.runs_on.unsupported(device):
       continue
@@ -207,13 +210,13 @@ def _fastest(operation: Operation, device: devices.Device, arguments: Arguments,
   return _in_plain_jax(operation, arguments)
 
 
-def _crossovers(operation: Operation, device: devices.Device) -> dict[str, int]:
+def _crossovers(entry: str, device: devices.Device) -> dict[str, int]:
   """Measured; else predicted, where the kernels were checked or nobody could; else assumed."""
   if device.kind in FASTEST:
-    return FASTEST[device.kind].get(operation.name, {})
-  predicted = PREDICTED.get(device.kind, {}).get(operation.name)
+    return FASTEST[device.kind].get(entry, {})
+  predicted = PREDICTED.get(device.kind, {}).get(entry)
   if predicted is None:
-    return ASSUMED.get(operation.name, {})
+    return ASSUMED.get(entry, {})
   if devices.is_here(device) and not checked.has_passed(device):
     _say_once(f"operations take plain JAX on {device.kind!r}, on which its kernels were not checked: call"
               " rat_jax.check_device(), which takes less than two minutes and leaves a file.")

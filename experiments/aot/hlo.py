@@ -165,7 +165,7 @@ class Program:
     return total + min(result, written)
 
   def _read(self, fused: Computation, name: str) -> float:
-    """Bytes that a fusion reads of an operand: of a stack that it only takes slices of, the slices.
+    """Bytes that a fusion reads of an operand: of what it only takes slices or rows of, these.
 
     What it only hands on, or gives to a collective, it does not read itself.
     """
@@ -177,7 +177,7 @@ class Program:
         inner = self._computations[user.called("calls")[0]]
         total += sum(self._read(inner, _parameter(inner, number).name)
                      for number, operand in enumerate(user.operands) if operand == name)
-      elif user.kind == "dynamic-slice" and user.operands[0] == name:
+      elif user.kind in ("dynamic-slice", "gather") and user.operands[0] == name:
         total += _sizes(user.result)
       elif not ((user.kind == "dynamic-update-slice" and user.operands[0] == name) or user.kind == "tuple"
                 or _is_collective(user)):

@@ -55,14 +55,10 @@ class KernelCase:
       results, data = jax.eval_shape(run, *types), data_of(self.spec, self.shared)
       kernels = kernels_of(run, *types, data=data)
       if self.gradient:
-        kernels = kernels_of(functools.partial(_with_gradient, run), types, data=data)[len(kernels):]
-    moved = bytes_of((types, results))
+        kernels = kernels_of(functools.partial(with_gradient, run), types, data=data)[len(kernels):]
+    moved = moved_of(self.spec, types, results)
     if self.gradient:  # cotangents are like the results, gradients like the first arguments
       moved += bytes_of(types[:3])
-    if isinstance(self.spec, Decode) and self.spec.block:
-      choosers = self.spec.heads if self.spec.apart else self.spec.kv_heads
-      read = choosers * self.spec.chosen * self.spec.block / (self.spec.kv_heads * self.spec.rows)
-      moved -= (1 - read) * bytes_of(types[1:3])
     return {"label": self.label, "moved": moved, "products": self.products,
             "kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
 
@@ -139,8 +135,8 @@ def on_chip(kind: str) -> Any:
 def public(spec: Spec, name: str = "pallas_tpu") -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """(the operation of a spec by an implementation, the types of its arguments)."""
   kernels: Any = dict(implementation=name)
-  if isinstance(spec, Scan):  # a reset may follow
-    return functools.partial(pallas_kernels.gated_scan, **kernels), spec.types()[:3]
+  if isinstance(spec, Scan):
+    return functools.partial(pallas_kernels.gated_scan, **kernels), spec.types()[:4 if spec.reset else 3]
   if isinstance(spec, Dilated):
     return functools.partial(pallas_kernels.dilated_attention, **spec.pattern._asdict(), **kernels), spec.types()
   if isinstance(spec, Sparse):
@@ -153,13 +149,24 @@ def public(spec: Spec, name: str = "pallas_tpu") -> tuple[Callable[..., Any], tu
   return decode, (*spec.types(), optional)
 
 
-def _with_gradient(run: Callable[..., Any], types: tuple[Any, ...]) -> Any:
+def with_gradient(run: Callable[..., Any], types: tuple[Any, ...]) -> Any:
+  """(the results, the gradients by the first three arguments)."""
   values, pull = jax.vjp(lambda *given: run(*given, *types[3:]), *types[:3])
   return values, pull(values)
 
 
 def bytes_of(tree: Any) -> float:
   return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def moved_of(spec: Spec, types: tuple[Any, ...], results: Any) -> float:
+  """Bytes of the arguments that an operation must read, and of its results."""
+  moved = bytes_of((types, results))
+  if isinstance(spec, Decode) and spec.block:
+    choosers = spec.heads if spec.apart else spec.kv_heads
+    read = choosers * spec.chosen * spec.block / (spec.kv_heads * spec.rows)
+    moved -= (1 - read) * bytes_of(types[1:3])
+  return moved
 
 
 def products_of(spec: Spec) -> float:

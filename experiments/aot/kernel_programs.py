@@ -1,16 +1,24 @@
-"""Whole programs with the kernels for TPUs in them, compiled for one host of each chip: which kernels, what memory."""
+"""The kernels for TPUs as their compiler takes them, alone and in whole programs: what is called, what memory it needs.
+
+Programs are compiled for one host of each chip, kernels for one of its devices.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
+import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from experiments.aot import chips, programs
+from experiments.aot import chips, kernel_cases, predict, programs
+from experiments.aot.kernel_cases import KernelCase, Spec, public, with_gradient
 from experiments.aot.roofline import kernels_in
+from experiments.shared import output
 from experiments.shared.output import markdown_table
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusConfig
 from rat_jax.modes import Mode
@@ -59,20 +67,40 @@ CASES = (
 
 
 def compiled(case: Whole, topology: str, mesh: str = "fsdp:4") -> dict[str, Any]:
-  """Plain JSON: how often the program calls each kernel, and the bytes that it needs on a device beside arguments.
+  """Plain JSON: how often the program calls each kernel, and the bytes that it needs on a device; or "too_large".
 
   Raises ValueError where a kernel that must be in it is not.
   """
   traced = case.traced(make_mesh(mesh, chips.devices_of(topology)))
-  done = traced.lower().compile()
-  found = calls(done.as_text())
-  missing = set(case.calls) - set(found)
+  found = _memory(case.label, topology, traced)
+  missing = set(case.calls) - set(found.get("calls", case.calls))
   if missing:
-    raise ValueError(f"{case.label} on {topology} has the kernels {dict(found)}, without {sorted(missing)}.")
+    raise ValueError(f"{case.label} on {topology} has the kernels {found['calls']}, without {sorted(missing)}.")
+  return found | {"vmem": max((kernel.vmem for kernel in kernels_in(traced.jaxpr.jaxpr)), default=0)}
+
+
+def compiled_kernel(case: KernelCase, topology: str) -> dict[str, Any]:
+  """Plain JSON of an operation alone, as `compiled`; of a gradient with what comes before it."""
+  return _memory(case.label, topology, traced_kernel(case.spec, topology, case.gradient))
+
+
+def traced_kernel(spec: Spec, topology: str, gradient: bool = False, name: str = "pallas_tpu") -> Any:
+  """The public function of a spec by an implementation, traced for one device; or that and its gradient."""
+  mesh = jax.make_mesh((1,), ("device",), (jax.sharding.AxisType.Auto,), devices=chips.devices_of(topology)[:1])
+  run, types = public(spec, name)
+  types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
+      mesh, jax.P())), types)
+  return jax.jit(lambda *given: with_gradient(run, given) if gradient else run(*given)).trace(*types)
+
+
+def _memory(label: str, topology: str, traced: Any) -> dict[str, Any]:
+  try:
+    done = predict.compiled_of(traced)
+  except predict.DoesNotFit as error:
+    return {"label": label, "topology": topology, "too_large": str(error)}
   memory = done.memory_analysis()
-  return {"label": case.label, "topology": topology, "calls": found, "temporary": memory.temp_size_in_bytes,
-          "arguments": memory.argument_size_in_bytes,
-          "vmem": max(kernel.vmem for kernel in kernels_in(traced.jaxpr.jaxpr))}
+  return {"label": label, "topology": topology, "calls": calls(done.as_text()),
+          "arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes}
 
 
 def calls(text: str) -> dict[str, int]:
@@ -81,10 +109,37 @@ def calls(text: str) -> dict[str, int]:
   return dict(sorted(collections.Counter(names).items()))
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-  """A row for every program and chip."""
-  rows = [[cell["label"], cell["topology"], ", ".join(f"{name} {count}" for name, count in cell["calls"].items()),
-           f"{cell['arguments'] / 2**30:.2f}", f"{cell['temporary'] / 2**30:.2f}", f"{cell['vmem'] / 2**20:.1f}"]
-          for cell in cells]
-  return markdown_table(["program of RAT+ 1B", "chips", "kernels", "arguments, GiB", "temporary, GiB", "VMEM, MiB"],
-                        rows)
+def all_compiled(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+  """The cells of all kernels and programs on every chip, which are written to a file as they are done."""
+  found = output.read_json(path) or {"kernels": [], "programs": []}
+  parts: tuple[tuple[str, Sequence[Any], Callable[..., dict[str, Any]]], ...] = (
+      ("kernels", kernel_cases.CASES, compiled_kernel), ("programs", CASES, compiled))
+  for part, cases, compile_one in parts:
+    done = {(cell["label"], cell["topology"]) for cell in found[part]}
+    for case, topology in itertools.product(cases, TOPOLOGIES):
+      if (case.label, topology) not in done:
+        say(f"compiling: {case.label}, {topology}")
+        found[part].append(compile_one(case, topology))
+        output.write_json(path, found)
+  return found
+
+
+def memory_table(cells: list[dict[str, Any]]) -> str:
+  """A row for every kernel or program, with the temporary memory on every chip."""
+  rows: dict[str, list[str]] = {}
+  for cell in cells:
+    rows.setdefault(cell["label"], [cell["label"]]).append(
+        "does not fit" if "too_large" in cell else f"{cell['temporary'] / 2**30:.2f}")
+  chip_names = [topology.split(":")[0] for topology in TOPOLOGIES]
+  return markdown_table(["temporary memory, GiB", *chip_names], list(rows.values()))
+
+
+def programs_table(cells: list[dict[str, Any]]) -> str:
+  """A row for every program: its kernels, their VMEM, and on every chip the memory of arguments and of the rest."""
+  rows: dict[str, list[str]] = {}
+  for cell in cells:
+    called = ", ".join(f"{name} {count}" for name, count in cell.get("calls", {}).items())
+    row = rows.setdefault(cell["label"], [cell["label"], called, f"{cell['vmem'] / 2**20:.1f}"])
+    row.append("does not fit" if "too_large" in cell else
+               f"{cell['arguments'] / 2**30:.2f} + {cell['temporary'] / 2**30:.2f}")
+  return markdown_table(["program of RAT+ 1B", "kernels", "VMEM, MiB", *TOPOLOGIES], list(rows.values()))

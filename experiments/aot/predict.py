@@ -43,12 +43,7 @@ class Predicted:
 
 def predicted(traced: Traced, chip: Chip, mesh: jax.sharding.Mesh) -> Predicted:
   """Compiles a program for the devices of its mesh. Raises `DoesNotFit` where a device's memory does not suffice."""
-  try:
-    compiled = traced.program.lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise DoesNotFit(next(line for line in str(error).splitlines() if line)) from error
+  compiled = compiled_of(traced.program)
   program, stats = Program(compiled.as_text()), compiled.memory_analysis()
   given = stats.argument_size_in_bytes
   kept = min(traced.kept, stats.temp_size_in_bytes)
@@ -62,6 +57,16 @@ def predicted(traced: Traced, chip: Chip, mesh: jax.sharding.Mesh) -> Predicted:
              "links": sum(one.times * _seconds(one, chip, mesh) for one in sent)}
   by_kind = {kind: sum(one.times * one.size for one in sent if one.kind == kind) for kind in COLLECTIVES}
   return Predicted(held, memory, products, moved, by_kind, seconds)
+
+
+def compiled_of(traced: Any) -> Any:
+  """A traced program, compiled. Raises `DoesNotFit` where a device's memory does not suffice."""
+  try:
+    return traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise DoesNotFit(next(line for line in str(error).splitlines() if line)) from error
 
 
 class DoesNotFit(ValueError):

@@ -34,7 +34,12 @@ def _unit(q: Array, keys: Array, values: Array, visible: Array, *_: Any) -> int:
   return visible.shape[3] if visible.ndim == 4 else 1
 
 
-OPERATION = Operation("decode_attention", _axes, ("BNH", "BN"), _size, Sequences("R", unit=_unit))
+def _entry(q: Array, keys: Array, values: Array, visible: Array, layer: Array | int | None,
+           own: tuple[Array, Array] | None, blocks: Array | None) -> str:
+  return "decode_attention" if blocks is None else "decode_attention_blocks"
+
+
+OPERATION = Operation("decode_attention", _axes, ("BNH", "BN"), _size, Sequences("R", unit=_unit), _entry)
 
 
 def decode_attention(
@@ -66,7 +71,7 @@ def decode_attention(
     implementation: None, "xla", "mosaic_gpu" or "pallas_tpu". "mosaic_gpu" runs on Hopper GPUs, for arrays that are all
       bfloat16 or all float32, H of 64, 128 or 256, and blocks of a multiple of 4 to 16 rows (the wider a row, the
       fewer); its gradient is that of "xla". "pallas_tpu" runs on TPUs, for H of a multiple of 128 and chosen blocks of
-      a multiple of 16 rows (float32: 8), its gradient likewise; None does not take it yet.
+      a multiple of 16 rows (float32: 8), its gradient likewise.
 
   Returns:
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.

@@ -50,7 +50,7 @@ def dilated_attention(
     implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
       under a mask, for short rows); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, up to 128 sinks, no
       packed rows; gradients as of "cudnn", of short rows "cudnn_masked"); "pallas_tpu" (TPUs, heads of a multiple of
-      128, no packed rows), which None does not take yet.
+      128, no packed rows).
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.

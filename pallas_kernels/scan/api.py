@@ -52,7 +52,7 @@ def gated_scan(
     reset: bool [B, T]; True drops the state before that token.
     implementation: None for the fastest; "xla"; "mosaic_gpu" for Hopper GPUs, any shape (what does not fill tiles of
       128 tokens and 32 channels is padded, so None takes "xla" for fewer than 64 tokens); "pallas_tpu" for TPUs, any
-      shape, which None does not take yet.
+      shape.
 
   Returns:
     (outputs, state): outputs like `inputs`, in their types; state float32 [B, ...] each, after the last token.

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.tpu, tpu_compiler]
 @pytest.fixture(autouse=True)
 def kernels_of_any_size(monkeypatch):
   for chip in CHIPS.values():
-    monkeypatch.setitem(crossovers.PREDICTED, chip.kind, {one: {"pallas_tpu": 0} for one in IMPLEMENTATIONS})
+    monkeypatch.setitem(crossovers.PREDICTED, chip.kind, {one: {"pallas_tpu": 0} for one in (*IMPLEMENTATIONS, "decode_attention_blocks")})
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -284,21 +284,10 @@ def test_a_small_one_of_each_compiles(operation, precision):
 
 def check_compiled(topology, operation, spec, precision="default"):
   """Forward alone, and forward with backward, of the public function; both have kernels of ours."""
-  from experiments.aot import chips, kernel_cases
+  from experiments.aot import kernel_programs
 
-  mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=chips.devices_of(topology)[:1])
-  run, types = kernel_cases.public(spec)
-  if operation == "gated_scan" and spec.reset:
-    types = *types, spec.types()[3]
-  types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(
-      mesh, jax.P())), types)
-
-  def with_gradients(*arguments):
-    values, pull = jax.vjp(lambda *given: run(*given, *arguments[3:]), *arguments[:3])
-    return values, pull(values)
-
-  # The gradient of decoding is plain JAX.
-  for program, least in ((run, 1), (with_gradients, 1 if operation == "decode_attention" else 2)):
+  for gradient in (False, True):
     with jax.default_matmul_precision(precision):
-      text = jax.jit(program).lower(*types).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') >= least
+      text = kernel_programs.traced_kernel(spec, topology, gradient).lower().compile().as_text()
+    # The gradient of decoding is plain JAX.
+    assert sum(kernel_programs.calls(text).values()) >= 1 + (gradient and operation != "decode_attention")
