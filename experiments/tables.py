@@ -204,8 +204,8 @@ INDEX = (
     Entry("modes", _modes, "", "pages/kernels"),
     Entry("authors", _authors, "", "pages/kernels"),
     Entry("train", _model("gpu_train", 8, 4096, "dilated:64"), "", "pages/language"),
-    Entry("scaling", _fits, "12 minutes on 16 processor cores, in two parts", "../docs/scaling"),
-    Entry("roofline", _of_roofline, "a minute on any machine", "../docs/kernels"),
+    Entry("scaling", _fits, "5 minutes on 16 processor cores, a process for each row", "../docs/scaling"),
+    Entry("roofline", _of_roofline, "a minute; compiled, 4 minutes on 16 processor cores", "../docs/kernels"),
 )
 
 

@@ -25,11 +25,11 @@ FASTEST: dict[str, dict[str, dict[str, int]]] = {
 # that is elsewhere, and for one that is here after `check.check_device` has passed.
 PREDICTED: dict[str, dict[str, dict[str, int]]] = {
     "TPU v5 lite": {"gated_scan": {"pallas_tpu": 16777216}, "decode_attention": {"pallas_tpu": 1048576},
-                    "decode_attention_blocks": {"pallas_tpu": 262144}, "dilated_attention": {"pallas_tpu": 512},
+                    "decode_attention_blocks": {"pallas_tpu": 1048576}, "dilated_attention": {"pallas_tpu": 512},
                     "sparse_attention": {"pallas_tpu": 4194304}},
     "TPU v5": {"gated_scan": {"pallas_tpu": 262144}, "decode_attention_blocks": {"pallas_tpu": 262144},
                "dilated_attention": {"pallas_tpu": 512}, "sparse_attention": {"pallas_tpu": 1048576}},
-    "TPU v6 lite": {"gated_scan": {"pallas_tpu": 4194304}, "decode_attention_blocks": {"pallas_tpu": 262144},
+    "TPU v6 lite": {"gated_scan": {"pallas_tpu": 4194304}, "decode_attention_blocks": {"pallas_tpu": 33554432},
                     "dilated_attention": {"pallas_tpu": 128}, "sparse_attention": {"pallas_tpu": 4194304}},
     "TPU7x": {"gated_scan": {"pallas_tpu": 2097152}, "decode_attention_blocks": {"pallas_tpu": 262144},
               "dilated_attention": {"pallas_tpu": 512}, "sparse_attention": {"pallas_tpu": 1048576}},

@@ -1,16 +1,18 @@
 """The kernels for TPUs as their compiler takes them, alone and in whole programs: what is called, what memory it needs.
 
-Programs are compiled for one host of each chip, kernels for one of its devices.
+Programs are compiled for one host of each chip, kernels for one of its devices. All work takes the kernels, of whatever
+size it is.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +22,15 @@ from experiments.aot.kernel_cases import KernelCase, Spec, public, with_gradient
 from experiments.aot.roofline import kernels_in
 from experiments.shared import output
 from experiments.shared.output import markdown_table
+from pallas_kernels.crossovers import PREDICTED
+from pallas_kernels.table import IMPLEMENTATIONS
 from rat_jax import Dense, Dilated, MoBA, Quest, RATPlusConfig
 from rat_jax.modes import Mode
 from rat_jax.parallel import make_mesh
 from rat_jax.transformer import Remat
 
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+# One host of each chip, and how its devices share a program.
+HOSTS = {"v5e:2x2": "fsdp:4", "v5p:2x2x1": "fsdp:4", "v6e:2x2": "fsdp:4", "tpu7x:2x2x1": "fsdp:4,tensor:2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,20 @@ class Whole:
     config = dataclasses.replace(RATPlusConfig.preset(self.preset), dtype="bfloat16")
     config = dataclasses.replace(config, num_layers=self.layers or config.num_layers)
     work = programs.Work(config, self.rows, self.length, 1, self.remat, self.rows, self.modes)
-    return programs.traced(self.kind, work, mesh).program
+    with of_any_size():
+      return programs.traced(self.kind, work, mesh).program
+
+
+@contextlib.contextmanager
+def of_any_size() -> Iterator[None]:
+  """A context in which work of any size takes the kernels on TPUs that are elsewhere."""
+  before = dict(PREDICTED)
+  entries = {name: {"pallas_tpu": 0} for name in (*IMPLEMENTATIONS, "decode_attention_blocks")}
+  try:
+    PREDICTED.update({kind: entries for kind in before})
+    yield
+  finally:
+    PREDICTED.update(before)
 
 
 _ATTENTION = ("dilated_attention", "dilated_attention_backward")
@@ -59,19 +77,19 @@ _SCAN = ("gated_scan", "gated_scan_backward")
 CASES = (
     Whole("a step of active recurrence learning, 8 rows of 4096", "train", (Dilated(64), Dense()), 8, 4096,
           (*_SCAN, *_ATTENTION)),
-    *(Whole(f"a prompt of 65536, {mode}", "prefill", (mode,), 4, 65536, ("gated_scan", kernel))
+    *(Whole(f"4 prompts of 65536, {mode}", "prefill", (mode,), 4, 65536, ("gated_scan", kernel))
       for mode, kernel in ((Dilated(64), "dilated_attention"), (MoBA(1 / 16, 512), "sparse_attention"))),
-    *(Whole(f"a step of decoding, 16 rows of 65536, {mode}", "decode", (mode,), 16, 65536, (kernel,))
+    *(Whole(f"a step of decoding, 4 rows of 65536, {mode}", "decode", (mode,), 4, 65536, (kernel,))
       for mode, kernel in ((Dilated(64), "decode_attention"), (Quest(1 / 16, 64), "decode_attention_blocks"),
                            (MoBA(1 / 16, 512), "decode_attention_blocks"))))
 
 
-def compiled(case: Whole, topology: str, mesh: str = "fsdp:4") -> dict[str, Any]:
+def compiled(case: Whole, topology: str, mesh: str | None = None) -> dict[str, Any]:
   """Plain JSON: how often the program calls each kernel, and the bytes that it needs on a device; or "too_large".
 
   Raises ValueError where a kernel that must be in it is not.
   """
-  traced = case.traced(make_mesh(mesh, chips.devices_of(topology)))
+  traced = case.traced(make_mesh(mesh or HOSTS[topology], chips.devices_of(topology)))
   found = _memory(case.label, topology, traced)
   missing = set(case.calls) - set(found.get("calls", case.calls))
   if missing:
@@ -116,7 +134,7 @@ def all_compiled(path: pathlib.Path, say: Callable[[str], None]) -> dict[str, An
       ("kernels", kernel_cases.CASES, compiled_kernel), ("programs", CASES, compiled))
   for part, cases, compile_one in parts:
     done = {(cell["label"], cell["topology"]) for cell in found[part]}
-    for case, topology in itertools.product(cases, TOPOLOGIES):
+    for case, topology in itertools.product(cases, HOSTS):
       if (case.label, topology) not in done:
         say(f"compiling: {case.label}, {topology}")
         found[part].append(compile_one(case, topology))
@@ -130,16 +148,18 @@ def memory_table(cells: list[dict[str, Any]]) -> str:
   for cell in cells:
     rows.setdefault(cell["label"], [cell["label"]]).append(
         "does not fit" if "too_large" in cell else f"{cell['temporary'] / 2**30:.2f}")
-  chip_names = [topology.split(":")[0] for topology in TOPOLOGIES]
+  chip_names = [topology.split(":")[0] for topology in HOSTS]
   return markdown_table(["temporary memory, GiB", *chip_names], list(rows.values()))
 
 
 def programs_table(cells: list[dict[str, Any]]) -> str:
   """A row for every program: its kernels, their VMEM, and on every chip the memory of arguments and of the rest."""
-  rows: dict[str, list[str]] = {}
-  for cell in cells:
-    called = ", ".join(f"{name} {count}" for name, count in cell.get("calls", {}).items())
-    row = rows.setdefault(cell["label"], [cell["label"], called, f"{cell['vmem'] / 2**20:.1f}"])
-    row.append("does not fit" if "too_large" in cell else
-               f"{cell['arguments'] / 2**30:.2f} + {cell['temporary'] / 2**30:.2f}")
-  return markdown_table(["program of RAT+ 1B", "kernels", "VMEM, MiB", *TOPOLOGIES], list(rows.values()))
+  rows = []
+  for label in dict.fromkeys(cell["label"] for cell in cells):
+    of_program = [cell for cell in cells if cell["label"] == label]
+    called = next(cell["calls"] for cell in of_program if "calls" in cell)
+    memory = ["does not fit" if "too_large" in cell else
+              f"{cell['arguments'] / 2**30:.2f} + {cell['temporary'] / 2**30:.2f}" for cell in of_program]
+    rows.append([label, ", ".join(f"{name} {count}" for name, count in called.items()),
+                 f"{max(cell['vmem'] for cell in of_program) / 2**20:.1f}", *memory])
+  return markdown_table(["program of RAT+ 1B", "kernels", "VMEM, MiB", *HOSTS], rows)

@@ -1,8 +1,8 @@
 """From which sizes on the kernels for TPUs should be as fast as plain JAX: `pallas_kernels.crossovers.PREDICTED`.
 
-Plain JAX takes at least what its compiled program reads, writes and multiplies; that its parts start one after another
-and overlap little is not counted. The kernels take what their roofline says, steps included, and what the compiled
-program around them reads and writes. So kernels count as no slower up to a tenth above plain JAX.
+Plain JAX takes at least what its compiled program reads, writes and multiplies. That its parts start one after another,
+overlap little and gather rows slowly is not counted. The kernels take what their roofline says, steps included, and
+what the compiled program around them reads and writes. So kernels count as no slower up to a tenth above plain JAX.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def _seconds(spec: Spec, name: str, chip: chips.Chip, topology: str) -> float:
   run, types = public(spec, "xla")
   traced = traced_kernel(spec, topology, name=name)
   program = Program(str(traced.lower().compile().as_text()))
-  moved = program.moved() * chip.devices / chip.bandwidth
-  if name == "xla":  # what is in VMEM when a step of it begins was read before
-    given = moved_of(spec, types, jax.eval_shape(run, *types)) * chip.devices / chip.bandwidth
-    return max(moved, given, products_of(spec) * chip.devices / chip.products)
-  return predicted(kernels_in(traced.jaxpr.jaxpr, data_of(spec)), chip) + moved - program.moved_by_kernels() * chip.devices / chip.bandwidth
+  of_bytes = chip.devices / chip.bandwidth
+  if name != "xla":
+    around = program.moved() - program.moved_by_kernels()
+    return predicted(kernels_in(traced.jaxpr.jaxpr, data_of(spec)), chip) + around * of_bytes
+  given = moved_of(spec, types, jax.eval_shape(run, *types))  # what is in VMEM when a step of it begins was read before
+  return max(max(program.moved(), given) * of_bytes, products_of(spec) * chip.devices / chip.products)

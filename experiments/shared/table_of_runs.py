@@ -182,7 +182,8 @@ WITHOUT_DEVICES = (
     Run("scaling", "Training of 7 billion parameters with the paper's batch fits 256 chips, of 16 GiB too.",
         ("experiments.aot_compile --table --workdir=runs/scaling",)),
     Run("roofline", "What the kernels for TPUs should take, counted from their programs.",
-        ("experiments.roofline --workdir=runs/roofline",)),
+        ("experiments.roofline --workdir=runs/roofline",
+         "experiments.aot_compile --kernels --workdir=runs/tpu_memory")),
 )
 
 RUNS = {run.name: run for run in (*NEEDLES, *SPEED, *WITHOUT_DEVICES)}

@@ -168,7 +168,7 @@ def test_what_is_asked_amiss_is_said_before_a_compiler_is_looked_for():
                       (["--preset=big"], "preset 'big' is unknown"),
                       (["--batch_size=10", "--accumulation=3"], "--accumulation=3 does not divide --batch_size=10"),
                       (["--mode=snapkv:0.5"], "has no prompt"), (["--mode=dense", "--mode=dilated:4"], "give one"),
-                      (["--table", "--mesh=fsdp:8"], "--mesh: --table has cases of its own")):
+                      (["--table", "--mesh=fsdp:8"], "--mesh: --table and --kernels have cases of their own")):
     with pytest.raises(ValueError, match=said):
       aot_compile.main(settings(aot_compile, *flags))
 

@@ -8,21 +8,12 @@ import pytest
 
 from conftest import tpu_compiler
 from experiments.aot import kernel_programs
-from experiments.aot.chips import CHIPS
-from experiments.aot.kernel_programs import CASES, TOPOLOGIES, compiled
-from pallas_kernels import crossovers
-from pallas_kernels.table import IMPLEMENTATIONS
+from experiments.aot.kernel_programs import CASES, HOSTS, compiled
 
 pytestmark = [pytest.mark.slow, pytest.mark.tpu, tpu_compiler]
 
 
-@pytest.fixture(autouse=True)
-def kernels_of_any_size(monkeypatch):
-  for chip in CHIPS.values():
-    monkeypatch.setitem(crossovers.PREDICTED, chip.kind, {one: {"pallas_tpu": 0} for one in (*IMPLEMENTATIONS, "decode_attention_blocks")})
-
-
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", HOSTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_kernels_are_in_programs_of_two_layers(case, topology):
   """Of the 1B model's sizes; `compiled` raises where a kernel is missing."""
