@@ -1,4 +1,4 @@
-"""What the kernels for TPUs share: the sizes of the device, and products."""
+"""What the kernels for TPUs share: the sizes of the device, products, and rows of several heads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 Array = jax.Array
 LANES = 128
@@ -36,6 +37,42 @@ def too_large(memory: str, name: str, shape: tuple[int, ...], dtype: Any, limit:
 def largest_divisor(n: int, most: int) -> int:
   """The largest that divides n and is not above `most`; at least 1."""
   return next(d for d in range(max(min(n, most), 1), 0, -1) if n % d == 0)
+
+
+def params(*axes: Any) -> Any:
+  """Of a grid whose axes are "parallel", or "arbitrary" where results are summed up along them."""
+  return pltpu.CompilerParams(dimension_semantics=axes, vmem_limit_bytes=VMEM_LIMIT)
+
+
+def scale(width: int) -> float:
+  """Of scores of heads so wide, in base 2."""
+  return LOG2E / math.sqrt(width)
+
+
+def heads_first(x: Array, length: int) -> Array:
+  """[B, T, N, H] as [B, N, length, H], filled up with zeros."""
+  return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2)
+
+
+def by_groups(x: Array, groups: int, length: int) -> Array:
+  """[B, T, N, H] as [B, N / G, G, length, H], filled up with zeros."""
+  x = heads_first(x, length)
+  return x.reshape(x.shape[0], -1, groups, *x.shape[2:])
+
+
+def from_groups(x: Array, length: int) -> Array:
+  """The inverse of `by_groups`, of the first `length` tokens."""
+  return jnp.swapaxes(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)[:, :length]
+
+
+def in_rows(x: Array) -> Array:
+  """[G, n, H] of the heads of a group as [G * n, H]."""
+  return x.reshape(-1, x.shape[2])
+
+
+def in_a_row(x: Array) -> Array:
+  """[G, 1, n] of the heads of a group as [1, G * n]."""
+  return jnp.concatenate([x[g] for g in range(x.shape[0])], axis=1)
 
 
 def product(a: Array, b: Array, over: tuple[int, int] = (1, 0)) -> Array:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from experiments.aot.chips import programs_for
 from rat_jax import Dense, Dilated, PerLayer, RATPlusConfig, RATPlusLM
 from rat_jax.convert import from_ratplus_state_dict
 
@@ -68,13 +69,6 @@ def first_quick(count, cases):
   """Cases for `parametrize`: the first `count` of them run in `make test`, the others in `make test-ci`."""
   return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if i < count else pytest.mark.slow)
           for i, case in enumerate(cases)]
-
-
-def programs_for(kind, platform="gpu"):
-  """A context in which programs are for a device of a kind, as "NVIDIA H200", that need not be here: to lower them."""
-  device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
-  mesh = jax.sharding.AbstractMesh((1,), ("device",), (jax.sharding.AxisType.Auto,), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -56,6 +57,13 @@ _EXAMPLE = "such as v5e:16x16, v5p:4x8x8, v6e:16x16 or tpu7x:4x8x8"
 def chip_of_device(device: Any) -> Chip | None:
   """The chip of a jax device, where it is one of these."""
   return next((chip for chip in CHIPS.values() if chip.kind == kind_of(device)), None)
+
+
+def programs_for(kind: str, platform: str = "gpu") -> AbstractContextManager[Any]:
+  """A context in which programs are traced for a device of a kind, as "NVIDIA H200", that need not be here."""
+  device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("device",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def chip_of(topology: str) -> Chip:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from experiments.aot.chips import CHIPS, Chip
+from experiments.aot.chips import CHIPS, Chip, programs_for
 from experiments.aot.roofline import Data, Kernel, kernels_of, predicted
 from experiments.bench import times
 from experiments.bench.cases import keys_of_blocks, keys_of_pattern
@@ -51,7 +51,7 @@ class KernelCase:
   def counted(self) -> dict[str, Any]:
     """Plain JSON: the case, the bytes and operations that it cannot do without, and its kernels."""
     run, types = public(self.spec)
-    with on_chip("TPU v5"):
+    with programs_for("TPU v5", "tpu"):
       results, data = jax.eval_shape(run, *types), data_of(self.spec, self.shared)
       kernels = kernels_of(run, *types, data=data)
       if self.gradient:
@@ -123,13 +123,6 @@ def data_of(spec: Spec, shared: float = 1.0) -> dict[str, Data]:
   blocks, tiles = (max(round(shared * n / 2), 1) for n in (k.shape[1] / plan.block, size / plan.tile))
   whole = 1 - 1 / blocks
   return {"sparse_attention": Data(blocks, whole), "sparse_attention_backward": Data(tiles, whole)}
-
-
-def on_chip(kind: str) -> Any:
-  """A context in which programs are for a TPU that need not be here."""
-  device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="tpu")
-  mesh = jax.sharding.AbstractMesh((1,), ("device",), (jax.sharding.AxisType.Auto,), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def public(spec: Spec, name: str = "pallas_tpu") -> tuple[Callable[..., Any], tuple[Any, ...]]:

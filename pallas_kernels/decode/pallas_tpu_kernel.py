@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.softmax import NOTHING
-from pallas_kernels.tpu import LANES, LOG2E, VMEM_LIMIT, product
+from pallas_kernels.tpu import LANES, LOG2E, params, product, scale
 
 Array = jax.Array
 Ref = Any
@@ -67,8 +66,7 @@ def whole_cache(q: Array, keys: Array, values: Array, seen: Array, live: Array, 
           scratch_shapes=_state(heads, g, h)),
       out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((b, k, g, LANES), jnp.float32)],
       interpret=interpret or False,
-      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"),
-                                           vmem_limit_bytes=VMEM_LIMIT),
+      compiler_params=params("parallel", "parallel", "arbitrary"),
   )(layer, live, q, keys, values, seen, *_as_rows(own))
   return results
 
@@ -99,7 +97,7 @@ def chosen_blocks(q: Array, keys: Array, values: Array, seen: Array, blocks: Arr
           scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), *_state(1, g, h)]),
       out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((b, m, g, LANES), jnp.float32)],
       interpret=interpret or False,
-      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+      compiler_params=params("parallel"),
   )(start, blocks.reshape(-1), q, keys, values, seen, *_as_rows(own))
   return results
 
@@ -195,7 +193,7 @@ def _begin(i: int, q: Array, own: Sequence[Array], state: Sequence[Ref]) -> None
   top, total, out = state
   if own:
     key, value = (x.astype(jnp.float32) for x in own)
-    score = jnp.sum(q.astype(jnp.float32) * key, axis=1, keepdims=True) * _scale(q)
+    score = jnp.sum(q.astype(jnp.float32) * key, axis=1, keepdims=True) * scale(q.shape[1])
     top[i] = jnp.broadcast_to(score, top.shape[1:])
     total[i] = jnp.ones(total.shape[1:], jnp.float32)
     out[i] = jnp.broadcast_to(value, out.shape[1:])
@@ -209,7 +207,7 @@ def _attend(i: int, q: Array, k: Array, v: Array, masks: tuple[Array, Array], st
   """Adds the rows k, v [rows, H] that the masks show."""
   top, total, out = state
   row, column = masks
-  scores = jnp.where(row, product(q, k, (1, 1)) * _scale(q), NOTHING)
+  scores = jnp.where(row, product(q, k, (1, 1)) * scale(q.shape[1]), NOTHING)
   old = top[i][:, :1]
   new = jnp.maximum(old, scores.max(axis=1, keepdims=True))
   weights = jnp.where(row, jnp.exp2(scores - new), 0.0)
@@ -227,8 +225,3 @@ def _ended(i: int, state: Sequence[Ref]) -> tuple[Array, Array]:
   whole = jnp.where(empty, 1.0, total[i])
   lse = jnp.where(empty, NOTHING, (top[i] + jnp.log2(whole)) * (1 / LOG2E))
   return out[i] / whole[:, :1], lse
-
-
-def _scale(q: Array) -> float:
-  """Of scores, in base 2."""
-  return LOG2E / math.sqrt(q.shape[-1])

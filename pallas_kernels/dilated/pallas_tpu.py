@@ -14,7 +14,7 @@ from pallas_kernels.dilated.pallas_tpu_forward import forward
 from pallas_kernels.dilated.pallas_tpu_shapes import Plan, Tuning
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.pattern import DENSE, Pattern
-from pallas_kernels.tpu import LANES, too_large, unsupported_heads
+from pallas_kernels.tpu import LANES, by_groups, from_groups, heads_first, too_large, unsupported_heads
 
 Array = jax.Array
 Gradients = tuple[Array, Array, Array]
@@ -93,22 +93,6 @@ def _power_of_two(n: int) -> int:
   return 1 << max(n - 1, 0).bit_length()
 
 
-def _laid_out(x: Array, plan: Plan) -> Array:
-  """[B, T, K, H] as [B, K, T filled up, H]."""
-  return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, plan.length - x.shape[1]), (0, 0), (0, 0))), 1, 2)
-
-
-def _by_groups(x: Array, plan: Plan) -> Array:
-  """[B, T, N, H] as [B, K, G, T filled up, H]."""
-  x = _laid_out(x, plan)
-  return x.reshape(x.shape[0], -1, plan.groups, *x.shape[2:])
-
-
-def _from_groups(x: Array, length: int) -> Array:
-  """The inverse of `_by_groups`."""
-  return jnp.swapaxes(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)[:, :length]
-
-
 def _compact(x: Array, plan: Plan, multiple: int) -> Array:
   """Of [B, K, T, H] the sinks and the last ones of all blocks of D, filled up to a multiple."""
   pattern = plan.pattern
@@ -136,10 +120,10 @@ def _scattered(d: Array, plan: Plan, onto: Array) -> Array:
 def _forward_program(q: Array, k: Array, v: Array, pattern: Pattern, interpret: Any) -> tuple[Array, Residuals]:
   length = q.shape[1]
   plan = plan_of(q, k.shape[2], pattern)
-  q, k, v = _by_groups(q, plan), _laid_out(k, plan), _laid_out(v, plan)
+  q, k, v = by_groups(q, plan.groups, plan.length), *(heads_first(x, plan.length) for x in (k, v))
   compact = [_compact(x, plan, plan.tuning.keys) for x in (k, v)] if plan.compact else []
   out, lse = forward(q, k, v, compact, plan, interpret)
-  return _from_groups(out, length), (q, k, v, out, lse)
+  return from_groups(out, length), (q, k, v, out, lse)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "interpret"))
@@ -147,7 +131,7 @@ def _backward_program(residuals: Residuals, d_out: Array, pattern: Pattern, inte
   q, k, v, out, lse = residuals
   length, kv_heads = d_out.shape[1], k.shape[1]
   plan = plan_of(d_out, kv_heads, pattern)
-  d_out = _by_groups(d_out, plan)
+  d_out = by_groups(d_out, plan.groups, plan.length)
   delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, :, None]
   compact = [_compact(x, plan, plan.tuning.chunk) for x in (k, v)] if plan.compact else []
   if plan.pattern.window:
@@ -160,7 +144,7 @@ def _backward_program(residuals: Residuals, d_out: Array, pattern: Pattern, inte
   if compact:
     d_keys = [_scattered(d, plan, onto) for d, onto in zip(d_compact, d_keys, strict=True)]
   d_k, d_v = (jnp.swapaxes(d, 1, 2)[:, :length] for d in d_keys)
-  return _from_groups(d_q.astype(q.dtype), length), d_k, d_v
+  return from_groups(d_q.astype(q.dtype), length), d_k, d_v
 
 
 def _backward_in_parts(q: Array, compact: list[Array], own: list[Array], lse: Array, delta: Array, d_out: Array,

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dilated.pallas_tpu_shapes import Plan, divided, of_every_head, own_scores, params, rows_of
-from pallas_kernels.tpu import LANES, LOG2E, product
+from pallas_kernels.dilated.pallas_tpu_shapes import Plan, divided, of_every_head, own_scores
+from pallas_kernels.tpu import LANES, LOG2E, in_a_row, in_rows, params, product
 
 Array = jax.Array
 Ref = Any
@@ -48,7 +48,8 @@ def backward_of_compact(q: Array, compact: Sequence[Array], own: Sequence[Array]
       out_specs=[of_queries, *of_compact, *of_own],
       out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), *[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in compact],
                  *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in own]],
-      scratch_shapes=[pltpu.VMEM((plan.rows, h), jnp.float32)], compiler_params=params("arbitrary"),
+      scratch_shapes=[pltpu.VMEM((plan.rows, h), jnp.float32)],
+      compiler_params=params("parallel", "parallel", "arbitrary"),
   )(q, d_out, lse, delta, *compact, *own)
   return results
 
@@ -60,8 +61,8 @@ def _of_compact(plan: Plan, first: int, has_compact: bool, has_own: bool, q_ref:
   compact, own, (d_q_ref,), d_compact, d_own, (sum_ref,) = (
       refs[end - count:end] for end, count in zip(ends, counts, strict=True))
   i, scale = pl.program_id(2), plan.width**-0.5
-  q, d_out = rows_of(q_ref, plan), rows_of(d_out_ref, plan)
-  top, delta = _row(lse_ref, plan) * LOG2E, _row(delta_ref, plan)
+  q, d_out = in_rows(q_ref[0, 0]), in_rows(d_out_ref[0, 0])
+  top, delta = in_a_row(lse_ref[0, 0]) * LOG2E, in_a_row(delta_ref[0, 0])
   if has_own:
     _of_own(plan, q, d_out, lse_ref, delta_ref, own, d_own, sum_ref)
   else:
@@ -143,7 +144,7 @@ def backward_of_window(q: Array, k: Array, v: Array, lse: Array, delta: Array, d
       out_specs=[d_queries, of_keys, of_keys],
       out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]],
       scratch_shapes=[pltpu.VMEM((back + 1, g, size, h), jnp.float32), *[pltpu.VMEM((size, h), jnp.float32)] * 2],
-      compiler_params=params("arbitrary", "arbitrary"),
+      compiler_params=params("parallel", "parallel", "arbitrary", "arbitrary"),
   )(q, k, v, lse, delta, d_out)
   return results
 
@@ -187,11 +188,6 @@ def _of_window(plan: Plan, q_ref: Ref, k_ref: Ref, v_ref: Ref, lse_ref: Ref, del
   def end() -> None:
     d_k_ref[0, 0] = (d_k_sum[...] * scale).astype(d_k_ref.dtype)
     d_v_ref[0, 0] = d_v_sum[...].astype(d_v_ref.dtype)
-
-
-def _row(ref: Ref, plan: Plan) -> Array:
-  """A block [1, 1, G, 1, queries] as [1, rows]."""
-  return jnp.concatenate([ref[0, 0, g] for g in range(plan.groups)], axis=1)
 
 
 def _column(ref: Ref, plan: Plan) -> Array:

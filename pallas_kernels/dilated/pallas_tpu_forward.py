@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dilated.pallas_tpu_shapes import Plan, divided, of_every_head, own_scores, params, rows_of
-from pallas_kernels.tpu import LANES, LOG2E, product
+from pallas_kernels.dilated.pallas_tpu_shapes import Plan, divided, of_every_head, own_scores
+from pallas_kernels.tpu import LANES, LOG2E, in_rows, params, product
 
 Array = jax.Array
 Ref = Any
@@ -31,7 +31,7 @@ def forward(q: Array, k: Array, v: Array, compact: Sequence[Array], plan: Plan, 
                  jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), jnp.float32)],
       scratch_shapes=[*[pltpu.VMEM((plan.rows, LANES), jnp.float32)] * 2,
                       pltpu.VMEM((plan.rows, plan.width), jnp.float32)],
-      compiler_params=params("parallel", "arbitrary"),
+      compiler_params=params("parallel", "parallel", "parallel", "arbitrary"),
   )(q, k, v, *compact)
   return results
 
@@ -89,7 +89,7 @@ def _forward(grid: _Grid, q_ref: Ref, *refs: Ref) -> None:
       sum_ref[...] = jnp.zeros_like(sum_ref)
     else:  # the softmax begins with the query's own key
       k, v = (of_every_head(ref, plan) for ref in (keys[0], values[0]))
-      top_ref[...] = jnp.broadcast_to(own_scores(rows_of(q_ref, plan), k, plan), top_ref.shape)
+      top_ref[...] = jnp.broadcast_to(own_scores(in_rows(q_ref[0, 0]), k, plan), top_ref.shape)
       total_ref[...] = jnp.ones_like(total_ref)
       sum_ref[...] = v
 
@@ -150,7 +150,7 @@ def _attend_compact(plan: Plan, i: Array, j: Array, q_ref: Ref, k_ref: Ref, v_re
   def of_chunk(c: Array, _: None) -> None:
     start = pl.multiple_of(c * plan.tuning.chunk, plan.tuning.chunk)
     chunk = (0, 0, pl.ds(start, plan.tuning.chunk))
-    k, v, every, q = k_ref[chunk], v_ref[chunk], slice(None), rows_of(q_ref, plan)
+    k, v, every, q = k_ref[chunk], v_ref[chunk], slice(None), in_rows(q_ref[0, 0])
     whole = plan.all_see(i, first + start, plan.tuning.chunk)
 
     @pl.when(whole)

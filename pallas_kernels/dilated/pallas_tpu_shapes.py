@@ -17,15 +17,13 @@ float32. T is a multiple of the block of queries, M of the chunk.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pattern import Pattern
-from pallas_kernels.tpu import LOG2E, VMEM_LIMIT
+from pallas_kernels.tpu import scale
 
 Array = jax.Array
 Ref = Any
@@ -95,7 +93,7 @@ class Plan:
   @property
   def scale(self) -> float:
     """Of scores, in base 2."""
-    return LOG2E / math.sqrt(self.width)
+    return scale(self.width)
 
   def seen(self, block: Array) -> Array:
     """Compact keys before and at the last one that the last query of a block sees; 0 where it sees none."""
@@ -134,17 +132,6 @@ class Plan:
 
   def sees_local(self, t: Array, at: Array) -> Array:
     return (at <= t) & (at >= t - self.pattern.window)
-
-
-def params(*last: Any) -> Any:
-  """Of a grid of batch, heads, and axes that are "parallel", or "arbitrary" where results are summed up along them."""
-  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", *last), vmem_limit_bytes=VMEM_LIMIT)
-
-
-def rows_of(ref: Ref, plan: Plan) -> Array:
-  """A block [1, 1, G, queries, H] as [rows, H]."""
-  rows: Array = ref[0, 0].reshape(plan.rows, plan.width)
-  return rows
 
 
 def of_every_head(ref: Ref, plan: Plan) -> Array:

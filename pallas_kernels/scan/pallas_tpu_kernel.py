@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.scan.passes import Arrays, passed
-from pallas_kernels.tpu import LANES, VMEM_LIMIT
+from pallas_kernels.tpu import LANES, params
 
 Array = jax.Array
 Ref = Any
@@ -143,8 +143,7 @@ class _Call:
         out_specs=[*[of_tokens] * len(outputs), *[of_state] * lasts],
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs), *[type_of_state] * lasts],
         scratch_shapes=[tile, *[tile] * drives, *[carry] * lasts],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=params("parallel", "parallel", "arbitrary"),
     )(self.gate_logits, *flags, *tokens, *befores, *states)
     return results
 

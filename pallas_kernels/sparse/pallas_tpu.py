@@ -14,7 +14,7 @@ from pallas_kernels.implementation import Implementation
 from pallas_kernels.pattern import Pattern, Rule
 from pallas_kernels.sparse import pallas_tpu_kernel as kernel
 from pallas_kernels.sparse.pallas_tpu_kernel import Plan
-from pallas_kernels.tpu import LANES, SMEM_LIMIT, too_large, unsupported_heads
+from pallas_kernels.tpu import LANES, SMEM_LIMIT, by_groups, from_groups, heads_first, too_large, unsupported_heads
 
 Array = jax.Array
 Arrays = tuple[Array, Array, Array, Array, Array]  # q, k, v, table and positions, as kernels have them
@@ -103,12 +103,6 @@ def _filled(x: Array, axis: int, multiple: int, fill: int = 0) -> Array:
   return jnp.pad(x, widths, constant_values=fill)
 
 
-def _by_choosers(x: Array, plan: Plan) -> Array:
-  """[B, T, N, H] as [B, M, G, T filled up, H]."""
-  x = jnp.moveaxis(_filled(x, 1, plan.tile), 1, 2)
-  return x.reshape(x.shape[0], -1, plan.groups, *x.shape[2:])
-
-
 def _parts(x: Array, axis: int, parts: int, size: int) -> Array:
   """Parts of an axis, the last one filled up, as the first axis."""
   widths = [(0, parts * size - n if i == axis else 0) for i, n in enumerate(x.shape)]
@@ -145,20 +139,19 @@ def _laid_out(arguments: tuple[Array, ...], block: int, rule: Rule | None) -> tu
   plan = plan_of(q.shape, k.shape, blocks.shape[2], block, rule)
   table = jnp.moveaxis(_filled(jnp.where(valid, blocks, -1), 1, plan.tile, -1), 1, 3)
   at = _filled(q_positions, 1, plan.tile, -1)[:, None]
-  keys, values = (jnp.swapaxes(_filled(x, 1, plan.block), 1, 2) for x in (k, v))
+  keys, values = (heads_first(x, x.shape[1] + -x.shape[1] % plan.block) for x in (k, v))
   live = _live(table, at[:, 0], keys.shape[2] // plan.block, plan)
-  return plan, (_by_choosers(q, plan), keys, values, table, at), live
+  return plan, (by_groups(q, plan.groups, at.shape[2]), keys, values, table, at), live
 
 
 # Under a jit of its own, a kernel is lowered once for all layers of a program, not once for each.
 @functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"))
 def _forward_program(arguments: tuple[Array, ...], block: int, rule: Rule | None, interpret: Any) -> tuple[Part, Part]:
   """(the results, and what the kernel gave)."""
-  b, t, n, h = arguments[0].shape
+  t = arguments[0].shape[1]
   plan, arrays, live = _laid_out(arguments, block, rule)
   out, lse = kernel.forward(*arrays, _lists(live), plan, interpret)
-  whole = out.reshape(b, n, -1, h), lse.reshape(b, n, -1)
-  return (jnp.moveaxis(whole[0], 1, 2)[:, :t], jnp.moveaxis(whole[1], 1, 2)[:, :t]), (out, lse)
+  return (from_groups(out, t), from_groups(jnp.swapaxes(lse, 3, 4), t)[..., 0]), (out, lse)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"))
@@ -166,9 +159,9 @@ def _backward_program(arguments: tuple[Array, ...], of_kernel: Part, cotangents:
                       interpret: Any) -> tuple[Array, Array, Array]:
   plan, (q, keys, values, table, at), live = _laid_out(arguments, block, rule)
   out, lse = of_kernel
-  (b, t, n, h), (_, length, kv_heads, _) = (x.shape for x in arguments[:2])
-  d_out = _by_choosers(cotangents[0], plan)
-  d_lse = _by_choosers(cotangents[1][..., None], plan)[..., 0][:, :, :, None]
+  (b, t, _, h), (_, length, kv_heads, _) = (x.shape for x in arguments[:2])
+  d_out = by_groups(cotangents[0], plan.groups, q.shape[3])
+  d_lse = by_groups(cotangents[1][..., None], plan.groups, q.shape[3])[..., 0][:, :, :, None]
   delta = jnp.sum(out * d_out, axis=-1)[:, :, :, None] - d_lse
   d_out = d_out.astype(values.dtype)  # as products take it
   parts, size = parts_of(plan, q.shape[3], h)
@@ -184,7 +177,7 @@ def _backward_program(arguments: tuple[Array, ...], of_kernel: Part, cotangents:
   of_keys, d_q = jax.lax.scan(of_part, (nothing, nothing), (
       cut(q, axis=3), cut(d_out, axis=3), cut(table, axis=3), cut(at, axis=2), cut(lse, axis=4), cut(delta, axis=4),
       _parts(live, 2, parts, size // plan.tile)))
-  d_q = jnp.moveaxis(d_q, 0, 3).reshape(b, n, -1, h)
+  d_q = jnp.moveaxis(d_q, 0, 3).reshape(*q.shape[:3], -1, h)
   d_k, d_v = (jnp.swapaxes(d.reshape(b, kv_heads, -1, *d.shape[2:]).sum(axis=2), 1, 2)[:, :length].astype(x.dtype)
               for d, x in zip(of_keys, arguments[1:3], strict=True))
-  return jnp.moveaxis(d_q, 1, 2)[:, :t], d_k, d_v
+  return from_groups(d_q, t), d_k, d_v

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.softmax import NOTHING
 from pallas_kernels.pattern import Pattern, Rule
-from pallas_kernels.tpu import LOG2E, VMEM_LIMIT, product
+from pallas_kernels.tpu import LOG2E, in_a_row, in_rows, params, product, scale
 
 Array = jax.Array
 Ref = Any
@@ -94,7 +93,7 @@ def forward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array,
       out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((b, m, g, 1, t), jnp.float32)],
       scratch_shapes=[*_buffers(k, v, plan), *[pltpu.VMEM((1, plan.rows), jnp.float32)] * 2,
                       pltpu.VMEM((h, plan.rows), jnp.float32)],
-      interpret=interpret or False, compiler_params=_params("parallel"),
+      interpret=interpret or False, compiler_params=params("parallel", "parallel", "parallel"),
   )(lists, q, k, v, table, at)
   return results
 
@@ -118,17 +117,12 @@ def backward(q: Array, k: Array, v: Array, table: Array, at: Array, lists: Array
                       *[pltpu.VMEM((2, g, 1, plan.tile), jnp.float32)] * 2, pltpu.VMEM((2, n, plan.tile), jnp.int32),
                       pltpu.VMEM((2, 1, plan.tile), jnp.int32), pltpu.SemaphoreType.DMA((2,)),
                       pltpu.VMEM((g, t, h), jnp.float32), *[pltpu.VMEM((plan.block, h), jnp.float32)] * 2],
-      interpret=interpret or False, compiler_params=_params("arbitrary"),
+      interpret=interpret or False, compiler_params=params("parallel", "parallel", "arbitrary"),
   )(lists, k, v, q, d_out, lse, delta, table, at, *d_keys)
   return results
 
 
 _ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
-
-
-def _params(last: Any) -> Any:
-  """Of a grid whose last axis is "parallel", or "arbitrary" where a result is summed up along it."""
-  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", last), vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _list_of(lists: Array) -> pl.BlockSpec:
@@ -201,7 +195,7 @@ def _blocks(plan: Plan, k_ref: Ref, v_ref: Ref, k_buffer: Ref, v_buffer: Ref, se
 def _forward(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, table_ref: Ref, at_ref: Ref, out_ref: Ref,
              lse_ref: Ref, k_buffer: Ref, v_buffer: Ref, semaphores: Ref, top_ref: Ref, total_ref: Ref, sum_ref: Ref
              ) -> None:
-  q = _rows_of(q_ref, plan)
+  q = in_rows(q_ref[0, 0])
   top_ref[...] = jnp.full_like(top_ref, NOTHING)
   total_ref[...] = jnp.zeros_like(total_ref)
   sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -217,7 +211,7 @@ def _forward(plan: Plan, list_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, tabl
 
   def attend(block: Array, slot: Array) -> None:
     chosen = plan.chosen(table_ref[0, 0], block)
-    scores = product(k_buffer[slot], q, (1, 1)) * _scale(q)
+    scores = product(k_buffer[slot], q, (1, 1)) * scale(q.shape[1])
 
     def with_row() -> None:
       add(scores + plan.of_rows(jnp.where(chosen, 0.0, NOTHING)), v_buffer[slot])
@@ -259,8 +253,8 @@ def _backward(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> 
 
   def of_tile(tile: Array, slot: Array) -> None:
     q, d_out, lse, delta, table, at = (buffer[slot] for buffer in buffers)
-    q, d_out = (x.reshape(plan.rows, x.shape[2]) for x in (q, d_out))
-    lse, delta = _row(lse, plan), _row(delta, plan)
+    q, d_out = in_rows(q), in_rows(d_out)
+    lse, delta = in_a_row(lse), in_a_row(delta)
     top = jnp.where(lse == NOTHING, -NOTHING, lse * LOG2E)  # what reads nothing has weights of 0
     chosen = plan.chosen(table, block)
 
@@ -275,42 +269,26 @@ def _backward(plan: Plan, list_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> 
     def with_row() -> None:
       k, v = k_ref[0, 0], v_ref[0, 0]
       row = jnp.where(plan.of_rows(jnp.where(chosen, 1, 0)) > 0, top, -NOTHING)
-      add(k, v, jnp.exp2(product(k, q, (1, 1)) * _scale(q) - row))
+      add(k, v, jnp.exp2(product(k, q, (1, 1)) * scale(q.shape[1]) - row))
 
     def with_mask() -> None:
       mask = plan.mask(chosen, at, block)
       k, v = _read(k_ref[0, 0], mask), _read(v_ref[0, 0], mask)
-      add(k, v, jnp.where(mask, jnp.exp2(product(k, q, (1, 1)) * _scale(q) - top), 0.0))
+      add(k, v, jnp.where(mask, jnp.exp2(product(k, q, (1, 1)) * scale(q.shape[1]) - top), 0.0))
 
     jax.lax.cond(plan.is_whole(at, block), with_row, with_mask)
 
   _for_each(list_ref, copies, of_tile)
-  scale = k_ref.shape[3]**-0.5
-  d_k_ref[0, 0] = d_k_before[0, 0] + d_k_sum[...] * scale
+  of_scores = k_ref.shape[3]**-0.5
+  d_k_ref[0, 0] = d_k_before[0, 0] + d_k_sum[...] * of_scores
   d_v_ref[0, 0] = d_v_before[0, 0] + d_v_sum[...]
 
   @pl.when(block == pl.num_programs(2) - 1)
   def end() -> None:
-    d_q_ref[0, 0] = (d_q_sum[...] * scale).astype(d_q_ref.dtype)
+    d_q_ref[0, 0] = (d_q_sum[...] * of_scores).astype(d_q_ref.dtype)
 
 
 def _read(x: Array, mask: Array) -> Array:
   """Keys or values with zeros for those that no query reads: they may hold what is not finite."""
   read = jnp.max(jnp.where(mask, 1, 0), axis=1, keepdims=True) > 0
   return jnp.where(read, x, jnp.zeros_like(x))
-
-
-def _rows_of(ref: Ref, plan: Plan) -> Array:
-  """A block [1, 1, G, tile, H] as [rows, H]."""
-  rows: Array = ref[0, 0].reshape(plan.rows, ref.shape[4])
-  return rows
-
-
-def _row(x: Array, plan: Plan) -> Array:
-  """[G, 1, tile] as [1, rows]."""
-  return jnp.concatenate([x[g] for g in range(plan.groups)], axis=1)
-
-
-def _scale(q: Array) -> float:
-  """Of scores, in base 2."""
-  return LOG2E / math.sqrt(q.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,12 @@ def test_what_is_asked_amiss_is_said_before_a_compiler_is_looked_for():
                       (["--table", "--mesh=fsdp:8"], "--mesh: --table and --kernels have cases of their own")):
     with pytest.raises(ValueError, match=said):
       aot_compile.main(settings(aot_compile, *flags))
+
+
+def test_a_missing_compiler_is_said(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(ImportError, match=r"needs libtpu, on any machine with Linux; run pip install -e '\.\[tpu\]'"):
+    chips.devices_of("v5e:2x2")
 
 
 def test_the_cost_model_is_that_of_the_sizes():

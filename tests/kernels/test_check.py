@@ -11,7 +11,7 @@ import pytest
 
 import pallas_kernels
 import rat_jax
-from conftest import programs_for
+from experiments.aot.chips import programs_for
 from kernels import copies
 from kernels.test_implementation import Probe
 from pallas_kernels import check, crossovers, implementation, table

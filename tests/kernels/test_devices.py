@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import programs_for
+from experiments.aot.chips import programs_for
 from pallas_kernels import devices
 from pallas_kernels.devices import Device
 

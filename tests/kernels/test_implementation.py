@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from conftest import programs_for
+from experiments.aot.chips import programs_for
 from pallas_kernels import crossovers, implementation, table
 from pallas_kernels.implementation import Implementation, Operation
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rat_jax
-from kernels import suite, test_pallas_tpu as shapes
+from experiments.aot.interpreted import NAME
+from kernels import suite, tpu_shapes as shapes
 from pallas_kernels.pattern import Pattern
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow, pytest.mark.usefixtures("true_float32"),
@@ -31,8 +32,8 @@ LARGE = [
 
 @pytest.mark.parametrize(("operation", "spec"), [*shapes.EVERY, *LARGE])
 def test_values_and_gradients(operation, spec):
-  suite.check_numbers(operation, shapes.NAME, spec)
-  suite.check_poison(operation, shapes.NAME, spec)
+  suite.check_numbers(operation, NAME, spec)
+  suite.check_poison(operation, NAME, spec)
 
 
 @settings(deadline=None, max_examples=10, derandomize=True)
@@ -40,7 +41,7 @@ def test_values_and_gradients(operation, spec):
        st.integers(1, 3), st.integers(0, 9))
 def test_dilated_attention_of_any_shape(length, dilation, window, sinks, heads, groups, seed):
   spec = shapes.dilated(length, (dilation, window, sinks), heads, groups)
-  suite.check_numbers("dilated_attention", shapes.NAME, dataclasses.replace(spec, dtype="bfloat16"), seed)
+  suite.check_numbers("dilated_attention", NAME, dataclasses.replace(spec, dtype="bfloat16"), seed)
 
 
 def test_the_check_of_the_device():

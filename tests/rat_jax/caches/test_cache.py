@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import rat_jax
-from conftest import examples, first_quick, programs_for
+from conftest import examples, first_quick
+from experiments.aot.chips import programs_for
 from rat_jax import (
     Dense,
     Dilated,
