@@ -32,8 +32,10 @@ from absl import flags
 import rat_jax
 from experiments.shared import command, output
 from rat_jax import RATPlusConfig, RATPlusLM
-from rat_jax.convert import mapping, olmo2, ratplus
+from rat_jax.convert import mapping, ratplus
+from rat_jax.convert.families import FAMILIES, pieces_of
 from rat_jax.convert.tensors import SafetensorsFolder
+from rat_jax.convert.their_configs import their_config
 from rat_jax.train import Checkpoints
 
 _LOAD = """
@@ -126,7 +128,7 @@ def empty_pth(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
 def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
   """A folder of OLMo 2's names and shapes, in bfloat16, with no data."""
   header, at = {}, 0
-  for name, shape in mapping.foreign_shapes(olmo2.pieces_of(config), config.num_layers).items():
+  for name, shape in mapping.foreign_shapes(pieces_of(config, FAMILIES["olmo2"]), config.num_layers).items():
     size = 2 * int(np.prod(shape))
     header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
     at += size
@@ -134,7 +136,8 @@ def empty_olmo2(config: RATPlusConfig, folder: pathlib.Path) -> pathlib.Path:
   with (folder / "model.safetensors").open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(8 + len(text) + at)
-  (folder / "config.json").write_text(json.dumps(olmo2.their_config(config) | {"dtype": "bfloat16"}), encoding="utf-8")
+  theirs = their_config(config, FAMILIES["olmo2"]) | {"dtype": "bfloat16"}
+  (folder / "config.json").write_text(json.dumps(theirs), encoding="utf-8")
   return folder
 
 

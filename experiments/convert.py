@@ -27,7 +27,7 @@ from absl import flags
 from experiments.shared import command
 from rat_jax import RATPlusConfig
 from rat_jax.convert.added_memory import GATE_BIAS
-from rat_jax.convert.olmo2 import read_olmo2
+from rat_jax.convert.folders import read_folder
 from rat_jax.convert.ratplus import read_ratplus
 from rat_jax.convert.tensors import check_new_folder
 from rat_jax.paths import local_path, read_text
@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
     config, leaves, training = read_ratplus(source, configuration(settings))
     about["trained by the authors"] = json.dumps(training) if training else "the file does not say how"
   elif settings.from_ == "olmo2":
-    config, leaves = read_olmo2(source, settings.memory, settings.gate_bias)
+    config, leaves = read_folder(source, settings.memory, settings.gate_bias, only="olmo2")
     if config.memory:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:

@@ -194,7 +194,7 @@ def _ages(model: RATPlusLM, params: Any, tokens: jax.Array) -> jax.Array:
     gate = jax.nn.sigmoid(jnp.asarray(transformer.project(config, at.params, x).gate_logits, jnp.float32))
     (weight,) = linear_scan(gate, (1 - gate,))
     (weighted,) = linear_scan(gate, (weight - (1 - gate),))  # a token's share of it is older by one at the next
-    x, _, _ = transformer.block(config, at.params, x, batch, None, lambda heads: rat_jax.attend(*heads[:3], Dense()))
+    x, _, _ = transformer.block(config, at, x, batch, None, lambda heads: rat_jax.attend(*heads[:3], Dense()))
     return x, jnp.mean(weighted / weight, axis=(0, 1))
 
   runs = layer_runs(Dense(), config.num_layers)

@@ -28,14 +28,16 @@ from rat_jax.modes import (
 )
 from rat_jax.operators import attend, compress, select
 from rat_jax.pretrained import load_pretrained, save_pretrained
+from rat_jax.rope import RopeScaling
 from rat_jax.selection.choice import Selection
 from rat_jax.train import init_train_state, make_optimizer, train_step
 from rat_jax.version import __version__
 
 __all__ = [
-    "Cache", "Dense", "DeviceCheck", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest", "RATPlusConfig",
-    "RATPlusLM", "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__", "attend", "cache_bytes", "check_device",
-    "compiler_options", "compress", "convert", "decode_step", "evaluate", "extend", "generate", "init_train_state",
-    "inspect", "load_pretrained", "make_optimizer", "memory", "parse_mode", "prefill", "save_pretrained", "select",
-    "to_right_padding", "tokens_read", "train_step", "training_flops", "visible",
+    "Cache", "Dense", "DeviceCheck", "Dilated", "DilatedTopK", "MoBA", "PerHead", "PerLayer", "Quest",
+    "RATPlusConfig", "RATPlusLM", "RopeScaling", "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__",
+    "attend", "cache_bytes", "check_device", "compiler_options", "compress", "convert", "decode_step", "evaluate",
+    "extend", "generate", "init_train_state", "inspect", "load_pretrained", "make_optimizer", "memory",
+    "parse_mode", "prefill", "save_pretrained", "select", "to_right_padding", "tokens_read", "train_step",
+    "training_flops", "visible",
 ]

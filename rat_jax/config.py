@@ -7,9 +7,12 @@ import json
 import math
 import numbers
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+
+from rat_jax.rope import RopeScaling
 
 # Programs compute in float32, where they take what is smaller than _SMALLEST for 0.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -35,8 +38,11 @@ class RATPlusConfig:
   gate_bias: float | None = None            # a start value with zero gate weights, for retrofits; None: no bias
   output_gate: bool = True                  # attention output times sigmoid(o)
   norm_placement: Literal["pre", "post"] = "pre"  # f(norm(x)), or norm(f(x)) as in OLMo 2
-  qk_norm: bool = False                     # RMSNorm of q and k over all heads, before memory and RoPE
+  qk_norm: bool | Literal["head"] = False   # RMSNorm of q and k, before memory and RoPE: over all heads, or per head
+  attention_bias: bool = False              # of the projections to queries, keys and values
   rope_base: float = 10000.0
+  rope_scaling: RopeScaling | None = None   # for positions past the length that a model was trained on
+  no_rope_layers: Sequence[int] = ()        # numbers of layers whose queries and keys are not rotated
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   init_std: float | None = 0.02             # None: 1/sqrt(fan-in), residual writers over sqrt(2L) too
@@ -63,6 +69,11 @@ class RATPlusConfig:
         raise ValueError(f"{name}={value!r} is unknown; use one of {choices}.")
       if hint is bool and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a bool; use True or False.")
+    if not isinstance(self.qk_norm, bool) and self.qk_norm != "head":
+      raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; use False, True (over all heads) or \"head\".")
+    if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+      raise ValueError(f"rope_scaling={self.rope_scaling!r} is no RopeScaling; use rat_jax.RopeScaling(...) or None.")
+    self._settle_layers("no_rope_layers")
     self._settle_float("rope_base", "use a finite number of at least 1 that float32 can hold", least=1.0)
     self._settle_float("norm_eps", "use a finite number above 0 that float32 can hold", least=_SMALLEST)
     if self.init_std is not None:
@@ -79,6 +90,14 @@ class RATPlusConfig:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
       raise ValueError(f"{name}={value!r}; use an integer of at least 1.")
     object.__setattr__(self, name, int(value))
+
+  def _settle_layers(self, name: str) -> None:
+    value = getattr(self, name)
+    numbered = isinstance(value, tuple | list | range) and all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < self.num_layers for i in value)
+    if not numbered or len(set(value)) != len(value):
+      raise ValueError(f"{name}={value!r}; use different numbers of layers, 0 to {self.num_layers - 1}.")
+    object.__setattr__(self, name, tuple(sorted(int(i) for i in value)))
 
   def _settle_float(self, name: str, fix: str, least: float = -_LARGEST) -> None:
     value = getattr(self, name)
@@ -112,6 +131,8 @@ class RATPlusConfig:
     if not isinstance(fields, dict) or fields.keys() - known.keys():
       extra = sorted(fields.keys() - known.keys()) if isinstance(fields, dict) else type(fields).__name__
       raise ValueError(f"the configuration has unknown fields {extra}; known are {tuple(known)}.")
+    if isinstance(fields.get("rope_scaling"), dict):
+      fields["rope_scaling"] = RopeScaling.from_fields(fields["rope_scaling"])
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
       raise ValueError(f"the configuration lacks {missing}.")

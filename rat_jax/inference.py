@@ -181,7 +181,7 @@ def _start(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tu
   def layer(x: Stream, at: AtLayer) -> tuple[Stream, tuple[State | None, Any]]:
     origin, store = Origin(batch.row_ids, at.number), stores[at.run]
     x, state, heads = transformer.block(
-        cache.config, at.params, x, batch, at.carried,
+        cache.config, at, x, batch, at.carried,
         lambda heads: over_context.attend(at.run.form, heads, Placement.of(batch), origin))
     return x, (state, store.of_prompt(heads.last_queries(lengths, store.window), lengths, origin))
 
@@ -204,7 +204,7 @@ def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, p
     origin, (store, rows) = Origin(batch.row_ids, at.number), parts[at.run]
     mode, index = at.run.form if prompt else at.run.mode, at.number - at.run.start
     x, state, heads = transformer.block(
-        cache.config, at.params, x, batch, at.carried,
+        cache.config, at, x, batch, at.carried,
         lambda heads: store.attend(rows, index, mode, heads, new, origin))
     return x, (state, store.added(rows, index, heads, new))
 

@@ -58,7 +58,7 @@ def _choices(config: RATPlusConfig, how: Forward, params: Params, batch: Batch
       chosen.append(_of_layer(heads, at.run, batch, origin))
       return transformer.attend(heads, at.run, batch, origin)
 
-    x, _, _ = transformer.block(config, at.params, x, batch, None, attend)
+    x, _, _ = transformer.block(config, at, x, batch, None, attend)
     return x, chosen[0]
 
   runs = layer_runs(how.mode, config.num_layers, how.prefill_mode)

@@ -39,6 +39,7 @@ _KEPT = {"products": jax.checkpoint_policies.save_from_both_policies(
              jax.checkpoint_policies.save_only_these_names(gated_scan.STATES)),
          "nothing": jax.checkpoint_policies.nothing_saveable,
          "everything": jax.checkpoint_policies.everything_saveable}
+_BIASED = ("query", "key", "value")  # projections that `attention_bias` is of
 _UNROLL_UP_TO = 4  # on GPU and TPU, unroll by default up to this many layers
 
 
@@ -118,9 +119,12 @@ def _init_layers(config: RATPlusConfig, key: Array) -> Params:
            for name, k in zip(matrices, jax.random.split(key, len(matrices)), strict=True)}
   if config.gate_bias is not None:
     layer["memory_gate_bias"] = jnp.full((layers, kv, h), config.gate_bias, dtype)
+  if config.attention_bias:
+    layer |= {f"{name}_bias": jnp.zeros((layers, *matrices[name][1:]), dtype) for name in _BIASED}
   norms: dict[str, tuple[int, ...]] = {"attention_norm": (e,), "mlp_norm": (e,)}
   if config.qk_norm:
-    norms |= {"query_norm": (n, h), "key_norm": (kv, h)}
+    norms |= {"query_norm": (h,), "key_norm": (h,)} if config.qk_norm == "head" else {
+        "query_norm": (n, h), "key_norm": (kv, h)}
   return layer | {name: jnp.ones((layers, *shape), dtype) for name, shape in norms.items()}
 
 
@@ -152,7 +156,9 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
   x = x.astype(dtype)
 
   def heads(name: str) -> Array:
-    return _product("bte,enh->btnh", x, p[name])
+    made = _product("bte,enh->btnh", x, p[name])
+    biased = config.attention_bias and name in _BIASED
+    return made + p[f"{name}_bias"].astype(dtype) if biased else made
 
   q, k = heads("query"), heads("key")
   if config.qk_norm:
@@ -166,9 +172,9 @@ def project(config: RATPlusConfig, p: Params, x: Stream) -> Projections:
   return Projections(q, k, heads("value"), gate_logits, heads("output_gate") if config.output_gate else None)
 
 
-def remember(config: RATPlusConfig, projections: Projections, batch: Batch, state: State | None,
+def remember(config: RATPlusConfig, projections: Projections, batch: Batch, state: State | None, number: Array,
              sources: Sources = Sources()) -> tuple[Heads, State | None]:
-  """Memory, then RoPE: what attention is given, and the memory's state.
+  """Memory, then RoPE: what attention is given in the layer of this number, and the memory's state.
 
   Without a memory, keys and values are what was projected.
   """
@@ -180,7 +186,10 @@ def remember(config: RATPlusConfig, projections: Projections, batch: Batch, stat
   dtype = jnp.dtype(config.dtype)
 
   def rotated(x: Array) -> Array:
-    return rope.rotate(x, batch.positions, config.rope_base).astype(dtype)
+    turned = rope.rotate(x, batch.positions, config.rope_base, config.rope_scaling).astype(dtype)
+    if not config.no_rope_layers:
+      return turned
+    return jnp.where(jnp.isin(number, jnp.asarray(config.no_rope_layers)), x.astype(dtype), turned)
 
   k, v = kinds[sources.attend_to]
   chosen_by = None if sources.select_from == sources.attend_to else rotated(kinds[sources.select_from][0])
@@ -217,18 +226,6 @@ def mlp_branch(config: RATPlusConfig, p: Params, x: Stream) -> Stream:
   return x + y
 
 
-def block(config: RATPlusConfig, p: Params, x: Stream, batch: Batch, state: State | None,
-          attend: Callable[[Heads], Array], sources: Sources = Sources()) -> tuple[Stream, State | None, Heads]:
-  """One layer: the stream x through attention, as `attend` does it, and MLP.
-
-  Returns the stream, the memory's state after the last token, and what attention was given (for a cache).
-  """
-  projections = project(config, p, x)
-  heads, state = remember(config, projections, batch, state, sources)
-  x = attention_branch(config, p, x, attend(heads), projections.output_gate)
-  return mlp_branch(config, p, x), state, heads
-
-
 class AtLayer(NamedTuple):
   """What `walk` hands to a layer: its run, its number int32 [], its parameters, and what is carried for it."""
 
@@ -236,6 +233,18 @@ class AtLayer(NamedTuple):
   number: Array
   params: Params
   carried: Any
+
+
+def block(config: RATPlusConfig, at: AtLayer, x: Stream, batch: Batch, state: State | None,
+          attend: Callable[[Heads], Array], sources: Sources = Sources()) -> tuple[Stream, State | None, Heads]:
+  """One layer: the stream x through attention, as `attend` does it, and MLP.
+
+  Returns the stream, the memory's state after the last token, and what attention was given (for a cache).
+  """
+  projections = project(config, at.params, x)
+  heads, state = remember(config, projections, batch, state, at.number, sources)
+  x = attention_branch(config, at.params, x, attend(heads), projections.output_gate)
+  return mlp_branch(config, at.params, x), state, heads
 
 
 def walk(params: Params, runs: Sequence[Run], x: Stream, layer: Callable[[Stream, AtLayer], tuple[Stream, Any]],
@@ -317,7 +326,7 @@ def hidden_states(config: RATPlusConfig, how: Forward, params: Params, batch: Ba
 
   def layer(x: Stream, at: AtLayer) -> tuple[Stream, None]:
     origin = Origin(batch.row_ids, at.number)
-    x, _, _ = block(config, at.params, x, batch, None, lambda heads: attend(heads, at.run, batch, origin), how.sources)
+    x, _, _ = block(config, at, x, batch, None, lambda heads: attend(heads, at.run, batch, origin), how.sources)
     return x, None
 
   runs = layer_runs(how.mode, config.num_layers, how.prefill_mode)

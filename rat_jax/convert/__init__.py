@@ -1,8 +1,9 @@
 """Conversion of other people's weights to our parameters, and back."""
 
 from rat_jax.convert.added_memory import add_memory
-from rat_jax.convert.olmo2 import export_olmo2, load_olmo2
+from rat_jax.convert.anyones import load
+from rat_jax.convert.folders import export, export_olmo2, load_olmo2
 from rat_jax.convert.ratplus import from_ratplus_state_dict, load_ratplus, to_ratplus_state_dict
 
-__all__ = ["add_memory", "export_olmo2", "from_ratplus_state_dict", "load_olmo2", "load_ratplus",
+__all__ = ["add_memory", "export", "export_olmo2", "from_ratplus_state_dict", "load", "load_olmo2", "load_ratplus",
            "to_ratplus_state_dict"]

@@ -21,6 +21,8 @@ AXES_OF: Mapping[str, tuple[str, ...]] = {
     # Parameters (rat_jax.transformer.initializers).
     "embedding": ("vocab", "embed"), "head": ("vocab", "embed"), "final_norm": ("width",),
     "query": _HEADS, "output_gate": _HEADS, "key": _KV_HEADS, "value": _KV_HEADS, "memory_gate": _KV_HEADS,
+    "query_bias": ("layers", "heads", "head_dim"), "key_bias": ("layers", "kv_heads", "head_dim"),
+    "value_bias": ("layers", "kv_heads", "head_dim"),
     "memory_gate_bias": ("layers", "kv_heads", "head_dim"), "out": ("layers", "heads", "head_dim", "embed"),
     "mlp_in": ("layers", "embed", "mlp"), "mlp_gate": ("layers", "embed", "mlp"), "mlp_out": ("layers", "mlp", "embed"),
     "attention_norm": ("layers", "width"), "mlp_norm": ("layers", "width"),
@@ -32,6 +34,8 @@ AXES_OF: Mapping[str, tuple[str, ...]] = {
     "summaries": ("layers", "batch", "kv_heads", "", "head_dim"), "state": ("layers", "batch", "kv_heads", "head_dim"),
     "lengths": ("batch",), "row_ids": ("batch",), "prompt_lengths": ("batch",),
 }
+# What may have fewer axes: as an argument of `apply`, and norms per head.
+_AXES_OF_TWO = {"positions": _OF_TOKENS, "query_norm": ("layers", "head_dim"), "key_norm": ("layers", "head_dim")}
 MESH_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"), "tokens": ("context",), "rows": ("context",), "embed": ("fsdp",), "heads": ("tensor",),
     "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
@@ -59,7 +63,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: AnyMesh, *, strict: bool = Fal
                      ' {"tokens": tokens}.')
   if name not in AXES_OF:
     raise ValueError(f"{name}: no such array is known; the table has {', '.join(AXES_OF)}.")
-  axes = _OF_TOKENS if name == "positions" and len(shape) == 2 else AXES_OF[name]  # also an argument of `apply`
+  axes = _AXES_OF_TWO.get(name, AXES_OF[name]) if len(shape) == 2 else AXES_OF[name]
   if len(axes) != len(shape):
     raise ValueError(f"{name} has shape {shape}; its axes are {axes}.")
   return P(*(axes_that_cut(name, axis, size, mesh, strict) for axis, size in zip(axes, shape, strict=True)))
