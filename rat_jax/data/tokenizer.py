@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a `tokenizers` JSON, a sentencepiece model, or a Hugging Face folder that holds one of these."""
+"""Tokenizers: bytes, a `tokenizers` JSON, a sentencepiece model, a folder that holds one of these, a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from rat_jax.config import RATPlusConfig
 from rat_jax.convert.tensors import read_json
+from rat_jax.data.gguf_tokenizer import tokenizer_of
 from rat_jax.paths import local_path
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -107,14 +109,14 @@ def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> To
   """The tokenizer that `source` names.
 
   Args:
-    source: "bytes"; a tokenizer.json of the `tokenizers` package; a sentencepiece .model; a folder with one of them;
-      "hub:NAME", a model on the Hugging Face hub, whose tokenizer files are fetched. All others are local.
+    source: "bytes"; a tokenizer.json of the `tokenizers` package; a sentencepiece .model; a folder with one of them; a
+      .gguf file; "hub:NAME", a model on the Hugging Face hub, whose tokenizer files are fetched. All others are local.
     end: the token that ends a document. Default: eos_token of tokenizer_config.json beside the file, sentencepiece's
-      own, else the common one that the vocabulary holds.
+      or GGUF's own, else the common one that the vocabulary holds.
 
   Raises:
     FileNotFoundError: no such file. ValueError: a file that is no tokenizer, an unknown end, or one for bytes.
-    ImportError: the extra "hf" is not installed.
+    ImportError: the extra "hf", or "gguf", is not installed.
   """
   if source == "bytes":
     if end is not None:
@@ -131,7 +133,7 @@ def load_tokenizer(source: str | os.PathLike[str], end: str | None = None) -> To
     path = inside[0]
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give \"bytes\", a file, a folder, or {_HUB}NAME to download one.")
-  return (_from_json if path.suffix == ".json" else _from_sentencepiece)(path, end)
+  return {".json": _from_json, ".gguf": _from_gguf}.get(path.suffix, _from_sentencepiece)(path, end)
 
 
 def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
@@ -140,16 +142,26 @@ def _from_json(path: pathlib.Path, end: str | None) -> Tokenizer:
     made = library.Tokenizer.from_file(str(path))
   except Exception as error:  # the package raises no narrower type
     raise ValueError(f"{path} is no JSON file of the tokenizers package: {error}") from error
-  made.encode_special_tokens = True  # "</s>" in a text is four characters
-  made.no_truncation()
-  made.no_padding()
-  # It has nothing to add without special tokens, but may take spaces out of what a token holds.
-  made.post_processor = library.processors.ByteLevel(trim_offsets=False)
-  ids = made.get_vocab(with_added_tokens=True)
   beside = path.with_name("tokenizer_config.json")
   if end is None and beside.is_file():
     said = read_json(beside, "give an object with eos_token, or name the token that ends a document").get("eos_token")
     end = said.get("content") if isinstance(said, dict) else said
+  return _of_library(path, made, end)
+
+
+def _from_gguf(path: pathlib.Path, end: str | None) -> Tokenizer:
+  made, own_end = tokenizer_of(path, _library("tokenizers"))
+  return _of_library(path, made, end or own_end)
+
+
+def _of_library(path: pathlib.Path, made: Any, end: str | None) -> Tokenizer:
+  """Of an object of the package `tokenizers`."""
+  made.encode_special_tokens = True  # "</s>" in a text is four characters
+  made.no_truncation()
+  made.no_padding()
+  # It has nothing to add without special tokens, but may take spaces out of what a token holds.
+  made.post_processor = _library("tokenizers").processors.ByteLevel(trim_offsets=False)
+  ids = made.get_vocab(with_added_tokens=True)
   ends = [end] if end is not None else [token for token in _ENDS if token in ids]
   if not ends or ends[0] not in ids:
     raise ValueError(f"{path} has no end-of-document token {end or 'of the common ones'}; name one of its tokens.")
