@@ -1,0 +1,192 @@
+"""GGUF files that the package `gguf` writes: their numbers, their order of queries and keys, and their tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import rat_jax
+from rat_jax import RATPlusConfig, RATPlusLM, RopeScaling
+from rat_jax.convert import families, mapping
+from rat_jax.convert.gguf import GGUFFile
+from rat_jax.data import load_tokenizer
+
+KINDS = gguf.GGMLQuantizationType
+SIZES = dict(vocab_size=64, num_layers=2, embed_dim=256, num_heads=4, num_kv_heads=2, mlp_dim=256, memory=False,
+             rope_base=500.0, norm_eps=1e-5, init_std=0.15)
+NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
+         "up_proj": "ffn_up", "down_proj": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+NORMS = {"llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+         "olmo2": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}}
+OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+           "lm_head.weight": "output.weight"}
+
+
+def model_of(name, **changes):
+  """A random model of a family, its norms and biases too."""
+  config = RATPlusConfig(**SIZES | families.FAMILIES[name].ours | changes)
+  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+  rng = np.random.default_rng(1)
+  layers = {leaf: x * rng.uniform(0.5, 1.5, x.shape).astype(np.float32) if leaf.endswith("_norm")
+            else x + rng.normal(size=x.shape).astype(np.float32) * 0.1 if leaf.endswith("_bias") else x
+            for leaf, x in params["layers"].items()}
+  return config, params | {"layers": layers}
+
+
+def their_name(name, family):
+  if name in OUTSIDE:
+    return OUTSIDE[name]
+  _, _, layer, *_, last, end = name.split(".")
+  inside = NAMES.get(last) or NORMS.get(family, NORMS["llama"])[last]
+  return f"blk.{layer}.{inside}.{end}"
+
+
+def interleaved(x, heads):
+  """Rows of queries or keys in the order in which llama.cpp has those of Llama."""
+  return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def write(path, name, config, params, kind=KINDS.F32, more=(), tensors=()):
+  """The file; returns {their name: tensor} as it was before quantization."""
+  writer, family = gguf.GGUFWriter(path, name), families.FAMILIES[name]
+  writer.add_block_count(config.num_layers)
+  writer.add_embedding_length(config.embed_dim)
+  writer.add_feed_forward_length(config.mlp_dim)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_rope_freq_base(config.rope_base)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  for add in more:
+    add(writer)
+  written = {}
+  for theirs, x in (*mapping.foreign(families.pieces_of(config, family), params, config.num_layers), *tensors):
+    if name in ("llama", "smollm3") and ("q_proj" in theirs or "k_proj" in theirs):
+      x = interleaved(x, config.num_heads if "q_proj" in theirs else config.num_kv_heads)
+    named = theirs if theirs == "rope_freqs.weight" else their_name(theirs, name)
+    x = np.ascontiguousarray(x, np.float32)
+    written[named] = x
+    if kind == KINDS.F32 or x.ndim == 1:
+      writer.add_tensor(named, x)
+    else:
+      writer.add_tensor(named, gguf.quants.quantize(x, kind), raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return written
+
+
+@pytest.mark.usefixtures("true_float32")
+@pytest.mark.parametrize(("name", "changes"), [
+    ("llama", {}), ("llama", {"tie_embeddings": False}), ("qwen2", {}), ("qwen3", {"head_dim": 64}), ("olmo2", {}),
+    ("smollm3", {"num_layers": 4, "no_rope_layers": (3,)})])
+def test_a_file_gives_its_models_logits(tmp_path, name, changes):
+  config, params = model_of(name, **changes)
+  more = [lambda w: w.add_key_length(config.head_dim), lambda w: w.add_value_length(config.head_dim)]
+  write(tmp_path / "model.gguf", name, config, params, more=more)
+  found, read = rat_jax.convert.load(tmp_path / "model.gguf")
+  assert found == dataclasses.replace(config, init_std=0.02, norm_eps=found.norm_eps)
+  tokens = np.random.default_rng(0).integers(0, 64, (2, 20))
+  expected = RATPlusLM(config).apply({"params": params}, tokens)
+  np.testing.assert_allclose(RATPlusLM(found).apply({"params": read}, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1])
+def test_tensors_are_what_the_package_dequantizes(tmp_path, kind):
+  config, params = model_of("llama")
+  written = write(tmp_path / "model.gguf", "llama", config, params, kind)
+  file = GGUFFile(tmp_path / "model.gguf")
+  for name, x in written.items():
+    expected = x if x.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
+    np.testing.assert_array_equal(file.read(name), expected)
+    np.testing.assert_array_equal(file.read(name, slice(3, 7)), expected[3:7])
+
+
+@pytest.mark.parametrize(("more", "expected"), [
+    ([lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), lambda w: w.add_rope_scaling_factor(4.0)],
+     RopeScaling("linear", 4.0)),
+    ([lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), lambda w: w.add_rope_scaling_factor(4.0),
+      lambda w: w.add_rope_scaling_orig_ctx_len(4096)], RopeScaling("yarn", 4.0, 4096))])
+def test_scalings(tmp_path, more, expected):
+  config, params = model_of("llama")
+  write(tmp_path / "model.gguf", "llama", config, params, more=more)
+  assert rat_jax.convert.load(tmp_path / "model.gguf")[0].rope_scaling == expected
+
+
+def test_frequencies_of_llama3(tmp_path):
+  config, params = model_of("llama", rope_base=500000.0)
+  scaling, half = RopeScaling("llama3", 8.0, 8192), config.head_dim // 2
+  frequencies = config.rope_base ** (-np.arange(half) / half)
+  divisors = (frequencies / scaling.scaled(frequencies, config.rope_base)).astype(np.float32)
+  write(tmp_path / "model.gguf", "llama", config, params, tensors=[("rope_freqs.weight", divisors)])
+  assert rat_jax.convert.load(tmp_path / "model.gguf")[0].rope_scaling == scaling
+  write(tmp_path / "other.gguf", "llama", config, params, tensors=[("rope_freqs.weight", divisors**2)])
+  with pytest.raises(ValueError, match="is not that of Llama 3's scaling"):
+    rat_jax.convert.load(tmp_path / "other.gguf")
+
+
+def test_what_is_not_served_is_named(tmp_path):
+  config, params = model_of("llama")
+  path = tmp_path / "model.gguf"
+  for more, message in (([lambda w: w.add_sliding_window(128)], "attention.sliding_window=128 is not supported"),
+                        ([lambda w: w.add_rope_dimension_count(32)], "rope.dimension_count=32 is not supported"),
+                        ([lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)], "'longrope' is not supp")):
+    write(path, "llama", config, params, more=more)
+    with pytest.raises(ValueError, match=message):
+      rat_jax.convert.load(path)
+  write(path, "llama", config, params)
+  whole = path.read_bytes()
+  for cut in (10, 300, len(whole) - 5000):
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match="is no whole GGUF file"):
+      rat_jax.convert.load(path)
+  path.write_bytes(b"something else entirely")
+  with pytest.raises(ValueError, match="is no whole GGUF file"):
+    rat_jax.convert.load(path)
+
+
+TEXTS = ["The capital of France is", "  two  spaces 1234 5", "caf\u00e9 e\u0301 \U0001f600!", "", "don't DON'T",
+         "def f(x):\n\treturn x**2\n\n", "<|end|>"]
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_tokenizer_is_read(tmp_path, name):
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.train_from_iterator(TEXTS * 3, tokenizers.trainers.BpeTrainer(
+      vocab_size=330, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"]))
+  vocabulary = sorted(made.get_vocab(), key=made.get_vocab().get)
+  config, params = model_of("llama")
+  more = [lambda w: w.add_tokenizer_model("gpt2"), lambda w: w.add_tokenizer_pre(name),
+          lambda w: w.add_token_list(vocabulary), lambda w: w.add_eos_token_id(0),
+          lambda w: w.add_token_types([3] + [1] * (len(vocabulary) - 1)),
+          lambda w: w.add_token_merges(merges_of(made))]
+  write(tmp_path / "model.gguf", "llama", config, params, more=more)
+  read = load_tokenizer(tmp_path / "model.gguf")
+  assert (read.vocab_size, read.eod_id) == (len(vocabulary), 0)
+  for text in TEXTS:
+    ids = read.encode(text)
+    assert 0 not in ids
+    assert read.decode(ids) == (text if name != "qwen2" else text.replace("e\u0301", "\u00e9"))
+  if name == "gpt-2":
+    assert [read.encode(text) for text in TEXTS[:-1]] == [made.encode(text).ids for text in TEXTS[:-1]]
+
+
+def merges_of(made):
+  return [" ".join(pair) for pair in json.loads(made.to_str())["model"]["merges"]]
+
+
+def test_other_tokenizers_are_refused(tmp_path):
+  config, params = model_of("llama")
+  for model, pre, message in (("llama", "default", "tokenizer.ggml.model='llama' is not supported"),
+                              ("gpt2", "deepseek-llm", "tokenizer.ggml.pre='deepseek-llm' is not supported; gpt-2, ")):
+    write(tmp_path / "model.gguf", "llama", config, params, more=[
+        lambda w, model=model: w.add_tokenizer_model(model), lambda w, pre=pre: w.add_tokenizer_pre(pre)])
+    with pytest.raises(ValueError, match=message):
+      load_tokenizer(tmp_path / "model.gguf")
