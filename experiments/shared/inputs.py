@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from rat_jax import RATPlusConfig, load_pretrained, parallel
+from rat_jax import RATPlusConfig, convert, load_pretrained, parallel
 from rat_jax.axes import Params
 from rat_jax.convert.tensors import read_json as read_object
 from rat_jax.data import BYTES, TokenFile, Tokenizer, prepare, prepare_standard_library
@@ -26,19 +26,20 @@ def load_model(folder: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = 
                ) -> tuple[RATPlusConfig, Params, dict[str, Any]]:
   """(config, parameters, notes) of a folder of checkpoints, or of one that `save_pretrained` wrote; onto a mesh.
 
-  The notes are those of the run that trained it: {} where `experiments.convert` wrote the folder from other weights.
-  Raises ValueError and FileNotFoundError for a URL, for what is not there and for what is no model of ours.
+  Also of a released model, as `rat_jax.convert.load` reads it. The notes are those of the run that trained it: {} where
+  there was none of ours. Raises ValueError and FileNotFoundError for a URL, for what is not there and for what is no
+  model that is served.
   """
   path = local_path(folder, "--checkpoint")
+  place = on_device if mesh is None else parallel.on_mesh(mesh)
+  if path.is_file():
+    return *convert.load(path, place=place), {}
   if not (path / "config.json").is_file():
     if any(path.glob("*.safetensors")):
       raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
     return Checkpoints(path).load_params(mesh)
-  theirs = read_object(path / "config.json", "a model's configuration is an object").get("model_type")
-  if theirs is not None:
-    raise ValueError(f"{path} is not in our form: its config.json has model_type={theirs!r}; convert it first:"
-                     f" python -m experiments.convert --from=olmo2 --source={path} --output=NEW_FOLDER")
-  place = on_device if mesh is None else parallel.on_mesh(mesh)
+  if "model_type" in read_object(path / "config.json", "a model's configuration is an object"):
+    return *convert.load(path, place=place), {}
   return *load_pretrained(path, place=place), _kept_notes(path)
 
 
