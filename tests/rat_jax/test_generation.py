@@ -165,3 +165,33 @@ def test_one_program_for_all_tokens_and_temperatures():
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
     rat_jax.generate(**{"model": MODEL, "params": PARAMS, "tokens": TOKENS, "max_new_tokens": 3, **arguments})
+
+
+@pytest.mark.parametrize("how", [dict(mode=Dilated(4, 1, 1)), dict(temperature=0.9, top_p=0.8, key=jax.random.key(2))],
+                         ids=["greedy", "sampled"])
+def test_a_stream_is_what_generate_makes(how):
+  whole = np.asarray(rat_jax.generate(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=7, **how))
+  tokens = list(rat_jax.stream(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=7, **how))
+  np.testing.assert_array_equal(np.stack(tokens, axis=1), whole)
+  eos = int(whole[0, 1])
+  alone = list(rat_jax.stream(MODEL, PARAMS, TOKENS[:1], max_new_tokens=7, eos_id=eos, **how))
+  end = list(whole[0]).index(eos) + 1
+  np.testing.assert_array_equal(np.stack(alone, axis=1), whole[:1, :end])  # and no token after it
+
+
+def test_a_stream_compiles_one_step():
+  def run():
+    return list(rat_jax.stream(MODEL, PARAMS, TOKENS, LENGTHS, max_new_tokens=11))
+
+  run()
+  with compilations() as made:
+    run()
+  assert not made
+
+
+def test_a_stream_says_at_once_what_is_wrong():
+  with pytest.raises(ValueError, match=r"temperature=1\.0 samples and needs a random key"):
+    rat_jax.stream(MODEL, PARAMS, TOKENS, max_new_tokens=3, temperature=1.0)
+  lost = PARAMS | {"final_norm": PARAMS["final_norm"] * np.nan}
+  with pytest.raises(FloatingPointError, match="the logits of row 0 are not finite at step 0"):
+    next(rat_jax.stream(MODEL, lost, TOKENS, max_new_tokens=3))
