@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +36,7 @@ class Tokenizer:
     decode: ids -> text; ids that it does not know are left out.
     encode_spans: a text -> its ids, and of each the first character that it holds and the one after its last. None
       where the library does not say.
+    controls: {name: id} of the tokens that no text has, such as those of a chat template.
   """
 
   source: str
@@ -45,6 +46,7 @@ class Tokenizer:
   encode_batch: Callable[[Sequence[str]], list[list[int]]]
   decode: Callable[[Sequence[int]], str]
   encode_spans: Callable[[str], Spans] | None = None
+  controls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     return self.source
@@ -174,7 +176,7 @@ def _of_library(path: pathlib.Path, made: Any, end: str | None) -> Tokenizer:
   return Tokenizer(str(path), _name(path), size, ids[ends[0]],
                    lambda texts: [one.ids for one in made.encode_batch(list(texts), add_special_tokens=False)],
                    lambda some: made.decode([int(i) for i in some if 0 <= i < size], skip_special_tokens=True),
-                   encode_spans)
+                   encode_spans, {one.content: i for i, one in made.get_added_tokens_decoder().items() if one.special})
 
 
 def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
@@ -189,7 +191,8 @@ def _from_sentencepiece(path: pathlib.Path, end: str | None) -> Tokenizer:
   if eod < 0 or (end is not None and made.id_to_piece(eod) != end):
     raise ValueError(f"{path} has no end-of-document token {end or 'of its own'}; name one of its tokens.")
   return Tokenizer(str(path), _name(path), size, eod, lambda texts: made.encode(list(texts)),
-                   lambda some: made.decode([int(i) for i in some if 0 <= i < size]))
+                   lambda some: made.decode([int(i) for i in some if 0 <= i < size]),
+                   controls={made.id_to_piece(i): i for i in range(size) if made.is_control(i)})
 
 
 def _name(path: pathlib.Path) -> str:
