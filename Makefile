@@ -37,7 +37,7 @@ test-gpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[cuda]'
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_gpu.py
 
-# The same on a TPU. What passes leaves a file, and from then on programs take the kernels (rat_jax.check_device).
+# The same on a TPU. Its last test is rat_jax.check_device, which leaves a file where it passes, whatever others find.
 test-tpu: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[tpu]'
 	$(BIN)/python -m pytest tests/kernels/test_suite.py tests/kernels/test_tpu.py

@@ -10,9 +10,9 @@
 # %% [markdown]
 # # rat_jax on a TPU: are the kernels right, and how fast are they?
 #
-# The kernels for TPUs were proved in an interpreter and compiled for v5e, v5p, v6e and TPU7x, but nobody has timed
+# The kernels for TPUs were tested in an interpreter and compiled for v5e, v5p, v6e and TPU7x, but nobody has timed
 # them. On one chip this notebook compares them with plain JAX, times them beside what was predicted, and prints the
-# line that settles when they are taken. It takes less than 15 minutes.
+# line that settles when they are taken. It should take less than 15 minutes.
 
 # %% [markdown]
 # ## Install
@@ -28,7 +28,9 @@ import sys
 
 REPO_URL = "https://github.com/OWNER/REPOSITORY"  # fill in
 package = importlib.util.find_spec("rat_jax")
-root = pathlib.Path(package.origin).parents[1] if package and package.origin else pathlib.Path("rat_jax_sources")
+root = pathlib.Path(package.origin).parents[1] if package and package.origin else pathlib.Path("none")
+if not (root / "experiments").is_dir():  # not the sources, but perhaps what an earlier run of this cell installed
+  root = pathlib.Path("rat_jax_sources")
 if not (root / "experiments").is_dir():
   if "OWNER/REPOSITORY" in REPO_URL:
     raise SystemExit("Put the address of the repository into REPO_URL, above, and run this cell again.")
@@ -66,8 +68,8 @@ if SHORT:
 # %% [markdown]
 # ## Are they right?
 #
-# Results and gradients of every kernel, against plain JAX in float32. What passes leaves a file, and from then on
-# `implementation=None` takes those kernels on this kind of device whose place is known or predicted. `make test-tpu` in
+# Results and gradients of every kernel in float32 and bfloat16, against plain JAX. If all pass, a file says so. From
+# then on `implementation=None` takes the kernels whose place on this kind of device is predicted. `make test-tpu` in
 # the repository tests many more shapes, against float64.
 
 # %%
@@ -120,7 +122,8 @@ from experiments import bench_ops
 from experiments.shared.command import settings_of
 
 if not SHORT:  # in this process, which has the chip to itself
-  bench_ops.define_flags()
+  if "crossovers" not in flags.FLAGS:  # else this cell runs again
+    bench_ops.define_flags()
   flags.FLAGS(["bench_ops", "--crossovers", "--rounds=3"])
   bench_ops.main(settings_of(bench_ops.Settings))
 stack.close()

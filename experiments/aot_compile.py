@@ -2,7 +2,7 @@
 
 Claim: what a pod would hold, send and take follows from the compiled program and the chip's public figures.
 Commands: python -m experiments.aot_compile --preset=ratplus-7b --topology=v5p:4x8x8 --mesh=data:4,fsdp:64
-          python -m experiments.aot_compile --table      every case of docs/scaling.md; finished ones are kept
+          python -m experiments.aot_compile --table      every case of docs/scaling.md that was not tried yet
           python -m experiments.aot_compile --kernels    the kernels for TPUs, alone and in programs (docs/kernels.md)
 Result: a table of every program, by device; results.json. Of --kernels, what memory they need.
 Cost: some minutes for each case, on any machine with Linux and the tpu extra.
@@ -69,6 +69,7 @@ def define_flags() -> None:
 def main(settings: Settings) -> None:
   path = settings.workdir / "results.json"
   if settings.table or settings.kernels:
+    settings.refuse(("table",) if settings.kernels else (), "--kernels has a table of its own; leave one of them out.")
     settings.refuse((*_OF_CASE, "program"), "--table and --kernels have cases of their own; leave it out.")
     output.made(settings.workdir)
     print(of_kernels(path) if settings.kernels else cases.table(whole_table(path)))
@@ -102,8 +103,10 @@ def whole_table(path: Any) -> list[dict[str, Any]]:
   for case in CASES:
     if cases.key(dataclasses.asdict(case)) not in done:
       print(f"{case.preset}, {case.length} tokens, {case.topology}", flush=True)
-      cell = cases.compiled(case, programs.KINDS, lambda kind: None)
-      done[cases.key(cell)] = cell
+      key = cases.key(dataclasses.asdict(case))
+      done[key] = cases.begun(case)  # which stays where the compiler ends the process
+      output.write_json(path, {"cells": list(done.values())})
+      done[key] = cases.compiled(case, programs.KINDS, lambda kind: None)
       output.write_json(path, {"cells": list(done.values())})
   return [done[cases.key(dataclasses.asdict(case))] for case in CASES]
 

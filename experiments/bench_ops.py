@@ -27,6 +27,7 @@ from experiments import pictures
 from experiments.bench import cases, times, torch_reference
 from experiments.bench.cases import Case, check, draw, floor, work
 from experiments.shared import command, device, output
+from pallas_kernels.devices import kind_of
 from pallas_kernels.table import IMPLEMENTATIONS
 
 # Work of so few seconds is timed as one of so many in a program, which takes time to start; of fewer where memory ends.
@@ -269,7 +270,7 @@ def crossovers(settings: Settings) -> dict[str, dict[str, int]]:
     for i, name in enumerate(names[:-1]):
       for case in reversed(cases_of_it):
         of_others = [seconds[case][other] for other in names[i + 1:] if other in seconds[case]]
-        if seconds[case].get(name, math.inf) > min(of_others):
+        if name not in seconds[case] or seconds[case][name] > min(of_others, default=math.inf):
           break
         found.setdefault(operation, {})[name] = size(case)
   return found
@@ -283,6 +284,10 @@ def times_of(settings: Settings, case: Case, names: list[str]) -> dict[str, floa
       found[name] = time_one(settings, case, f"xla, {name}" if case.op == "prefill" else name)[0]
     except NotImplementedError as reason:
       print(f"{case} by {name}: not timed: {reason}", flush=True)
+    except jax.errors.JaxRuntimeError as error:
+      if not device.out_of_memory(error):
+        raise
+      print(f"{case} by {name}: not timed: out of memory", flush=True)
   print(f"{case}: " + ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in found.items()), flush=True)
   return found
 
@@ -294,7 +299,7 @@ def main(settings: Settings) -> None:
   folder, speeds = output.made(settings.workdir), times.speeds()
   print(f"{device.name()}: {speeds}; {'/'.join(map(str, size))} query heads, key/value heads, width", flush=True)
   if settings.crossovers:
-    print(f"{device.name()!r}: {crossovers(settings)}")
+    print(f"{kind_of(jax.devices()[0])!r}: {crossovers(settings)}")
     return
   lines: list[dict[str, Any]] = []
 

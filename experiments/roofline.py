@@ -6,7 +6,7 @@ Commands: python -m experiments.roofline
           python -m experiments.roofline --crossovers      from which sizes on kernels should be as fast as plain JAX
 Result: a table of every kernel and chip: milliseconds (times the floor, what bounds it); results.json.
 Cost: a minute on any machine; of --crossovers ten, with the tpu extra.
-But for --measured times are predictions. docs/kernels.md says what would break them.
+But for --measured, times are predictions. docs/kernels.md says what would break them.
 """
 
 from __future__ import annotations
@@ -36,20 +36,22 @@ def define_flags() -> None:
 
 def main(settings: Settings) -> None:
   if settings.crossovers:
+    settings.refuse(("measured",), "--crossovers measures nothing; leave one of them out.")
     say = functools.partial(print, flush=True)
     entries = [predicted_crossovers.entry(f"{name}:2x2{'x1' * (chip.dimensions > 2)}", say)
                for name, chip in CHIPS.items()]
     print("\n".join(f"{kind!r}: {entry}," for kind, entry in entries))
     return
-  here = chip_of_device(jax.devices()[0])
+  here = chip_of_device(jax.devices()[0]) if settings.measured else None
   if settings.measured and here is None:
-    raise ValueError(f"--measured on {device.name()}; it times kernels for TPUs, so run it on one.")
+    raise ValueError(f"--measured on {device.name()}; it times kernels for TPUs, so run it on one of"
+                     f" {', '.join(CHIPS)}.")
   folder, cells = output.made(settings.workdir), []
   for case in kernel_cases.CASES:
     print(f"counting: {case.label}", flush=True)
     cells.append(case.counted())
     output.write_json(folder / "results.json", {"cells": cells})
-  if here is None or not settings.measured:
+  if here is None:
     print(f"\n{kernel_cases.table(cells)}")
     return
   seconds = {}
@@ -57,6 +59,7 @@ def main(settings: Settings) -> None:
     print(f"timing: {case.label}", flush=True)
     try:
       seconds[case.label] = kernel_cases.timed(case, settings.seed)
+      output.write_json(folder / "results.json", {"cells": cells, "seconds": seconds})
     except jax.errors.JaxRuntimeError as error:
       if not device.out_of_memory(error):
         raise

@@ -26,6 +26,7 @@ from pallas_kernels.scan.api import gated_scan
 from pallas_kernels.scan.arg_specs import ArgSpec as Scan
 from pallas_kernels.sparse.api import sparse_attention
 from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
+from pallas_kernels.split import CONTEXT
 from pallas_kernels.table import IMPLEMENTATIONS
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}  # on `DeviceCheck.errors`
@@ -34,6 +35,7 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}  # on `DeviceCheck.errors`
 # that are seen whole, grouped heads, windows of several blocks, and blocks that heads chose for themselves.
 SPECS: dict[str, tuple[Any, ...]] = {
     "gated_scan": (Scan(2, 700, 2, 128, "float32", "float32", reset=True), Scan(1, 1500, 16, 128)),
+    "gated_scan over context": (Scan(2, 700, 2, 128, "float32", "float32", reset=True), Scan(1, 700, 2, 128)),
     "dilated_attention": (Dilated(1, 5000, 2, 2, 128, "float32", Pattern(16, 600, 4)),
                           Dilated(1, 5000, 2, 1, 128, pattern=Pattern(1)),
                           Dilated(2, 1300, 4, 2, 128, pattern=Pattern(8, 0, 4))),
@@ -50,8 +52,9 @@ class DeviceCheck:
 
   Attributes:
     device: its kind.
-    errors: {(operation, implementation, type): the largest difference from plain JAX, of results and gradients, as a
-      share of an array's largest entry, or its root mean square as a share of the array's}; infinite for what failed.
+    errors: {(operation, implementation, type): the largest error of results and gradients against plain JAX}; infinite
+      for what failed. Of an array it is the larger of two shares: the largest difference of the largest entry, and the
+      differences' root mean square of the array's.
     reasons: likewise, why an implementation was not compared, or failed.
     seconds: that it took.
     file: that says that the check has passed; None where it has not, or where no file could be written.
@@ -78,7 +81,7 @@ class DeviceCheck:
 
 
 def check_device() -> DeviceCheck:
-  """Compares every kernel that runs on this device with plain JAX: results and gradients, two shapes of each operation.
+  """Compares every kernel that runs on this device with plain JAX: results and gradients, at a few shapes of each.
 
   If all agree, a file says so for this kind of device, this release of jax and of its compiler, and these kernels: in
   $RAT_JAX_CACHE, else in the user's folder for caches. From then on `implementation=None` takes kernels whose place is
@@ -97,14 +100,15 @@ def check_device() -> DeviceCheck:
   begun, device = time.perf_counter(), devices.device_of()
   errors: dict[tuple[str, str, str], float] = {}
   reasons: dict[tuple[str, str, str], str] = {}
-  for operation, specs in SPECS.items():
+  for operation_as, specs in SPECS.items():
+    operation = operation_as.partition(" ")[0]
     names = [name for name in IMPLEMENTATIONS[operation] if name != "xla" and _runs(operation, name, device)]
     for spec in specs if names else ():
       arguments, rest = spec.draw()
-      f = functools.partial(_RUNS[operation], **rest)
+      f = functools.partial(_RUNS[operation_as], **rest)
       expected = _values_and_gradients(f, arguments, "xla")
       for name in names:
-        key = (operation, name, spec.dtype)
+        key = (operation_as, name, spec.dtype)
         try:
           error = _error(_values_and_gradients(f, arguments, name), expected)
         except NotImplementedError as why:
@@ -125,9 +129,19 @@ def _of_decode(q: Any, keys: Any, values: Any, own: Any, visible: Any, **rest: A
   return decode_attention(q, keys, values, visible, own=own, **rest)
 
 
+def _scan_over_context(gate_logits: Any, inputs: Any, state: Any, *, reset: Any, implementation: str) -> Any:
+  """As several devices run it that have pieces of a sequence, of a single piece."""
+  run = load("gated_scan", implementation).over_context
+  assert run is not None
+  mesh = jax.make_mesh((1,), (CONTEXT,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+  return jax.shard_map(run, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)(
+      gate_logits, inputs, state, reset)
+
+
 _RUNS: dict[str, Callable[..., Any]] = {
-    "gated_scan": gated_scan, "dilated_attention": dilated_attention, "decode_attention": _of_decode,
-    "sparse_attention": sparse_attention}
+    "gated_scan": gated_scan, "gated_scan over context": _scan_over_context,
+    "dilated_attention": dilated_attention,
+    "decode_attention": _of_decode, "sparse_attention": sparse_attention}
 
 
 def _runs(operation: str, name: str, device: devices.Device) -> bool:

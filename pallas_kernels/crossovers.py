@@ -9,7 +9,8 @@ dilated attention at D=16 with 4 sinks; it is taken for other types and patterns
 * dilated_attention: T;
 * sparse_attention: T * S.
 
-A device that is not here takes what runs on it of ASSUMED, and else "xla".
+A device that is not in FASTEST takes its entry of PREDICTED, under the condition that is said there. Where it has none,
+it takes what runs on it of ASSUMED, and else "xla".
 """
 
 FASTEST: dict[str, dict[str, dict[str, int]]] = {

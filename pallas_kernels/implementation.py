@@ -26,6 +26,7 @@ from pallas_kernels.table import IMPLEMENTATIONS, known_names
 Arguments = tuple[Any, ...]  # of an operation
 Run = Callable[..., Any]
 _OTHER = "Pass implementation=None to take the fastest one that serves."
+_OUTSIDE = "Leave pallas_kernels.force to take the fastest one that serves."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +219,10 @@ def _crossovers(entry: str, device: devices.Device) -> dict[str, int]:
   if predicted is None:
     return ASSUMED.get(entry, {})
   if devices.is_here(device) and not checked.has_passed(device):
-    _say_once(f"operations take plain JAX on {device.kind!r}, on which its kernels were not checked: call"
-              " rat_jax.check_device(), which takes less than two minutes and leaves a file.")
+    _say_once(f"operations take plain JAX on {device.kind!r}: " + (
+        "programs of several processes take kernels only by name; with pallas_kernels.force(\"pallas_tpu\") all do."
+        if jax.process_count() > 1 else "its kernels were not checked, or did not pass; call rat_jax.check_device(),"
+        " which should take less than two minutes and leaves a file."))
     return {}
   return predicted
 
@@ -238,21 +241,21 @@ def _in_plain_jax(operation: Operation, arguments: Arguments) -> Taken:
 
 def _named(operation: Operation, name: str, device: devices.Device, arguments: Arguments, options: dict[str, Any]
            ) -> Taken:
-  available = tuple(IMPLEMENTATIONS[operation.name])
+  available, other = tuple(IMPLEMENTATIONS[operation.name]), _OUTSIDE if is_forced() else _OTHER
   if name not in known_names():
     raise ValueError(f"implementation={name!r} is unknown; use None or, for {operation.name}, one of {available}.")
   if name not in available:
     raise NotImplementedError(
-        f"implementation={name!r} does not exist for {operation.name}; it has {available}. {_OTHER}")
+        f"implementation={name!r} does not exist for {operation.name}; it has {available}. {other}")
   try:
     implementation = load(operation.name, name)
   except ImportError as error:
     raise NotImplementedError(f"implementation={name!r} of {operation.name} is no part of this installation: {error}."
-                              f" {_OTHER}") from error
+                              f" {other}") from error
   cut = _cut(operation, implementation, arguments) if name != "xla" else _in_plain_jax(operation, arguments)[1]
   reasons = [implementation.runs_on.unsupported(device),
              implementation.unsupported(*(cut.share(arguments) if cut else arguments), **options)]
   if any(reasons):
     raise NotImplementedError(f"implementation={name!r} of {operation.name} {', and '.join(filter(None, reasons))}."
-                              f" {_OTHER}")
+                              f" {other}")
   return implementation, cut

@@ -51,6 +51,11 @@ CASES = (
 )
 
 
+def begun(case: Case) -> dict[str, Any]:
+  """As `compiled`, before any program is."""
+  return dataclasses.asdict(case) | {"mode": str(case.mode), "programs": {}}
+
+
 def compiled(case: Case, kinds: tuple[str, ...], show: Callable[[str], None]) -> dict[str, Any]:
   """Plain JSON: the case, its devices, and {kind: what is predicted}, or why a program does not fit, as "too_large".
 
@@ -75,9 +80,7 @@ def compiled(case: Case, kinds: tuple[str, ...], show: Callable[[str], None]) ->
     found[kind] = predict.as_results(one)
     if kind == "train":
       found[kind]["utilisation"] = useful / (one.step * chip.products / chip.devices * mesh.size)
-  return dataclasses.asdict(case) | {
-      "mode": str(case.mode), "rows": served, "devices": mesh.size, "memory": chip.memory / chip.devices,
-      "programs": found}
+  return begun(case) | {"rows": served, "devices": mesh.size, "memory": chip.memory / chip.devices, "programs": found}
 
 
 def key(case: dict[str, Any]) -> tuple[Any, ...]:
