@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import gguf_model
 import jax
 import numpy as np
 import pytest
@@ -32,6 +33,11 @@ def clone(tmp_path, monkeypatch):
     for folder in set(re.findall(r'load_pretrained\("(runs/[^"]+)"', page.read_text(encoding="utf-8"))):
       if not (tmp_path / folder).exists():
         rat_jax.save_pretrained(tmp_path / folder, config, params)
+    for file in set(re.findall(r'convert\.load\("([^"]+)\.gguf"', page.read_text(encoding="utf-8"))):
+      (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+      _, of_tokenizer = gguf_model.tokenizer_of(["The capital of France is"], "smollm")
+      gguf_model.write(tmp_path / f"{file}.gguf", "llama", *gguf_model.model_of("llama", vocab_size=330),
+                       more=of_tokenizer)
   (tmp_path / "experiments").symlink_to(ROOT / "experiments")
   monkeypatch.chdir(tmp_path)
 

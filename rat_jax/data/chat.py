@@ -32,7 +32,7 @@ class ChatTemplate:
   source: str
   text: str
   tokenizer: Tokenizer
-  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
   def ids(self, messages: Sequence[Message]) -> list[int]:
     """The ids of a conversation, up to where an answer begins.

@@ -46,7 +46,7 @@ class Tokenizer:
   encode_batch: Callable[[Sequence[str]], list[list[int]]]
   decode: Callable[[Sequence[int]], str]
   encode_spans: Callable[[str], Spans] | None = None
-  controls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  controls: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
   def __str__(self) -> str:
     return self.source
