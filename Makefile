@@ -27,10 +27,10 @@ EXAMPLES ?= 60
 test-examples: $(VENV)/dev
 	JAX_PLATFORMS=cpu EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 -m "hypothesis and not gpu" tests
 
-# What needs torch: the RAT+ authors' files, and OLMo 2 in transformers. Python 3.11, for which there is a small build.
+# What needs torch: the RAT+ authors' files, and other families in transformers. Python 3.11, which has a small build.
 test-torch: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/rat_jax/convert/test_convert_torch.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/rat_jax/convert/test_convert_torch.py tests/rat_jax/convert/test_families_torch.py
 
 # Kernels against float64, on an NVIDIA GPU; prints the worst errors.
 test-gpu: $(VENV)/dev
