@@ -70,8 +70,8 @@ def decode_attention(
       a block has visible rows in one place at most, and any index may stand where it has none.
     implementation: None, "xla", "mosaic_gpu" or "pallas_tpu". "mosaic_gpu" runs on Hopper GPUs, for arrays that are all
       bfloat16 or all float32, H of 64, 128 or 256, and blocks of a multiple of 4 to 16 rows (the wider a row, the
-      fewer); its gradient is that of "xla". "pallas_tpu" runs on TPUs, for H of a multiple of 128 and chosen blocks of
-      a multiple of 16 rows (float32: 8), its gradient likewise.
+      fewer); its gradient is that of "xla". "pallas_tpu" runs on TPUs, for float32 or bfloat16, H of a multiple of
+      128, and chosen blocks of a multiple of 16 rows (float32: 8) that divide R; its gradient likewise.
 
   Returns:
     (out, lse): float32 [B, N, H] and float32 [B, N]; zeros and `softmax.NOTHING` where nothing is visible.

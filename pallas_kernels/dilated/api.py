@@ -49,8 +49,8 @@ def dilated_attention(
       0, no query sees another document; 0 is padding, which sees nothing and is seen by nobody.
     implementation: None; "xla"; "cudnn" (NVIDIA GPUs, 16-bit types, no packed rows); "cudnn_masked" (dense attention
       under a mask, for short rows); "mosaic_gpu" (Hopper GPUs, bfloat16, heads of 64 or 128, up to 128 sinks, no
-      packed rows; gradients as of "cudnn", of short rows "cudnn_masked"); "pallas_tpu" (TPUs, heads of a multiple of
-      128, no packed rows).
+      packed rows; gradients as of "cudnn", of short rows "cudnn_masked"); "pallas_tpu" (TPUs, float32 or bfloat16,
+      heads of a multiple of 128, of which up to 32 share keys at a width of 128, no packed rows).
 
   Returns:
     [B, T, N, H] in q's type; zeros for padding.

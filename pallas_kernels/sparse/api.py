@@ -53,7 +53,8 @@ def sparse_attention(
     q_positions: int [B, T]; default: the last T of 0..S-1. A query below 0 reads nothing. Of a row that has fewer
       than S keys, queries come before those that are none.
     rule: what is read besides, by positions alone (`pattern.Rule`); static and hashable.
-    implementation: None or "xla".
+    implementation: None; "xla"; "pallas_tpu" (TPUs, float32 or bfloat16, H of a multiple of 128, blocks of a multiple
+      of 16 keys (float32: 8) or one that holds all keys, a rule of a window and sinks alone).
 
   Returns:
     (out, lse): float32 [B, T, N, H] and float32 [B, T, N]; zeros and `softmax.NOTHING` where nothing is read.
@@ -61,7 +62,7 @@ def sparse_attention(
   Raises:
     ValueError: shapes or types that do not match, a bad block, an unknown implementation; where values can be seen,
       integers beyond int32, and a valid entry of `blocks` that is no block of the keys.
-    NotImplementedError: a known implementation that this operation does not have.
+    NotImplementedError: a known implementation that this operation, the device or these arrays do not have.
   """
   q, k, v, valid = (jnp.asarray(x) for x in (q, k, v, valid))
   blocks = arguments.as_int32("blocks", blocks, "[B, T, K or N, n]")

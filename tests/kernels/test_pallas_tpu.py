@@ -26,6 +26,8 @@ from pallas_kernels.dilated import pallas_tpu as dilated_tpu
 from pallas_kernels.dilated.arg_specs import ARG_SPECS as DILATED_SPECS, ArgSpec as Dilated
 from pallas_kernels.pattern import Pattern
 from pallas_kernels.scan.arg_specs import ARG_SPECS as SCAN_SPECS, SMALL as SMALL_SCAN, ArgSpec as Scan
+from pallas_kernels.scan.pallas_tpu import PallasTPU
+from pallas_kernels.scan.xla import XLA
 from pallas_kernels.sparse import pallas_tpu as sparse_tpu
 from pallas_kernels.sparse.arg_specs import ArgSpec as Sparse
 from pallas_kernels.table import IMPLEMENTATIONS
@@ -184,6 +186,19 @@ def test_gradients_of_chosen_blocks_in_parts(interpreted, monkeypatch):
   monkeypatch.setattr(sparse_tpu, "_GRADIENT_LIMIT", 4 * 256 * 128)
   interpreted()
   suite.check_numbers("sparse_attention", NAME, Sparse(1, 520, 2, 1, 128, "float32", block=64, chosen=2))
+
+
+@pytest.mark.parametrize("spec", [Scan(2, 37, 1, 16, "float32", "float32", reset=True), pytest.param(
+    Scan(1, 700, 9, 128, reset=True), marks=[pytest.mark.slow, pytest.mark.tpu])], ids=["small", "two tiles"])
+def test_sums_of_pieces_of_a_sequence(spec, capfd):
+  """What devices that share a sequence exchange."""
+  ours = PallasTPU(interpret=pltpu.InterpretParams(uninitialized_memory="nan", **RACES))
+  (logits, inputs, _), rest = spec.draw()
+  for of in ("ends", "messages"):
+    arguments = (logits, inputs, rest["reset"]) if of == "ends" else (logits, rest["reset"], inputs)
+    for found, expected in zip(getattr(ours, of)(*arguments), getattr(XLA(), of)(*arguments), strict=True):
+      np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+  assert RACE not in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
