@@ -5,7 +5,8 @@ dilated attention at D=16 with 4 sinks; it is taken for other types and patterns
 
 * gated_scan: the entries of an input, B * T * C, of rows of 64 tokens or more;
 * decode_attention: the entries of the keys, B * K * R * H;
-* decode_attention_blocks, of chosen blocks: the entries of the keys that are read, for every head that chooses;
+* decode_attention_blocks, of chosen blocks: the entries of the keys that are read, for every head that chooses; of the
+  two GPUs below it was not measured, and is the size of whole caches;
 * dilated_attention: T;
 * sparse_attention: T * S.
 

@@ -113,7 +113,7 @@ def test_gradients_of_chosen_blocks_in_parts(interpreted, monkeypatch):
 
 @pytest.mark.parametrize("spec", [Scan(2, 37, 1, 16, "float32", "float32", reset=True), pytest.param(
     Scan(1, 700, 9, 128, reset=True), marks=[pytest.mark.slow, pytest.mark.tpu])], ids=["small", "two tiles"])
-def test_sums_of_pieces_of_a_sequence(spec):
+def test_sums_of_pieces_of_a_sequence(spec, capfd):
   """What devices that share a sequence exchange."""
   ours = PallasTPU(interpret=pltpu.InterpretParams(uninitialized_memory="nan", **RACES))
   (logits, inputs, _), rest = spec.draw()
@@ -121,6 +121,7 @@ def test_sums_of_pieces_of_a_sequence(spec):
     arguments = (logits, inputs, rest["reset"]) if of == "ends" else (logits, rest["reset"], inputs)
     for found, expected in zip(getattr(ours, of)(*arguments), getattr(XLA(), of)(*arguments), strict=True):
       np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+  assert RACE not in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
