@@ -6,6 +6,7 @@ Result: 98% or more under Dense for both; under Quest at 1/16 attention 65.0%, R
 Cost: three seeds of both take 594 seconds on one H200 with 16 processor cores.
 A checkpoint is a folder of seed-* (experiments.sft_niah). All see the same sequences; finished cells are kept.
 The paper's own budgets:  --table=paper --length=4096
+A released model, needles in words planted in held-out text:  --haystack=runs/corpus --tokenizer=... --table=retrofit
 Words:  --text --table=paper --length=4096 --checkpoint=runs/niah/words, a folder of one model (needles/words.py).
 """
 
@@ -22,10 +23,10 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import pictures
-from experiments.needles import questions, report, rows, seeds, words
+from experiments.needles import planted, planted_answers, questions, report, rows, seeds, words
 from experiments.needles.questions import Questions
 from experiments.needles.rows import Row
-from experiments.shared import command, device, output
+from experiments.shared import command, device, inputs, output
 from rat_jax import RATPlusLM
 from rat_jax.evaluate.mini_niah import TASKS
 from rat_jax.parallel import check_agreement, processes
@@ -38,6 +39,7 @@ class Settings(questions.Settings, words.Settings):
   tasks: tuple[str, ...]
   table: str
   prompt_end: str
+  haystack: pathlib.Path | None
   free_running: int
   spacing: int
   near_miss: float
@@ -57,7 +59,9 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("skip", [], "Rows to leave out, by any part of their name, such as \"first\"; repeat it for"
                             " several.")
   flags.DEFINE_list("tasks", list(TASKS), "Tasks.")
-  flags.DEFINE_enum("table", "main", ["main", "paper"], "Rows: blocks of 8 to 32 tokens, or the paper's of 64.")
+  flags.DEFINE_enum("table", "main", list(_TABLES), "Rows: blocks of 8 to 32 tokens; the paper's of 64; those of a"
+                    " released model with a memory.")
+  command.define_path("haystack", "Prepared folder: needles are planted in its held-out tokens, for a language model.")
   flags.DEFINE_enum("prompt_end", "main", ["main", "answer"], "main: the prompt ends at the question (MoBA in the"
                     " paper's form and aware SnapKV: at the answer); answer: there for all.")
   flags.DEFINE_integer("free_running", 32, "Sequences that are also decoded greedily, in one or two tasks of some"
@@ -68,6 +72,7 @@ def define_flags() -> None:
                      " of the 96 such keys a row takes about 48 at most.", 0.0, 1.0)
 
 
+_TABLES = {"main": rows.main_rows, "paper": rows.paper_rows, "retrofit": rows.retrofit_rows}
 Cells = dict[str, dict[str, Any]]  # of a row, by task
 Compute = Callable[[Row, Sequence[str]], Cells]
 Job = tuple[str, str, list[str]]  # checkpoint, row's label, tasks
@@ -82,7 +87,7 @@ def main(settings: Settings) -> None:
   opened.cache_clear()
   check(settings)
   names, shown, folder = settings.tasks, rows_to_compute(settings), settings.workdir
-  if not settings.text:
+  if not settings.text and not settings.haystack:
     check_flags(settings, shown)
     settings.asked.check_room(names)
   results = kept_cells(folder)
@@ -108,7 +113,7 @@ def main(settings: Settings) -> None:
                         for row in shown} for checkpoint in settings.checkpoint}
   text = report.report(table, settings.match)
   scores = sorted({words.score_of(name).__name__ for name in names})
-  measure = f"{' and '.join(scores)}, {words.source(settings)}" if settings.text else "exact match"
+  measure = "planted needles, exact match" if settings.haystack else f"{' and '.join(scores)}, {words.source(settings)}" if settings.text else "exact match"
   print(f"{measure}, in percent, on {device.name()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n", encoding="utf-8")
   output.write_json(folder / "accuracies.json", report.compact(table), indent=None)
@@ -118,7 +123,11 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
   """Raises ValueError for unknown tasks, flags that would change nothing, and checkpoints of one name."""
-  if settings.text:
+  if settings.haystack:
+    planted.check_tasks(settings.tasks, "tasks")
+    settings.refuse(("text", "spacing", "near_miss", "free_running", "answer_room", "ruler", "essay", "prompt_end"),
+                    "--haystack plants needles of its own, and its prompts end at the answer; leave it out.")
+  elif settings.text:
     words.check(settings, settings.tasks)
     settings.refuse(("spacing", "near_miss", "free_running"),
                     "they are of mini-NIAH, and --text asks in words; leave it out.")
@@ -145,7 +154,10 @@ def rows_to_compute(settings: Settings) -> list[Row]:
   if settings.text and (settings.table == "main" or settings.prompt_end == "answer"):
     raise ValueError(f"--text with --table={settings.table} --prompt_end={settings.prompt_end}; text has the paper's"
                      " rows alone (--table=paper), and their prompts end at the answer anyway.")
-  every = (rows.main_rows if settings.table == "main" else rows.paper_rows)(settings.length)
+  if settings.haystack and settings.table == "main":
+    raise ValueError("--haystack with --table=main, in which prompts end at the question; give --table=retrofit or"
+                     " paper.")
+  every = _TABLES[settings.table](settings.length)
   if settings.prompt_end == "answer":
     every = [row for row in every if not row.at_question]
   found = [row for row in every if (not settings.only or row.label.startswith(settings.only))
@@ -168,7 +180,9 @@ def kept_cells(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def key(settings: Settings, checkpoint: str, row: Row, name: str, origin: str) -> str:
   """What a cell is known by: all that decides about it. `origin` is that of examples in words."""
-  options = origin + questions.of_seed(settings.seed) if settings.text else settings.asked.options(row)
+  options = settings.asked.options(row)
+  if settings.text or settings.haystack:
+    options = origin + questions.of_seed(settings.seed)
   count = decoded(settings, row.label, name)
   greedy = f"|{count} decoded" if count else ""
   about = f"{opened(settings, checkpoint)[0]}, {options}"
@@ -177,7 +191,7 @@ def key(settings: Settings, checkpoint: str, row: Row, name: str, origin: str) -
 
 def decoded(settings: Settings, label: str, name: str) -> int:
   """How many sequences of a cell are also decoded greedily."""
-  if settings.text or label not in rows.CHECKED:
+  if settings.text or settings.haystack or label not in rows.CHECKED:
     return 0
   one = settings.tasks[rows.CHECKED.index(label) % len(settings.tasks)]
   return settings.free_running if name in (one, "multikey_3") else 0  # multikey_3 is missed most
@@ -186,7 +200,8 @@ def decoded(settings: Settings, label: str, name: str) -> int:
 @functools.cache
 def opened(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   """(what tells the model apart, what makes its cells)."""
-  return (text_cells if settings.text else mini_cells)(settings, checkpoint)
+  of_kind = planted_cells if settings.haystack else text_cells if settings.text else mini_cells
+  return of_kind(settings, checkpoint)
 
 
 def mini_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
@@ -207,6 +222,17 @@ def text_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
   words.check_unseen(settings.ruler, settings.tasks, checkpoint, notes)
   return f"{checkpoint} {seeds.fingerprint(params)}", lambda row, names: words.cells(
       settings, model, params, row, {name: examples[name] for name in names}, settings.length, settings.batch_size)
+
+
+def planted_cells(settings: Settings, checkpoint: str) -> tuple[str, Compute]:
+  """`opened` for needles planted in text."""
+  model, params, _ = words.load_model(checkpoint, settings.tokenizer, settings.made_mesh())
+  text = inputs.corpus(settings.haystack, settings.workdir / "data")["heldout"]
+  asked = planted_answers.Asked(planted.words_of(settings.tokenizer), text, settings.length, settings.count,
+                                settings.batch_size, settings.asked.data_seed)
+  about = f"{checkpoint} {seeds.fingerprint(params)}, planted in {(text.sidecar.sha256 or '')[:16]}"
+  return about, lambda row, names: planted_answers.cells(
+      asked, model, params, row, [planted.TASKS[name] for name in names])
 
 
 def computed(settings: Settings, jobs: Sequence[Job]) -> Iterator[tuple[Job, Cells]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import pathlib
 from typing import Any
 
@@ -20,10 +21,12 @@ import jax.numpy as jnp
 from absl import flags
 
 import rat_jax
+from experiments.needles import planted
 from experiments.shared import command, inputs, output, training
 from rat_jax import Dense, RATPlusConfig
 from rat_jax.convert.added_memory import GATE_BIAS, add_memory
 from rat_jax.costs import PEAK_FLOPS
+from rat_jax.data import TokenFile, Tokenizer
 from rat_jax.leaves import named_leaves
 from rat_jax.train import ARL
 
@@ -39,6 +42,9 @@ class Settings(training.Settings):
   gate_bias: float
   memory_rate: float
   freeze: tuple[str, ...]
+  needles: tuple[str, ...]
+  needle_weight: float
+  tokenizer: Tokenizer
   cost: str | None
   utilisation: float
 
@@ -55,6 +61,11 @@ def define_flags() -> None:
   flags.DEFINE_float("memory_rate", 10.0, "The memory's learning rate over that of the rest.", lower_bound=0.0)
   flags.DEFINE_multi_string("freeze", [], "Parameters that stay as they are, such as embedding or layers/mlp_*; repeat"
                             " it for several.")
+  flags.DEFINE_list("needles", [], "Rows of every batch that hold needles in their text, by their tasks, such as"
+                    " multikey_1,multikey_2; a task can stand there twice.")
+  flags.DEFINE_float("needle_weight", 4.0, "The weight of a digit of an answer beside that of a token of text.",
+                     lower_bound=0.0)
+  command.define_tokenizer()
   flags.DEFINE_string("cost", None, "Print what the retrofit of this preset takes in chip-hours, and do no more.")
   flags.DEFINE_float("utilisation", 0.4, "Share of a chip's peak that --cost assumes.", 0.01, 1.0)
 
@@ -94,7 +105,24 @@ def main(settings: Settings) -> None:
   if config.memory:
     rates.append(("layers/memory_gate*", settings.memory_rate))
   training.fit(settings, config, params, data, "retrofit", mesh, accumulate_by="target",  # rows are micro-batches there
-               start=settings.checkpoint, rates=rates)
+               start=settings.checkpoint, rates=rates, **planting(settings, data))
+
+
+def planting(settings: Settings, data: TokenFile) -> dict[str, Any]:
+  """The arguments of `training.fit` that plant --needles in the text; {} without."""
+  if not settings.needles:
+    settings.refuse(("needle_weight", "tokenizer"), "it is of --needles; give some, or leave it out.")
+    return {}
+  tasks = planted.check_tasks(settings.needles, "needles")
+  if len(tasks) >= settings.batch_size:
+    raise ValueError(f"--needles={','.join(settings.needles)} takes {len(tasks)} rows of --batch_size="
+                     f"{settings.batch_size}; give fewer, or a larger batch.")
+  if settings.tokenizer.name != data.sidecar.tokenizer:
+    raise ValueError(f"--tokenizer={settings.tokenizer} is {settings.tokenizer.name}, and --data was prepared with"
+                     f" {data.sidecar.tokenizer}; give that.")
+  words = planted.words_of(settings.tokenizer)
+  return {"plant": functools.partial(planted.into_batch, words, tasks, settings.needle_weight, settings.seed),
+          "about": {"needles": list(settings.needles), "needle_weight": settings.needle_weight}}
 
 
 def is_trained(params: Any) -> bool:

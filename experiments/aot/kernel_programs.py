@@ -123,7 +123,7 @@ def _memory(label: str, topology: str, traced: Any) -> dict[str, Any]:
 
 def calls(text: str) -> dict[str, int]:
   """How often a compiled program's text has each kernel."""
-  names = re.findall(r"%?([\w-]+?)(?:\.\d+)? = [^=]*custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"", text)
+  names = re.findall(r"%?([\w-]+?)(?:\.\d+)? = [^\n]*? custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"", text)
   return dict(sorted(collections.Counter(names).items()))
 
 

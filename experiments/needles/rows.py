@@ -99,6 +99,26 @@ def paper_rows(length: int) -> list[Row]:
   return rows
 
 
+def retrofit_rows(length: int) -> list[Row]:
+  """The rows of the retrofit of a released model: modes with a dense prompt, MoBA in the prompt, and dilation."""
+  step = functools.partial(_decoded, length)
+  rows = [step("dense", Dense)]
+  for block, shares in ((64, (4, 8, 16)), (16, (4, 8, 16, 64))):
+    rows += [step(f"Quest {block}, 1/{n}", Quest, length // n, block=block, keep_first=False) for n in shares]
+  for block, shares in ((64, (4, 8, 16)), (16, (4, 8, 16))):
+    for n in shares:
+      moba = functools.partial(MoBA, length // n // block, block=block, keep_first=False)
+      rows.append(step(f"MoBA {block} decode, 1/{n}", moba, prefill_mode=Dense()))
+      rows.append(_prompt(length, f"MoBA {block} prompt, 1/{n}", moba))
+  for window in (64, 16):
+    rows += [step(f"SnapKV, window of {window}, 1/{n}", SnapKV, length // n, obs_window=window) for n in (4, 8, 16)]
+  rows += [step(f"TopK, 1/{n}", TopK, length // n) for n in (4, 8, 16)]
+  rows.append(step("Quest 16, 1/4, random", Quest, length // 4, block=16, keep_first=False, selector="random"))
+  for d in (4, 16):
+    rows += [step(str(mode), dataclasses.replace, mode) for mode in (Dilated(d), Dilated(d, window=64, sinks=4))]
+  return [dataclasses.replace(row, at_answer=True) for row in rows]
+
+
 def _decoded(length: int, label: str, build: Callable[..., Mode], *arguments: Any, prefill_mode: Mode | None = None,
              **options: Any) -> Row:
   return Row(label, lambda question: (_choosing(build(*arguments, **options), length), prefill_mode))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import jax
@@ -25,6 +26,8 @@ from rat_jax.plan import check_modes
 from rat_jax.train import Checkpoints, Optimizer, TrainState, train
 from rat_jax.train.step import AccumulateBy, Combine
 from rat_jax.transformer import Remat
+
+Plant = Callable[[int, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,8 @@ def rate_change(settings: Settings, step: int, before: int, after: int) -> str:
 
 def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: TokenFile, label: str,
         mesh: jax.sharding.Mesh | None = None, start: pathlib.Path | None = None,
-        rates: Sequence[tuple[str, float]] = (), accumulate_by: AccumulateBy = "batch") -> None:
+        rates: Sequence[tuple[str, float]] = (), accumulate_by: AccumulateBy = "batch",
+        plant: Plant | None = None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
   """Trains to --steps and saves; goes on from the newest checkpoint of the folder, where there is one.
 
   Says so and trains nothing where the run has come that far already.
@@ -150,6 +154,8 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
     start: the checkpoint that `params` come from.
     rates: factors of the learning rate by parameter (`rat_jax.make_optimizer`).
     accumulate_by: how --accumulation weighs micro-batches (`rat_jax.train_step`).
+    plant: makes of a step and its batch of text the batch that is trained on.
+    about: what else tells this run from others, for the notes.
 
   Raises ValueError, before anything is written, for a model, modes and data that do not fit each other, and for a
   checkpoint in the folder that another run left: of other modes, data, batches, rates or start.
@@ -167,7 +173,10 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
 
   def batch_at(step):
     batch = data.batch(step, batch_size=settings.batch_size, length=settings.length, seed=settings.seed,
-                       documents_apart=settings.documents_apart, rows=rows)
+                       documents_apart=settings.documents_apart, rows=None if plant else rows)
+    if plant:
+      batch = plant(step, batch)
+      batch = batch if rows is None else {name: of_all[rows] for name, of_all in batch.items()}
     return batch if mesh is None else parallel.from_rows(batch, mesh, settings.batch_size)
 
   notes = {"modes": [str(mode) for mode in modes], "combine": settings.combine, "seed": settings.seed,
@@ -175,7 +184,8 @@ def fit(settings: Settings, config: RATPlusConfig, params: Params | None, data: 
            "source": data.sidecar.source, "data_tokens": data.sidecar.tokens, "data_sha256": data.sidecar.sha256,
            "tokenizer": data.sidecar.tokenizer, "start": start and str(start.absolute()),
            "rates": [list(one) for one in rates],
-           "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay}
+           "learning_rate": settings.learning_rate, "warmup": settings.warmup, "weight_decay": settings.weight_decay,
+           **about}
   parallel.check_agreement(notes | {f"config.{name}": value for name, value in dataclasses.asdict(config).items()})
   processes.together(lambda: batch_at(0))  # asked now: the data may be too short for it
   state = first_state(model, optimizer, params, settings.seed, mesh)

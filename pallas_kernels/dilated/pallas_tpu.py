@@ -26,7 +26,7 @@ _FEW = 256     # compact keys
 _CHUNK = 512   # keys whose scores are in flight at a time, of so many rows
 # Bytes in VMEM: of queries of a block, of their gradients while a window sees them, and of compact keys and values with
 # their gradients.
-_QUERIES_LIMIT, _WINDOW_LIMIT, _COMPACT_LIMIT = 2**21, 20 * 2**20, 26 * 2**20
+_QUERIES_LIMIT, _WINDOW_LIMIT, _COMPACT_LIMIT = 2**21, 20 * 2**20, 24 * 2**20
 
 
 def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pattern) -> str | None:

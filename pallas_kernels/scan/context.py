@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.scan.passes import Arrays, OfPieces, between, differentiable
+from pallas_kernels.scan.passes import Arrays, OfPieces, differentiable, passed
 from pallas_kernels.split import CONTEXT
 
 Array = jax.Array
+_AT_ONCE = 8  # pieces that are passed in a step of a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,16 @@ class OverContext:
 
 def _crossing(ends: Arrays, entering: Arrays, *, reverse: bool = False) -> tuple[Arrays, Arrays]:
   """(what enters the device's piece, what leaves the sequence) of every input, [B, ...] each."""
-  gathered = jax.lax.all_gather(jnp.stack(ends), CONTEXT, axis=2)
-  enters, last = between(gathered, entering, reverse=reverse)
+  gathered = jax.lax.all_gather(jnp.stack(ends), CONTEXT)
+
+  def pass_piece(enters: Arrays, of_piece: Array) -> tuple[Arrays, Arrays]:
+    *made, decay = of_piece
+    return tuple(passed(decay, x) + end for x, end in zip(enters, made, strict=True)), enters
+
+  # One piece after another, as devices are few; some compilers for TPUs abort on a parallel scan of so few entries.
+  last, enters = jax.lax.scan(pass_piece, entering, gathered, reverse=reverse, unroll=_AT_ONCE)
   own = jax.lax.axis_index(CONTEXT)
-  return tuple(jax.lax.dynamic_index_in_dim(x, own, axis=1, keepdims=False) for x in enters), last
+  return tuple(jax.lax.dynamic_index_in_dim(x, own, keepdims=False) for x in enters), last
 
 
 def implementation(passes: OfPieces, **limits: Any) -> Implementation:

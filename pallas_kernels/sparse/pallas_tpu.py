@@ -20,6 +20,7 @@ Array = jax.Array
 Arrays = tuple[Array, Array, Array, Array, Array]  # q, k, v, table and positions, as kernels have them
 _QUERIES_LIMIT, _KEYS_LIMIT = 2**21, 2**20  # bytes of arrays in VMEM
 _SCORES_LIMIT, _GRADIENT_LIMIT = 2**23, 2**23
+_WIDE = 256  # of a head
 # Of a tile of queries, all heads of a chooser: at least and at most, else as many as a block has keys. Of more, fewer
 # copies are made; of fewer, fewer blocks are read.
 _ROWS = 256, 512
@@ -94,7 +95,8 @@ def plan_of(q: tuple[int, ...], k: tuple[int, ...], choosers: int, block: int, r
 
 def parts_of(plan: Plan, length: int, width: int) -> tuple[int, int]:
   """(parts, size) of queries, so many tiles' length, whose gradients fit VMEM."""
-  parts = -(-length * plan.groups * width * 4 // _GRADIENT_LIMIT)
+  limit = _GRADIENT_LIMIT if width <= _WIDE else _GRADIENT_LIMIT // 2  # blocks of wide heads take more beside them
+  parts = -(-length * plan.groups * width * 4 // limit)
   return parts, -(-length // (parts * plan.tile)) * plan.tile
 
 
