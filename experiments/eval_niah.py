@@ -112,13 +112,17 @@ def main(settings: Settings) -> None:
   table = {checkpoint: {row.label: {name: results[keys[checkpoint, row.label, name]] for name in names}
                         for row in shown} for checkpoint in settings.checkpoint}
   text = report.report(table, settings.match)
-  scores = sorted({words.score_of(name).__name__ for name in names})
-  measure = "planted needles, exact match" if settings.haystack else f"{' and '.join(scores)}, {words.source(settings)}" if settings.text else "exact match"
-  print(f"{measure}, in percent, on {device.name()}\n\n{text}")
+  print(f"{measure_of(settings)}, in percent, on {device.name()}\n\n{text}")
   (folder / "table.md").write_text(text + "\n", encoding="utf-8")
   output.write_json(folder / "accuracies.json", report.compact(table), indent=None)
   by_budget = report.by_budget(report.matched(table) if settings.match else table)
   pictures.save(pictures.against_budget(by_budget), folder / "budgets.png")
+
+
+def measure_of(settings: Settings) -> str:
+  """What the numbers of the table are."""
+  scores = sorted({words.score_of(name).__name__ for name in settings.tasks})
+  return f"{' and '.join(scores)}, {words.source(settings)}" if settings.text else "exact match"
 
 
 def check(settings: Settings) -> None:

@@ -31,8 +31,8 @@ class Settings(command.Settings):
 def define_flags() -> None:
   command.define_common_flags("data")
   command.define_path("source", "Text file or folder. Default: the Python standard library's text.")
-  flags.DEFINE_bool("debian", False, "The text of Debian's linux-doc, python3-doc and dict-gcide, which apt-get fetches,"
-                    " and of the standard library.")
+  flags.DEFINE_bool("debian", False, "The text of Debian's linux-doc, python3-doc and dict-gcide, which apt-get"
+                    " fetches, and of the standard library.")
   flags.DEFINE_string("pattern", "*", "Which files of a folder, for instance *.txt.")
   flags.DEFINE_list("skip", [], "Names of sub-folders to pass over.")
   command.define_tokenizer()

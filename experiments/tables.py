@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from experiments import pictures
 from experiments.aot import cases, chips, kernel_cases, kernel_programs, paper
 from experiments.bench import page_tables as speed
-from experiments.needles import hypotheses_tables, page_tables as needles, report
+from experiments.needles import hypotheses_tables, page_tables as needles, released_tables, report
 from experiments.shared import command, output, page_tables
 from experiments.shared.page_tables import Read, Table
 from experiments.shared.table_of_runs import RUNS
@@ -246,7 +246,8 @@ FIGURES: dict[str, Draw] = {
     "gpu_pretrain": lambda read: pictures.losses(read("gpu_pretrain")["lines"], read("gpu_pretrain")["modes"]),
     **{part: _hypothesis(part) for part in ("heads", "random", "layers", "two_by_two", "future", "reach", "distance")}}
 
-TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **hypotheses_tables.TABLES, **speed.TABLES,
+TABLES: dict[str, Table] = {"index": index, **needles.TABLES, **released_tables.TABLES, **hypotheses_tables.TABLES,
+                            **speed.TABLES,
                             "cost_model": lambda read: paper.table(),
                             "scaling": lambda read: cases.table(read("scaling")["cells"]),
                             "tpu_kernels": lambda read: kernel_cases.table(read("tpu_roofline")["cells"]),

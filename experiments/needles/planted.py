@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -18,14 +17,14 @@ import numpy as np
 from rat_jax.data import Tokenizer
 from rat_jax.train.loss import IGNORED
 
-ADJECTIVES = ("able big black blue bold bright broad brown calm clean clear cold cool dark dry early fair fine free fresh"
-              " full great green hard high hot kind large late light long loud low new old open plain poor proud quick"
-              " quiet rare red rich ripe safe sharp short slow small soft strong sweet tall thick thin warm wet wide"
-              " wild wise young").split()
-NOUNS = ("apple ball bank bear bell bird boat book box bridge cake cat chair child city cloud coat corn cup day dog door"
-         " dream farm field fire fish flower garden gate glass gold hill horse house island key king lake lamp leaf"
-         " map moon mouse music night ocean paper park pen plant queen rain river road rock room school sea ship snow"
-         " song star stone storm street sun table tower tree wall water wind window winter wolf").split()
+ADJECTIVES = ("able", "big", "black", "blue", "bold", "bright", "broad", "brown", "calm", "clean", "clear", "cold",
+              "cool", "dark", "dry", "early", "fair", "fine", "free", "fresh", "full", "great", "green", "hard",
+              "high", "hot", "kind", "large", "late", "light", "long", "loud", "low", "new", "old", "open", "plain",
+              "poor", "proud", "quick", "quiet", "rare", "red", "rich")
+NOUNS = ("apple", "ball", "bank", "bear", "bell", "bird", "boat", "book", "box", "bridge", "cake", "cat", "chair",
+         "child", "city", "cloud", "coat", "corn", "cup", "day", "dog", "door", "dream", "farm", "field", "fire",
+         "fish", "flower", "garden", "gate", "glass", "gold", "hill", "horse", "house", "island", "key", "king",
+         "lake", "lamp", "leaf", "map", "moon", "mouse")
 _OF_EACH = 30  # adjectives and nouns, as many as keys are made of
 _NOISE = "\nThe grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -68,36 +67,64 @@ Ids = np.ndarray  # int32 [n]
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """The tokens of the parts of needles. `spell` gives those of texts, all of them of one length."""
+  """The tokens of the parts of needles. `spell` gives those of texts, which all have equally many: int32 [texts, n]."""
 
   spell: Callable[[Sequence[str]], np.ndarray]
   adjectives: tuple[str, ...]
   nouns: tuple[str, ...]
 
-  def line(self, task: Task, plural: bool = False) -> tuple[Ids, Ids]:
-    """What stands before a line's key, and between key and value."""
-    numbers, are = ("numbers", " are:") if plural else ("number", " is:")
-    return self.spell([f"\nThe special magic {numbers} for"])[0], self.spell([are])[0]
+  def mark(self, text: str) -> Ids:
+    """The tokens of a part that all needles have."""
+    return self.spell([text])[0]
 
   def keys(self, task: Task, count: int, draw: np.random.Generator) -> np.ndarray:
     """Different keys, int32 [count, n]."""
     if task.key_digits:
-      return self.spell([f" {x}" for x in _numbers(task.key_digits, count, draw)])
+      return self.spell(_numbers(task.key_digits, count, draw))
     pairs = draw.choice(len(self.adjectives) * len(self.nouns), count, replace=False)
     chosen = [divmod(int(pair), len(self.nouns)) for pair in pairs]
     return self.spell([f" {self.adjectives[i]} {self.nouns[j]}" for i, j in chosen])
 
   def values(self, task: Task, count: int, draw: np.random.Generator) -> np.ndarray:
     """Different values, int32 [count, n]."""
-    return self.spell([f" {x}" for x in _numbers(task.value_digits, count, draw)])
+    return self.spell(_numbers(task.value_digits, count, draw))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """How many tokens there are in each key, value, needle, question without its answer, and answer of a task."""
+
+  key: int
+  value: int
+  needle: int
+  question: int
+  answer: int
+
+
+def lengths(words: Words, task: Task) -> Lengths:
+  """Those of all rows of a task."""
+  draw = np.random.default_rng(0)
+  key, value, comma = words.keys(task, 1, draw).size, words.values(task, 1, draw).size, words.mark(",").size
+  before, between = _line(task)
+  needle = words.mark(_BEFORE).size + key + words.mark(_BETWEEN).size + value + words.mark(".").size
+  question = words.mark(before).size + task.queries * (key + comma) - comma + words.mark(between).size
+  return Lengths(key, value, needle, question, task.queries * task.values * (value + comma) - comma)
+
+
+_BEFORE, _BETWEEN = "\nThe special magic number for", " is:"
+
+
+def _line(task: Task) -> tuple[str, str]:
+  """What stands before the keys of a question, and after them."""
+  return (_BEFORE.replace("number", "numbers"), " are:") if task.queries * task.values > 1 else (_BEFORE, _BETWEEN)
 
 
 def _numbers(digits: int, count: int, draw: np.random.Generator) -> list[str]:
-  """Different numbers of so many digits, the first of which is not 0."""
+  """Different numbers of so many digits, the first of which is not 0, each after a space."""
   made: dict[str, None] = {}
   while len(made) < count:
     first, *rest = draw.integers(0, 10, digits)
-    made.setdefault("".join(map(str, (1 + int(first) % 9, *rest))))
+    made.setdefault("".join(map(str, (" ", 1 + int(first) % 9, *rest))))
   return list(made)
 
 
@@ -117,8 +144,9 @@ def words_of(tokenizer: Tokenizer) -> Words:
   words = Words(functools.partial(_spelled, tokenizer), single(ADJECTIVES), single(NOUNS))
   for task in TASKS.values():
     draw = np.random.default_rng(0)
-    parts, key, value = words.line(task), words.keys(task, 1, draw)[0], words.values(task, 1, draw)[0]
-    joined = [*parts[0], *key, *parts[1], *value, *words.spell(["."])[0]]
+    parts = [words.mark(_BEFORE), words.keys(task, 1, draw)[0], words.mark(_BETWEEN), words.values(task, 1, draw)[0],
+             words.mark(".")]
+    joined = np.concatenate(parts).tolist()
     if tokenizer.encode(tokenizer.decode(joined)) != joined:
       raise ValueError(f"--tokenizer={tokenizer} joins parts of {tokenizer.decode(joined)!r} into one token; needles"
                        " cannot be planted with it.")
@@ -135,11 +163,11 @@ def _spelled(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
 
 def row(words: Words, task: Task, text: Ids, length: int, questions: int, draw: np.random.Generator
         ) -> dict[str, np.ndarray]:
-  """A row of a task: the text with needles, then questions with their answers, about fresh keys.
+  """A row of a task: the text with needles, then questions with their answers, about other keys as far as there are.
 
   Args:
     text: at least `length` tokens, of which the first are taken.
-    questions: asked one after another; at most as many as the task has keys for.
+    questions: asked one after another.
 
   Returns:
     "tokens" and "targets" int32 [length], the next tokens; "answers" bool [length], the targets that are digits of an
@@ -148,98 +176,74 @@ def row(words: Words, task: Task, text: Ids, length: int, questions: int, draw: 
 
   Raises ValueError for a length without room for questions and needles.
   """
-  before, between = words.line(task)
-  stop, comma = (words.spell([mark])[0] for mark in (".", ","))
-  plural = task.values * task.queries > 1
-  q_before, q_between = words.line(task, plural) if plural else (before, between)
-  sample = words.keys(task, 1, np.random.default_rng(0)).shape[1], words.values(task, 1, np.random.default_rng(0)).shape[1]
-  needle = len(before) + sample[0] + len(between) + sample[1] + len(stop)
-  query = len(q_before) + task.queries * (sample[0] + len(comma)) - len(comma) + len(q_between)
-  answer = task.queries * task.values * (sample[1] + len(comma)) - len(comma)
-  room = length - questions * (query + answer + len(stop)) + len(stop)
-  keys = room // needle if task.filler == "needles" else task.keys
-  if keys < task.queries or room < keys * task.values * needle:
+  size, stop = lengths(words, task), words.mark(".")
+  room = length - questions * (size.question + size.answer + stop.size) + stop.size
+  keys = room // size.needle if task.filler == "needles" else task.keys
+  if keys < task.queries or room < keys * task.values * size.needle:
     raise ValueError(f"length={length} leaves {room} tokens to {task.name} with {questions} questions, too few for"
-                     f" needles of {needle}; use a larger length.")
-  key, value = words.keys(task, keys, draw), words.values(task, keys * task.values, draw)
-  value = value.reshape(keys, task.values, -1)
-  context, where = _planted(words, task, text, room, key, value, (before, between, stop), draw)
-  tokens, golden = [context], [np.full(room, -1, np.int32)]
-  order = draw.permutation(keys)
+                     f" needles of {size.needle}; use a larger length.")
+  key = words.keys(task, keys, draw)
+  value = words.values(task, keys * task.values, draw).reshape(keys, task.values, -1)
+  context, where = _planted(words, task, text, room, key, value, draw)
+  before, between = map(words.mark, _line(task))
+  order, parts = draw.permutation(keys), [(context, -1)]
   for i in range(questions):
     asked = [order[(i * task.queries + j) % keys] for j in range(task.queries)]
-    line = list(itertools.chain.from_iterable((key[j], comma) for j in asked))[:-1]
     said = [(value[j, n], where[j, n]) for j in asked for n in np.argsort(where[j])]
-    parts = [(q_before, None), *((part, None) for part in line), (q_between, None)]
-    for n, (one, at) in enumerate(said):
-      parts += [(comma, None)] * bool(n) + [(one, at)]
-    parts += [(stop, None)] * (i + 1 < questions)
-    for part, at in parts:
-      tokens.append(part)
-      golden.append(np.full(len(part), -1, np.int32) if at is None else at + np.arange(len(part), dtype=np.int32))
-  return _with_targets(np.concatenate(tokens), np.concatenate(golden), words, answer)
+    parts += [(stop, -1)] * (i > 0) + [(before, -1)] + _listed(words, [(key[j], -1) for j in asked])
+    parts += [(between, -1)] + _listed(words, said)
+  tokens = np.concatenate([part for part, _ in parts])
+  golden = np.concatenate([np.full(part.size, -1) if at < 0 else at + np.arange(part.size) for part, at in parts])
+  return _with_targets(words, tokens, golden) | {"start": np.array(length - size.answer, np.int32)}
+
+
+def _listed(words: Words, parts: Sequence[tuple[Ids, int]]) -> list[tuple[Ids, int]]:
+  """The parts with commas between them."""
+  return [one for part in parts for one in ((words.mark(","), -1), part)][1:]
 
 
 def _planted(words: Words, task: Task, text: Ids, room: int, key: np.ndarray, value: np.ndarray,
-             marks: tuple[Ids, Ids, Ids], draw: np.random.Generator) -> tuple[Ids, np.ndarray]:
+             draw: np.random.Generator) -> tuple[Ids, np.ndarray]:
   """(the context [room], where in it each value stands [keys, values])."""
-  before, between, stop = marks
   keys, values = value.shape[:2]
-  needle = len(before) + key.shape[1] + len(between) + value.shape[2] + len(stop)
-  if task.filler == "text":
-    filler = text[:room - keys * values * needle]
-  else:
-    filler = np.resize(words.spell([_NOISE])[0], room - keys * values * needle)
-  places, owner = np.sort(draw.integers(0, len(filler) + 1, keys * values)), draw.permutation(keys * values)
-  parts, where, last, at = [], np.zeros((keys, values), np.int32), 0, 0
-  for place, one in zip(places, owner, strict=True):
-    i, j = divmod(int(one), values)
-    parts += [filler[last:place], before, key[i], between, value[i, j], stop]
-    at += int(place) - last
-    where[i, j] = at + len(before) + key.shape[1] + len(between)
-    at, last = at + needle, int(place)
-  return np.concatenate([*parts, filler[last:]]).astype(np.int32), where
+  needles = [np.concatenate([words.mark(_BEFORE), key[i], words.mark(_BETWEEN), value[i, j], words.mark(".")])
+             for i in range(keys) for j in range(values)]
+  size = needles[0].size
+  free = room - len(needles) * size
+  filler = text[:free] if task.filler == "text" else np.resize(words.mark(_NOISE), free)
+  places, order = np.sort(draw.integers(0, free + 1, len(needles))), draw.permutation(len(needles))
+  pieces = np.split(filler, places)
+  parts = [x for piece, one in zip(pieces, order, strict=False) for x in (piece, needles[one])]
+  starts = np.empty(len(needles), np.int64)
+  starts[order] = places + size * np.arange(len(needles))
+  before_value = size - value.shape[2] - words.mark(".").size
+  return np.concatenate([*parts, pieces[-1]]), (starts + before_value).reshape(keys, values)
 
 
-def _with_targets(tokens: Ids, golden: Ids, words: Words, answer: int) -> dict[str, np.ndarray]:
-  """What `row` returns; the space before a number, if it is a token of its own, is no digit of it."""
-  space = words.spell([" 1", " 2"])
-  shared = space[0, 0] if space.shape[1] > 1 and space[0, 0] == space[1, 0] else -1
-  golden = np.where(tokens == shared, -1, golden)
-  following = np.append(tokens[1:], IGNORED).astype(np.int32)
+def _with_targets(words: Words, tokens: Ids, golden: np.ndarray) -> dict[str, np.ndarray]:
+  """What `row` returns of tokens; the space before a number, where it is a token of its own, is no digit of it."""
+  one, two = words.spell([" 1", " 2"])
+  golden = np.where((tokens == one[0]) & (one[0] == two[0]), -1, golden)
   golden = np.append(golden[1:], -1).astype(np.int32)
-  return {"tokens": tokens, "targets": following, "answers": golden >= 0, "golden": golden,
-          "start": np.int32(len(tokens) - answer)}
+  return {"tokens": tokens, "targets": np.append(tokens[1:], IGNORED).astype(np.int32), "answers": golden >= 0,
+          "golden": golden}
 
 
-def answer_length(words: Words, task: Task) -> int:
-  """Tokens of an answer."""
-  digits = words.values(task, 1, np.random.default_rng(0)).shape[1]
-  comma = len(words.spell([","])[0])
-  return task.queries * task.values * (digits + comma) - comma
-
-
-def question_length(words: Words, task: Task) -> int:
-  """Tokens of a question, without its answer."""
-  before, between = words.line(task, task.values * task.queries > 1)
-  key = words.keys(task, 1, np.random.default_rng(0)).shape[1]
-  comma = len(words.spell([","])[0])
-  return len(before) + task.queries * (key + comma) - comma + len(between)
-
-
-def rows(words: Words, tasks: Sequence[Task], texts: np.ndarray, seed: int, step: int, length: int,
-         questions: int = 8) -> dict[str, np.ndarray]:
-  """Rows of a batch, one for each of `tasks` and of the texts [rows, length]; `questions` at most in each."""
-  made = [row(words, task, text, length, max(1, min(questions, task.keys // task.queries if task.filler != "needles"
-                                                    else questions)), np.random.default_rng([seed, step, i]))
-          for i, (task, text) in enumerate(zip(tasks, texts, strict=True))]
+def rows(words: Words, tasks: Sequence[Task], texts: np.ndarray, seed: int, step: int, length: int, questions: int = 8
+         ) -> dict[str, np.ndarray]:
+  """Rows of a batch, one for each of `tasks` and of the texts [rows, length]; questions of fresh keys, at most so many.
+  """
+  made = []
+  for i, (task, text) in enumerate(zip(tasks, texts, strict=True)):
+    asked = questions if task.filler == "needles" else min(questions, task.keys // task.queries)
+    made.append(row(words, task, text, length, asked, np.random.default_rng([seed, step, i])))
   return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
 
 def check_tasks(names: Sequence[str], flag: str) -> list[Task]:
   """The tasks of these names. Raises ValueError for unknown ones."""
   unknown = sorted(set(names) - TASKS.keys())
-  if unknown:
+  if unknown or not names:
     raise ValueError(f"--{flag}={','.join(names)}: {unknown} are unknown; use some of {list(TASKS)}.")
   return [TASKS[name] for name in names]
 

@@ -50,15 +50,16 @@ class Asked:
 def cells(asked: Asked, model: RATPlusLM, params: Params, row: Row, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
   """The cells of a row: {task: what the model scored}; {"blank": why} where no such mode can be."""
   found: dict[str, dict[str, Any]] = {}
-  most = max(planted.answer_length(asked.words, task) for task in planted.TASKS.values())
+  most = max(planted.lengths(asked.words, task).answer for task in planted.TASKS.values())
   for task in tasks:
+    size = planted.lengths(asked.words, task)
     try:
-      mode, prefill_mode = row.build(planted.question_length(asked.words, task))
+      mode, prefill_mode = row.build(size.question)
     except ValueError as error:
       found[task.name] = rows.blank(error, asked.length)
       continue
     right = which_right(asked, model, params, task, mode, prefill_mode, most)[None]
-    prompt = asked.length - planted.answer_length(asked.words, task)
+    prompt = asked.length - size.answer
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     read = rat_jax.tokens_read(model.config, sparse, asked.length, prompt)
     found[task.name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": asked.count,

@@ -26,7 +26,7 @@ _FEW = 256     # compact keys
 _CHUNK = 512   # keys whose scores are in flight at a time, of so many rows
 # Bytes in VMEM: of queries of a block, of their gradients while a window sees them, and of compact keys and values with
 # their gradients.
-_QUERIES_LIMIT, _WINDOW_LIMIT, _COMPACT_LIMIT = 2**21, 20 * 2**20, 24 * 2**20
+_QUERIES_LIMIT, _WINDOW_LIMIT, _COMPACT_LIMIT = 2**21, 20 * 2**20, 26 * 2**20
 
 
 def unsupported(q: Array, k: Array, v: Array, segment_ids: Array | None, *, pattern: Pattern) -> str | None:
@@ -151,7 +151,9 @@ def _backward_in_parts(q: Array, compact: list[Array], own: list[Array], lse: Ar
                        plan: Plan, interpret: Any) -> tuple[Array, list[Array], list[Array]]:
   """(d_q, d_k and d_v of compact keys, those of own ones), with as many compact keys at a time as fit VMEM."""
   count, of_chunk = compact[0].shape[2] if compact else 1, 2 * plan.tuning.chunk * q.shape[-1] * (q.dtype.itemsize + 4)
-  chunks, most = -(-count // plan.tuning.chunk), max(_COMPACT_LIMIT // of_chunk, 1)
+  wide = q.shape[-1] * q.dtype.itemsize > _BYTES
+  limit = _COMPACT_LIMIT // 2 if wide else _COMPACT_LIMIT  # wide blocks take more beside them
+  chunks, most = -(-count // plan.tuning.chunk), max(limit // of_chunk, 1)
   parts = -(-chunks // most)
   size = -(-chunks // parts) * plan.tuning.chunk
   dtype = q.dtype if own and parts == 1 else jnp.dtype(jnp.float32)

@@ -29,7 +29,7 @@ ASKED = Questions(length=LENGTH, count=32, batch_size=96, free_running=8)
 SETTINGS = eval_niah.Settings(
     workdir=pathlib.Path("none"), checkpoint=("none",), length=LENGTH, count=32, batch_size=96, match=True,
     workers=None, text=False, tokenizer=BYTES, ruler=None, essay=None, epochs=4.0, answer_room=128, only=(), skip=(),
-    tasks=tuple(TASKS), table="main", prompt_end="main", free_running=8, spacing=0, near_miss=0.0)
+    tasks=tuple(TASKS), table="main", prompt_end="main", free_running=8, spacing=0, near_miss=0.0, haystack=None)
 
 
 def asked(**changes):

@@ -73,7 +73,7 @@ def test_a_model_is_not_asked_what_it_was_fine_tuned_on(tmp_path, monkeypatch):
   ask = lambda ruler: eval_niah.text_cells(eval_niah.Settings(
       **vars(settings(ruler=ruler)), checkpoint=("tuned",), length=512, count=1, batch_size=1, match=True, workers=1,
       only=(), skip=(), tasks=("single_1",), table="paper", prompt_end="main", free_running=32, spacing=0,
-      near_miss=0.0), "tuned")
+      near_miss=0.0, haystack=None), "tuned")
   tune(ruler=str(tmp_path / "seen"))
   tune()  # then on tasks of our own, which does not undo it
   for folder in ("seen", "copy"):
