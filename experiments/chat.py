@@ -58,6 +58,7 @@ def main(settings: Settings) -> None:
     raise ValueError(f"--mode is given {len(settings.mode)} times; give one.")
   if settings.temperature == 0 and settings.top_p != 1:
     settings.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
+  inputs.check_length(settings.checkpoint, settings.max_length, f"--max_length={settings.max_length}")
   tokenizer = load_tokenizer(settings.checkpoint)
   template = load_chat_template(settings.checkpoint, tokenizer)
   config, params, _ = inputs.load_model(settings.checkpoint)

@@ -2,6 +2,7 @@
 
 Claim: no more than one leaf is held in memory.
 Commands: python -m experiments.convert --from=ratplus --source=model.pth --output=runs/ratplus-7b
+          python -m experiments.convert --from=released --source=MODEL --output=runs/mine     a folder, or a GGUF file
           python -m experiments.convert --from=olmo2 --source=OLMo-2-1124-7B --output=runs/olmo2-7b-memory
           python -m experiments.convert --from=checkpoints --source=runs/pretrain/checkpoints --output=runs/mine
 Result: see bench_convert.
@@ -26,6 +27,7 @@ from absl import flags
 
 from experiments.shared import command
 from rat_jax import RATPlusConfig
+from rat_jax.convert import anyones
 from rat_jax.convert.added_memory import GATE_BIAS
 from rat_jax.convert.folders import read_folder
 from rat_jax.convert.ratplus import read_ratplus
@@ -39,7 +41,7 @@ from rat_jax.train import Checkpoints
 class Settings(command.Settings):
   """`from_` is --from, a word that Python keeps for itself."""
 
-  from_: Literal["ratplus", "olmo2", "checkpoints"]
+  from_: Literal["ratplus", "released", "olmo2", "checkpoints"]
   source: pathlib.Path
   output: pathlib.Path
   config: str | None
@@ -51,11 +53,12 @@ class Settings(command.Settings):
 
 def define_flags() -> None:
   command.define_common_flags("convert")
-  flags.DEFINE_enum("from", None, ["ratplus", "olmo2", "checkpoints"], "Whose it is.", required=True)
-  command.define_path("source", "A .pth file (ratplus), or a folder.", required=True)
+  flags.DEFINE_enum("from", None, ["ratplus", "released", "olmo2", "checkpoints"], "Whose it is: the authors' file; a"
+                    " released model of any family that is served; OLMo 2, with a memory; our own.", required=True)
+  command.define_path("source", "A .pth file (ratplus), a GGUF file (released), or a folder.", required=True)
   command.define_path("output", "A new folder.", required=True)
   flags.DEFINE_string("config", None, "JSON file of a RATPlusConfig, or a preset's name, for a .pth file without one.")
-  flags.DEFINE_bool("memory", True, "Give OLMo 2 a memory, which starts as the identity.")
+  flags.DEFINE_bool("memory", True, "Give it a memory, which starts as the identity. Default: for olmo2 alone.")
   flags.DEFINE_float("gate_bias", GATE_BIAS, "Where that memory's gates start.")
   command.define_dtype("dtype", "Type of matrix products and attention. Default: as the source says.")
   command.define_dtype("param_dtype", "Type that parameters are rounded to. Default: as the source says.")
@@ -70,9 +73,11 @@ def main(settings: Settings) -> None:
   if settings.from_ == "ratplus":
     config, leaves, training = read_ratplus(source, configuration(settings))
     about["trained by the authors"] = json.dumps(training) if training else "the file does not say how"
-  elif settings.from_ == "olmo2":
-    config, leaves = read_folder(source, settings.memory, settings.gate_bias, only="olmo2")
-    if config.memory:
+  elif settings.from_ in ("released", "olmo2"):
+    memory = gives_memory(settings)
+    config, leaves = (anyones.read(source, memory, settings.gate_bias) if settings.from_ == "released" else
+                      read_folder(source, memory, settings.gate_bias, only="olmo2"))
+    if memory:
       about["memory"] = f"added and not trained; its gates start at sigmoid({config.gate_bias:g})"
   else:
     config, leaves, notes, digest = Checkpoints(source).read_params()
@@ -91,10 +96,17 @@ def main(settings: Settings) -> None:
 
 def check_flags(settings: Settings) -> None:
   """Raises ValueError for a flag that would change nothing."""
-  of_olmo2 = settings.from_ == "olmo2"
-  uses = {"config": settings.from_ == "ratplus", "memory": of_olmo2, "gate_bias": of_olmo2 and settings.memory}
-  settings.refuse([name for name, used in uses.items() if not used], f"it changes nothing under --from={settings.from_}"
-                  f"{'' if settings.memory else ' --nomemory'}; leave it out.")
+  released, memory = settings.from_ in ("released", "olmo2"), gives_memory(settings)
+  uses = {"config": settings.from_ == "ratplus", "memory": released, "gate_bias": memory}
+  without = " --nomemory" if released and not memory else ""
+  settings.refuse([name for name, used in uses.items() if not used],
+                  f"it changes nothing under --from={settings.from_}{without}; leave it out.")
+
+
+def gives_memory(settings: Settings) -> bool:
+  """Whether a memory is added: to OLMo 2 unless --nomemory, to other released models with --memory."""
+  asked = settings.from_ == "released" and "memory" in settings.given
+  return settings.memory and (settings.from_ == "olmo2" or asked)
 
 
 def configuration(settings: Settings) -> RATPlusConfig | None:

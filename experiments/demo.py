@@ -64,6 +64,8 @@ def define_flags() -> None:
 def main(settings: Settings) -> None:
   begun, folder = time.perf_counter(), output.made(settings.workdir)
   path = settings.checkpoint or packaged()
+  inputs.check_length(path, settings.prompt_length + settings.scored,
+                      f"--prompt_length={settings.prompt_length} with --scored={settings.scored}")
   tokenizer = load_tokenizer(path)
   config, params, _ = inputs.load_model(path)
   tokenizer.check(config)

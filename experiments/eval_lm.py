@@ -54,6 +54,7 @@ def define_flags() -> None:
 
 def main(settings: Settings) -> None:
   mesh = settings.made_mesh()
+  inputs.check_length(settings.checkpoint, settings.length, f"--length={settings.length}")
   config, params, notes = inputs.load_model(settings.checkpoint, mesh)
   check_prompt(settings, config.num_layers)
   folder, length, prompt_length = output.made(settings.workdir), settings.length, settings.prompt_length

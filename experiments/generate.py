@@ -61,14 +61,16 @@ def main(settings: Settings) -> None:
                     " out.")
   if settings.temperature == 0 and settings.top_p != 1:
     settings.refuse(("top_p",), "--temperature=0 takes the likeliest token and samples none; leave one of them out.")
+  tokenizer = inputs.tokenizer_of(settings, settings.checkpoint)
   config, params, notes = inputs.load_model(settings.checkpoint, settings.made_mesh())
-  tokenizer = settings.tokenizer
   inputs.check_tokenizer(tokenizer, config, notes)
   config, end = dataclasses.replace(config, dtype=cast(Any, settings.dtype or config.dtype)), tokenizer.eod_id
   text = read_text(settings.prompt_file) if settings.prompt_file else settings.prompt
   prompt = tokenizer.encode(text)
   if not prompt:
     raise ValueError("the prompt is empty; give at least one token.")
+  inputs.check_length(settings.checkpoint, len(prompt) + settings.max_new_tokens,
+                      f"a prompt of {len(prompt)} tokens with --max_new_tokens={settings.max_new_tokens}")
   for mode in settings.mode:
     start = time.perf_counter()
     new = rat_jax.generate(RATPlusLM(config), params, np.array([prompt], np.int32), mode=mode,

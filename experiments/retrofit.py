@@ -117,10 +117,12 @@ def planting(settings: Settings, data: TokenFile) -> dict[str, Any]:
   if len(tasks) >= settings.batch_size:
     raise ValueError(f"--needles={','.join(settings.needles)} takes {len(tasks)} rows of --batch_size="
                      f"{settings.batch_size}; give fewer, or a larger batch.")
-  if settings.tokenizer.name != data.sidecar.tokenizer:
-    raise ValueError(f"--tokenizer={settings.tokenizer} is {settings.tokenizer.name}, and --data was prepared with"
+  assert settings.checkpoint is not None
+  tokenizer = inputs.tokenizer_of(settings, settings.checkpoint)
+  if tokenizer.name != data.sidecar.tokenizer:
+    raise ValueError(f"--tokenizer={tokenizer} is {tokenizer.name}, and --data was prepared with"
                      f" {data.sidecar.tokenizer}; give that.")
-  words = planted.words_of(settings.tokenizer)
+  words = planted.words_of(tokenizer)
   return {"plant": functools.partial(planted.into_batch, words, tasks, settings.needle_weight, settings.seed),
           "about": {"needles": list(settings.needles), "needle_weight": settings.needle_weight}}
 

@@ -133,7 +133,8 @@ def define_resume() -> None:
 
 def define_tokenizer() -> None:
   """A flag --tokenizer that holds a tokenizer, bytes by default."""
-  flags.DEFINE(_TokenizerParser(), "tokenizer", BYTES, "Text to tokens.", serializer=flags.ArgumentSerializer())
+  flags.DEFINE(_TokenizerParser(), "tokenizer", BYTES, "Text to tokens. Where a released model is read that has a"
+               " tokenizer, the default is that.", serializer=flags.ArgumentSerializer())
 
 
 flags.disclaim_key_flags()  # a flag that is defined by these functions belongs to the module that called them

@@ -14,7 +14,7 @@ import jax
 from rat_jax import RATPlusConfig, convert, load_pretrained, parallel
 from rat_jax.axes import Params
 from rat_jax.convert.tensors import read_json as read_object
-from rat_jax.data import BYTES, TokenFile, Tokenizer, prepare, prepare_standard_library
+from rat_jax.data import BYTES, TokenFile, Tokenizer, load_tokenizer, prepare, prepare_standard_library
 from rat_jax.data.token_file import Sidecar
 from rat_jax.parallel import processes
 from rat_jax.paths import local_path
@@ -32,15 +32,34 @@ def load_model(folder: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = 
   """
   path = local_path(folder, "--checkpoint")
   place = on_device if mesh is None else parallel.on_mesh(mesh)
-  if path.is_file():
+  if is_released(path):
     return *convert.load(path, place=place), {}
-  if not (path / "config.json").is_file():
-    if any(path.glob("*.safetensors")):
-      raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
-    return Checkpoints(path).load_params(mesh)
-  if "model_type" in read_object(path / "config.json", "a model's configuration is an object"):
-    return *convert.load(path, place=place), {}
-  return *load_pretrained(path, place=place), _kept_notes(path)
+  if (path / "config.json").is_file():
+    return *load_pretrained(path, place=place), _kept_notes(path)
+  if any(path.glob("*.safetensors")):
+    raise FileNotFoundError(f"{path} holds weights and no config.json; give the whole folder of save_pretrained.")
+  return Checkpoints(path).load_params(mesh)
+
+
+def is_released(path: pathlib.Path) -> bool:
+  """Whether it is a file, or a folder whose config.json is somebody else's. Raises ValueError where that is no JSON."""
+  beside = path / "config.json"
+  return path.is_file() or (beside.is_file() and "model_type" in read_object(
+      beside, "a model's configuration is an object"))
+
+
+def check_length(checkpoint: str | os.PathLike[str], tokens: int, asked: str) -> None:
+  """`convert.check_length` of a released model; any other has no length of its own."""
+  if is_released(local_path(checkpoint, "--checkpoint")):
+    convert.check_length(checkpoint, tokens, asked)
+
+
+def tokenizer_of(settings: Any, checkpoint: str | os.PathLike[str]) -> Tokenizer:
+  """--tokenizer where it is given, else the one that lies in a released model, else bytes."""
+  path = local_path(checkpoint, "--checkpoint")
+  has_one = path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+  found: Tokenizer = load_tokenizer(path) if "tokenizer" not in settings.given and has_one else settings.tokenizer
+  return found
 
 
 def _kept_notes(folder: pathlib.Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import pathlib
 from typing import Literal
 
 from rat_jax.axes import Params
@@ -11,9 +13,12 @@ from rat_jax.config import RATPlusConfig
 from rat_jax.convert import mapping
 from rat_jax.convert.added_memory import GATE_BIAS
 from rat_jax.convert.folders import Leaves, read_folder
-from rat_jax.convert.gguf import read_gguf
+from rat_jax.convert.gguf import gguf_config, opened, read_gguf
 from rat_jax.convert.mapping import Place
+from rat_jax.convert.tensors import read_json
+from rat_jax.convert.their_configs import read_config
 from rat_jax.paths import local_path
+from rat_jax.rope import RopeScaling
 
 
 def load(path: str | os.PathLike[str], memory: bool = False, gate_bias: float = GATE_BIAS, *,
@@ -35,6 +40,44 @@ def load(path: str | os.PathLike[str], memory: bool = False, gate_bias: float = 
   """
   config, named = read(path, memory, gate_bias)
   return dataclasses.replace(config, dtype=dtype), mapping.tree(named, place or mapping.as_is)
+
+
+def context_length(path: str | os.PathLike[str]) -> int | None:
+  """The tokens that a model is for by its header, with the scaling of RoPE that is there; None where it is silent.
+
+  Raises ValueError and FileNotFoundError as `load`.
+  """
+  return _length(local_path(path, "path"))[0]
+
+
+def check_length(path: str | os.PathLike[str], tokens: int, asked: str) -> None:
+  """Raises ValueError for more tokens than the model in a file or folder is for; `asked` says where they come from."""
+  most, scaling = _length(local_path(path, "path"))
+  if most is None or tokens <= most:
+    return
+  if scaling is None or scaling.original_length is None:
+    kind, factor, original = "yarn", tokens / most, most
+  else:
+    kind, factor, original = scaling.kind, tokens / scaling.original_length, scaling.original_length
+  raise ValueError(f"{asked} takes {tokens} tokens, and the model of {path} is for {most}; take fewer. For more it"
+                   f" would need rope_scaling=RopeScaling({kind!r}, {math.ceil(factor)}, {original}), and mostly some"
+                   " training under it.")
+
+
+def _length(path: pathlib.Path) -> tuple[int | None, RopeScaling | None]:
+  """(the tokens that a model is for, the scaling of its RoPE)."""
+  if path.is_file():
+    file = opened(path)
+    said, scaling = file.said(f"{file.said('general.architecture')}.context_length"), gguf_config(path).rope_scaling
+  else:
+    beside = path / "config.json"
+    said = read_json(beside, "a model comes as a folder with a config.json").get("max_position_embeddings")
+    scaling = read_config(beside)[1].rope_scaling
+  if isinstance(said, bool) or not isinstance(said, int):
+    return None, scaling
+  if scaling is None or scaling.original_length is None:
+    return said, scaling
+  return max(said, int(scaling.factor * scaling.original_length)), scaling
 
 
 def read(path: str | os.PathLike[str], memory: bool, gate_bias: float = GATE_BIAS) -> tuple[RATPlusConfig, Leaves]:

@@ -6,6 +6,7 @@ put back.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -41,12 +42,26 @@ def read_gguf(path: pathlib.Path, memory: bool, gate_bias: float) -> tuple[RATPl
   Raises ValueError for a file that is cut short, a family or setting that is not served, a quantization that the
   package cannot undo, and tensors that do not fit; ImportError without the package.
   """
-  file = GGUFFile(path)
+  file, config = opened(path), gguf_config(path)
   family = family_of(file.said("general.architecture"), str(path))
-  config = _config(file, family)
   pieces = [_of_file(piece, config, family) for piece in pieces_of(config, family)]
   mapping.check(pieces, file, config.num_layers, frozenset({_FREQUENCIES}))
   return with_memory(config, mapping.leaves(pieces, file, config), memory, gate_bias)
+
+
+def gguf_config(path: pathlib.Path) -> RATPlusConfig:
+  """The configuration in a file's header, without a memory. Raises as `read_gguf`."""
+  file = opened(path)
+  return _config(file, family_of(file.said("general.architecture"), str(path)))
+
+
+def opened(path: pathlib.Path) -> GGUFFile:
+  """The file, as it is now. The last one stays open: reading a header takes seconds, and model, tokenizer and chat
+  template lie in one. Raises as `read_gguf`."""
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; give a GGUF file.")
+  state = path.stat()
+  return _opened(path.absolute(), state.st_mtime_ns, state.st_size)
 
 
 class GGUFFile:
@@ -96,6 +111,11 @@ class GGUFFile:
     else:
       array = self._dequantize(tensor.data[rows], tensor.tensor_type)
     return np.asarray(array, np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: pathlib.Path, changed: int, size: int) -> GGUFFile:
+  return GGUFFile(path)
 
 
 def _of_file(piece: Piece, config: RATPlusConfig, family: Family) -> Piece:

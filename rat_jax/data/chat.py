@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rat_jax.convert.gguf import GGUFFile
+from rat_jax.convert.gguf import opened
 from rat_jax.convert.tensors import read_json
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.paths import local_path, read_text
@@ -91,7 +91,7 @@ def load_chat_template(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Ch
   where = local_path(path, "path")
   names: dict[str, str] = {}
   if where.is_file():
-    file = GGUFFile(where)
+    file = opened(where)
     text, tokens = file.said("tokenizer.chat_template"), file.needed("tokenizer.ggml.tokens")
     for name in ("bos", "eos"):
       number = file.said(f"tokenizer.ggml.{name}_token_id")

@@ -9,7 +9,7 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
-from rat_jax.convert.gguf import GGUFFile
+from rat_jax.convert.gguf import opened
 
 _OF_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _OF_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -28,7 +28,7 @@ def tokenizer_of(path: pathlib.Path, library: ModuleType) -> tuple[Any, str]:
 
   Raises ValueError for a file without a tokenizer, another kind than byte-level BPE, and unknown cuts, by their names.
   """
-  file = GGUFFile(path)
+  file = opened(path)
   kind, name = file.needed("tokenizer.ggml.model"), file.said("tokenizer.ggml.pre", "default")
   if kind != "gpt2":
     raise ValueError(f"{path}: tokenizer.ggml.model={kind!r} is not supported; byte-level BPE, 'gpt2', is. Give the"

@@ -151,7 +151,7 @@ def test_tokenizers_and_tasks_that_do_not_fit(folder, tokenizer, words):
       (["--needles=multikey_1,multikey_2", "--batch_size=2"], "takes 2 rows of --batch_size=2; give fewer"),
       (["--needles=multikey_1"], r"--tokenizer=bytes is bytes, and --data was prepared with .*; give that")):
     with pytest.raises(ValueError, match=message):
-      retrofit.planting(settings(retrofit, *given), data)
+      retrofit.planting(settings(retrofit, "--checkpoint=x", *given), data)
 
 
 def test_flags_that_planted_needles_have_not():

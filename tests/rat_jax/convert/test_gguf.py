@@ -10,7 +10,7 @@ import pytest
 from gguf_model import KINDS, model_of, tokenizer_of, write
 
 import rat_jax
-from rat_jax import RATPlusLM, RopeScaling
+from rat_jax import RATPlusLM, RopeScaling, convert
 from rat_jax.convert.gguf import GGUFFile
 from rat_jax.data import load_tokenizer
 
@@ -111,3 +111,30 @@ def test_other_tokenizers_are_refused(tmp_path):
         lambda w, model=model: w.add_tokenizer_model(model), lambda w, pre=pre: w.add_tokenizer_pre(pre)])
     with pytest.raises(ValueError, match=message):
       load_tokenizer(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("more", "length", "message"), [
+    ([], None, ""),
+    ([lambda w: w.add_context_length(64)], 64, "rope_scaling=RopeScaling('yarn', 4, 64)"),
+    ([lambda w: w.add_context_length(64), lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+      lambda w: w.add_rope_scaling_factor(2.0), lambda w: w.add_rope_scaling_orig_ctx_len(64)], 128,
+     "rope_scaling=RopeScaling('yarn', 4, 64)")])
+def test_the_length_that_a_model_is_for(tmp_path, more, length, message):
+  path = tmp_path / "model.gguf"
+  write(path, "llama", *model_of("llama"), more=more)
+  assert convert.context_length(path) == length
+  convert.check_length(path, length or 10**6, "--length")
+  if length:
+    with pytest.raises(ValueError, match=f"^--length=200 takes 200 tokens, and .* is for {length}; take") as error:
+      convert.check_length(path, 200, "--length=200")
+    assert message in str(error.value)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+  path = tmp_path / "model.gguf"
+  for length in (64, 32, 128):
+    write(path, "llama", *model_of("llama"), more=[lambda w, n=length: w.add_context_length(n)])
+    assert convert.context_length(path) == length
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=r"give a GGUF file|config\.json"):
+    convert.context_length(path)
