@@ -66,8 +66,9 @@ def test_every_flag_of_a_command_is_a_field_of_its_settings(name):
 
 
 MISSING = {"adapt": ("checkpoint",), "bench_model": ("torch_reference",), "bench_ops": ("torch_reference",),
-           "bench_released": ("checkpoint",), "chat": ("checkpoint",), "convert": ("source",), "demo": ("checkpoint",), "eval_lm": ("checkpoint",),
-           "eval_niah": ("checkpoint",), "generate": ("checkpoint",), "hypotheses": ("checkpoint",),
+           "bench_released": ("checkpoint",), "chat": ("checkpoint",), "convert": ("source",),
+           "demo": ("checkpoint",), "eval_lm": ("checkpoint",), "eval_niah": ("checkpoint",),
+           "generate": ("checkpoint",), "hypotheses": ("checkpoint",),
            "prepare_data": ("source",), "pretrain": ("data",), "quickstart": ("data",),
            "retrofit": ("checkpoint",), "sft_niah": ("lm_data",)}
 BESIDE = {"bench_model": {"dtype": "bfloat16"}, "sft_niah": {"lm_rows": "2"}}  # what lets the file be looked for
