@@ -59,7 +59,7 @@ def test_intermediates(authors, backbone):
     for i, mode in enumerate(layer_modes(modes[name], config.num_layers)):
       p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
       before = transformer.project(config, p, x)
-      after, _ = transformer.remember(config, before, batch, None)
+      after, _ = transformer.remember(config, before, batch, None, i)
       y = mode.attend(after, Placement.of(batch), Origin(batch.row_ids, i))
       between = transformer.attention_branch(config, p, x, y, before.output_gate)
       x = transformer.mlp_branch(config, p, between)
