@@ -45,6 +45,11 @@ class Settings(questions.Settings, words.Settings):
   near_miss: float
 
   @property
+  def in_words(self) -> bool:
+    """Whether the questions are in words, rather than mini-NIAH's."""
+    return self.text or self.haystack is not None
+
+  @property
   def asked(self) -> Questions:
     return dataclasses.replace(super().asked, spacing=self.spacing, near_miss=self.near_miss,
                                prompt_end=self.prompt_end, free_running=self.free_running)
@@ -87,7 +92,7 @@ def main(settings: Settings) -> None:
   opened.cache_clear()
   check(settings)
   names, shown, folder = settings.tasks, rows_to_compute(settings), settings.workdir
-  if not settings.text and not settings.haystack:
+  if not settings.in_words:
     check_flags(settings, shown)
     settings.asked.check_room(names)
   results = kept_cells(folder)
@@ -184,9 +189,7 @@ def kept_cells(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def key(settings: Settings, checkpoint: str, row: Row, name: str, origin: str) -> str:
   """What a cell is known by: all that decides about it. `origin` is that of examples in words."""
-  options = settings.asked.options(row)
-  if settings.text or settings.haystack:
-    options = origin + questions.of_seed(settings.seed)
+  options = origin + questions.of_seed(settings.seed) if settings.in_words else settings.asked.options(row)
   count = decoded(settings, row.label, name)
   greedy = f"|{count} decoded" if count else ""
   about = f"{opened(settings, checkpoint)[0]}, {options}"
@@ -195,7 +198,7 @@ def key(settings: Settings, checkpoint: str, row: Row, name: str, origin: str) -
 
 def decoded(settings: Settings, label: str, name: str) -> int:
   """How many sequences of a cell are also decoded greedily."""
-  if settings.text or settings.haystack or label not in rows.CHECKED:
+  if settings.in_words or label not in rows.CHECKED:
     return 0
   one = settings.tasks[rows.CHECKED.index(label) % len(settings.tasks)]
   return settings.free_running if name in (one, "multikey_3") else 0  # multikey_3 is missed most

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
 from rat_jax.data import Tokenizer
+from rat_jax.evaluate.text_niah import TEXT_TASKS, TextTask
 from rat_jax.train.loss import IGNORED
 
 ADJECTIVES = ("able", "big", "black", "blue", "bold", "bright", "broad", "brown", "calm", "clean", "clear", "cold",
@@ -28,39 +28,10 @@ NOUNS = ("apple", "ball", "bank", "bear", "bell", "bird", "boat", "book", "box",
 _OF_EACH = 30  # adjectives and nouns, as many as keys are made of
 _NOISE = "\nThe grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """One of the eight tasks.
-
-  Attributes:
-    filler: what lies between needles: a line over and over, a text, or nothing.
-    keys: different keys of a row; needles alone fill it.
-    values: needles that share a key, all of which are asked for.
-    queries: keys that a question asks for.
-    key_digits: of a key that is a number; 0 for two words.
-    value_digits: of a value.
-  """
-
-  name: str
-  filler: Literal["noise", "text", "needles"]
-  keys: int = 1
-  values: int = 1
-  queries: int = 1
-  key_digits: int = 0
-  value_digits: int = 7
-
-
-TASKS = {task.name: task for task in (
-    Task("single_1", "noise"),
-    Task("single_2", "text"),
-    Task("single_3", "text", value_digits=24),
-    Task("multikey_1", "text", keys=8),
-    Task("multikey_2", "needles"),
-    Task("multikey_3", "needles", key_digits=12, value_digits=24),
-    Task("multivalue", "text", values=4),
-    Task("multiquery", "text", keys=8, queries=4),
-)}
+# The tasks are those of `text_niah` in other words, with eight keys where these have four. What is a UUID there is a
+# longer number here, as those of one length are equally many tokens.
+_KEYS, _KEY_DIGITS, _DIGITS = 8, 12, {"number": 7, "uuid": 24}  # keys of a row; digits of a key, of a value
+TASKS = {name: task if task.keys == 1 else dataclasses.replace(task, keys=_KEYS) for name, task in TEXT_TASKS.items()}
 
 Ids = np.ndarray  # int32 [n]
 
@@ -77,44 +48,43 @@ class Words:
     """The tokens of a part that all needles have."""
     return self.spell([text])[0]
 
-  def keys(self, task: Task, count: int, draw: np.random.Generator) -> np.ndarray:
+  def keys(self, task: TextTask, count: int, draw: np.random.Generator) -> np.ndarray:
     """Different keys, int32 [count, n]."""
-    if task.key_digits:
-      return self.spell(_numbers(task.key_digits, count, draw))
+    if task.key == "uuid":
+      return self.spell(_numbers(_KEY_DIGITS, count, draw))
     pairs = draw.choice(len(self.adjectives) * len(self.nouns), count, replace=False)
     chosen = [divmod(int(pair), len(self.nouns)) for pair in pairs]
     return self.spell([f" {self.adjectives[i]} {self.nouns[j]}" for i, j in chosen])
 
-  def values(self, task: Task, count: int, draw: np.random.Generator) -> np.ndarray:
+  def values(self, task: TextTask, count: int, draw: np.random.Generator) -> np.ndarray:
     """Different values, int32 [count, n]."""
-    return self.spell(_numbers(task.value_digits, count, draw))
+    return self.spell(_numbers(_DIGITS[task.value], count, draw))
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """How many tokens there are in each key, value, needle, question without its answer, and answer of a task."""
+  """How many tokens there are in each needle, question without its answer, and answer of a task."""
 
-  key: int
-  value: int
   needle: int
   question: int
   answer: int
 
 
-def lengths(words: Words, task: Task) -> Lengths:
+@functools.cache
+def lengths(words: Words, task: TextTask) -> Lengths:
   """Those of all rows of a task."""
   draw = np.random.default_rng(0)
   key, value, comma = words.keys(task, 1, draw).size, words.values(task, 1, draw).size, words.mark(",").size
   before, between = _line(task)
   needle = words.mark(_BEFORE).size + key + words.mark(_BETWEEN).size + value + words.mark(".").size
   question = words.mark(before).size + task.queries * (key + comma) - comma + words.mark(between).size
-  return Lengths(key, value, needle, question, task.queries * task.values * (value + comma) - comma)
+  return Lengths(needle, question, task.queries * task.values * (value + comma) - comma)
 
 
 _BEFORE, _BETWEEN = "\nThe special magic number for", " is:"
 
 
-def _line(task: Task) -> tuple[str, str]:
+def _line(task: TextTask) -> tuple[str, str]:
   """What stands before the keys of a question, and after them."""
   return (_BEFORE.replace("number", "numbers"), " are:") if task.queries * task.values > 1 else (_BEFORE, _BETWEEN)
 
@@ -161,7 +131,7 @@ def _spelled(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
   return np.array(ids, np.int32)
 
 
-def row(words: Words, task: Task, text: Ids, length: int, questions: int, draw: np.random.Generator
+def row(words: Words, task: TextTask, text: Ids, length: int, questions: int, draw: np.random.Generator
         ) -> dict[str, np.ndarray]:
   """A row of a task: the text with needles, then questions with their answers, about other keys as far as there are.
 
@@ -178,7 +148,7 @@ def row(words: Words, task: Task, text: Ids, length: int, questions: int, draw: 
   """
   size, stop = lengths(words, task), words.mark(".")
   room = length - questions * (size.question + size.answer + stop.size) + stop.size
-  keys = room // size.needle if task.filler == "needles" else task.keys
+  keys = room // size.needle if task.haystack == "needles" else task.keys
   if keys < task.queries or room < keys * task.values * size.needle:
     raise ValueError(f"length={length} leaves {room} tokens to {task.name} with {questions} questions, too few for"
                      f" needles of {size.needle}; use a larger length.")
@@ -202,7 +172,7 @@ def _listed(words: Words, parts: Sequence[tuple[Ids, int]]) -> list[tuple[Ids, i
   return [one for part in parts for one in ((words.mark(","), -1), part)][1:]
 
 
-def _planted(words: Words, task: Task, text: Ids, room: int, key: np.ndarray, value: np.ndarray,
+def _planted(words: Words, task: TextTask, text: Ids, room: int, key: np.ndarray, value: np.ndarray,
              draw: np.random.Generator) -> tuple[Ids, np.ndarray]:
   """(the context [room], where in it each value stands [keys, values])."""
   keys, values = value.shape[:2]
@@ -210,7 +180,7 @@ def _planted(words: Words, task: Task, text: Ids, room: int, key: np.ndarray, va
              for i in range(keys) for j in range(values)]
   size = needles[0].size
   free = room - len(needles) * size
-  filler = text[:free] if task.filler == "text" else np.resize(words.mark(_NOISE), free)
+  filler = text[:free] if task.haystack == "essay" else np.resize(words.mark(_NOISE), free)
   places, order = np.sort(draw.integers(0, free + 1, len(needles))), draw.permutation(len(needles))
   pieces = np.split(filler, places)
   parts = [x for piece, one in zip(pieces, order, strict=False) for x in (piece, needles[one])]
@@ -229,18 +199,18 @@ def _with_targets(words: Words, tokens: Ids, golden: np.ndarray) -> dict[str, np
           "golden": golden}
 
 
-def rows(words: Words, tasks: Sequence[Task], texts: np.ndarray, seed: int, step: int, length: int, questions: int = 8
-         ) -> dict[str, np.ndarray]:
+def rows(words: Words, tasks: Sequence[TextTask], texts: np.ndarray, seed: int, step: int, length: int,
+         questions: int = 8) -> dict[str, np.ndarray]:
   """Rows of a batch, one for each of `tasks` and of the texts [rows, length]; questions of fresh keys, at most so many.
   """
   made = []
   for i, (task, text) in enumerate(zip(tasks, texts, strict=True)):
-    asked = questions if task.filler == "needles" else min(questions, task.keys // task.queries)
+    asked = questions if task.haystack == "needles" else min(questions, task.keys // task.queries)
     made.append(row(words, task, text, length, asked, np.random.default_rng([seed, step, i])))
   return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
 
-def check_tasks(names: Sequence[str], flag: str) -> list[Task]:
+def check_tasks(names: Sequence[str], flag: str) -> list[TextTask]:
   """The tasks of these names. Raises ValueError for unknown ones."""
   unknown = sorted(set(names) - TASKS.keys())
   if unknown or not names:
@@ -248,7 +218,7 @@ def check_tasks(names: Sequence[str], flag: str) -> list[Task]:
   return [TASKS[name] for name in names]
 
 
-def into_batch(words: Words, tasks: Sequence[Task], weight: float, seed: int, step: int,
+def into_batch(words: Words, tasks: Sequence[TextTask], weight: float, seed: int, step: int,
                batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """A batch of text whose last rows, one for each task, are needles in their text; of these only digits of answers
   count, so much each."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ import numpy as np
 
 import rat_jax
 from experiments.needles import planted, rows, seeds
-from experiments.needles.planted import Task, Words
+from experiments.needles.planted import Words
 from experiments.needles.rows import Row
 from rat_jax import Dense, RATPlusLM
 from rat_jax.axes import Params
 from rat_jax.data import TokenFile
+from rat_jax.evaluate.text_niah import TextTask
 from rat_jax.modes import Mode
 
 
@@ -40,14 +40,20 @@ class Asked:
   batch_size: int
   seed: int
 
-  def sequences(self, task: Task) -> dict[str, np.ndarray]:
+  def sequences(self, task: TextTask) -> dict[str, np.ndarray]:
     """The rows of a task, the same for every model and mode: `planted.rows`."""
-    number = list(planted.TASKS).index(task.name)
-    texts = self.text.batch(number, batch_size=self.count, length=self.length, seed=self.seed)["tokens"]
-    return planted.rows(self.words, [task] * self.count, texts, self.seed, number, self.length, questions=1)
+    return _sequences(self, task)
 
 
-def cells(asked: Asked, model: RATPlusLM, params: Params, row: Row, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+@functools.cache
+def _sequences(asked: Asked, task: TextTask) -> dict[str, np.ndarray]:
+  number = list(planted.TASKS).index(task.name)
+  texts = asked.text.batch(number, batch_size=asked.count, length=asked.length, seed=asked.seed)["tokens"]
+  return planted.rows(asked.words, [task] * asked.count, texts, asked.seed, number, asked.length, questions=1)
+
+
+def cells(asked: Asked, model: RATPlusLM, params: Params, row: Row, tasks: Sequence[TextTask]
+          ) -> dict[str, dict[str, Any]]:
   """The cells of a row: {task: what the model scored}; {"blank": why} where no such mode can be."""
   found: dict[str, dict[str, Any]] = {}
   most = max(planted.lengths(asked.words, task).answer for task in planted.TASKS.values())
@@ -62,13 +68,11 @@ def cells(asked: Asked, model: RATPlusLM, params: Params, row: Row, tasks: Seque
     prompt = asked.length - size.answer
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     read = rat_jax.tokens_read(model.config, sparse, asked.length, prompt)
-    found[task.name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": asked.count,
-                        "error_over_examples": (100 * right.std(axis=1) / math.sqrt(asked.count)).tolist(),
-                        "tokens_read": float(np.mean(read)), "right": seeds.to_hex(right)}
+    found[task.name] = seeds.cell_of(right, float(np.mean(read)))
   return found
 
 
-def which_right(asked: Asked, model: RATPlusLM, params: Params, task: Task, mode: Mode, prefill_mode: Mode | None,
+def which_right(asked: Asked, model: RATPlusLM, params: Params, task: TextTask, mode: Mode, prefill_mode: Mode | None,
                 most: int) -> np.ndarray:
   """Which rows are answered wholly right, bool [count], teacher forced, in a program for answers of `most` tokens."""
   made, found = asked.sequences(task), []
@@ -95,8 +99,11 @@ def _right(model: RATPlusLM, mode: Mode, prefill_mode: Mode | None, most: int, p
   prompt = jnp.where(jnp.arange(width) < start, tokens[:, :-1], 0)
   logits, cache = rat_jax.prefill(model, params, prompt, jnp.full(count, start), mode=mode, prefill_mode=prefill_mode,
                                   max_length=length + most, row_ids=row_ids)
-  part = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, most))), start, most, axis=1)
-  of_steps, _ = rat_jax.extend(model, params, part(tokens), cache, jnp.full(count, answer - 1))
+
+  def following(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, most))), first, size, axis=1)
+
+  of_steps, _ = rat_jax.extend(model, params, following(tokens, start, most), cache, jnp.full(count, answer - 1))
   predicted = jnp.concatenate([jnp.argmax(logits, axis=-1)[:, None], jnp.argmax(of_steps, axis=-1)], axis=1)
-  shifted = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, most))), start - 1, most + 1, axis=1)
-  return jnp.all((predicted == shifted(targets)) | ~shifted(answers), axis=1)
+  expected, counted = (following(x, start - 1, most + 1) for x in (targets, answers))
+  return jnp.all((predicted == expected) | ~counted, axis=1)

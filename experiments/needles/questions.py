@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,9 +142,7 @@ def cells(asked: Questions, model: RATPlusLM, params: Any, row: Row, tasks: Sequ
     sparse = prefill_mode if mode == Dense() and prefill_mode else mode
     for name, right in which_right(asked, model, params, row, of_mode, draw).items():
       read = rat_jax.tokens_read(model.config, sparse, asked.length, asked.prompt_length(row, TASKS[name]))
-      found[name] = {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": asked.count,
-                     "error_over_examples": (100 * right.std(axis=1) / math.sqrt(asked.count)).tolist(),
-                     "tokens_read": float(np.mean(read)), "right": seeds.to_hex(right)}
+      found[name] = seeds.cell_of(right, float(np.mean(read)))
   for task in free:
     if "blank" not in found[task.name]:
       found[task.name]["free_running"] = free_running(asked, model, params, row, task, found[task.name])

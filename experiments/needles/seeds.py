@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -200,6 +201,14 @@ def fingerprint(params: Any) -> str:
   for leaf in jax.tree.leaves(params):
     digest.update(processes.on_host(leaf).tobytes())
   return digest.hexdigest()[:8]
+
+
+def cell_of(right: np.ndarray, tokens_read: float) -> dict[str, Any]:
+  """A cell of a table, of which sequences were answered, bool [seeds, count], and the keys that a step reads."""
+  count = right.shape[1]
+  return {"accuracy": (100 * right.mean(axis=1)).tolist(), "count": count,
+          "error_over_examples": (100 * right.std(axis=1) / math.sqrt(count)).tolist(), "tokens_read": tokens_read,
+          "right": to_hex(right)}
 
 
 def to_hex(right: np.ndarray) -> list[str]:

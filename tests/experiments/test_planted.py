@@ -66,7 +66,7 @@ def test_a_row_asks_what_is_in_its_text(tokenizer, words, name, asked):
   needles = {key: [value for other, value in lines if other == key] for key, _ in lines}
   if task.values * task.queries == 1:  # a question with its answer has the form of a needle
     needles = {key: values[:1] for key, values in needles.items()}
-  full = task.filler == "needles"
+  full = task.haystack == "needles"
   assert len(needles) == task.keys or full
   assert all(len(values) == task.values for values in needles.values())
   keys, answers = QUESTION.search(said).groups()
