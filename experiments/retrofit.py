@@ -113,6 +113,8 @@ def planting(settings: Settings, data: TokenFile) -> dict[str, Any]:
   if not settings.needles:
     settings.refuse(("needle_weight", "tokenizer"), "it is of --needles; give some, or leave it out.")
     return {}
+  settings.refuse(("documents_apart",), "--needles has rows in which a question is asked about all documents; leave"
+                  " one of them out.")
   tasks = planted.check_tasks(settings.needles, "needles")
   if len(tasks) >= settings.batch_size:
     raise ValueError(f"--needles={','.join(settings.needles)} takes {len(tasks)} rows of --batch_size="

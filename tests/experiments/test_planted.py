@@ -147,6 +147,7 @@ def test_tokenizers_and_tasks_that_do_not_fit(folder, tokenizer, words):
   data = rat_jax.data.TokenFile(folder / "data" / "train.bin")
   for given, message in (
       (["--needles=nothing"], r"--needles=nothing: \['nothing'\] are unknown; use some of"),
+      (["--needles=multikey_1", "--documents_apart"], "--documents_apart: --needles has rows in which a question is"),
       (["--needle_weight=2"], "--needle_weight: it is of --needles; give some, or leave it out."),
       (["--needles=multikey_1,multikey_2", "--batch_size=2"], "takes 2 rows of --batch_size=2; give fewer"),
       (["--needles=multikey_1"], r"--tokenizer=bytes is bytes, and --data was prepared with .*; give that")):
